@@ -1,0 +1,30 @@
+"""Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias."""
+
+from fastlock.checkpoint import relock_checkpoint, unlock_checkpoint
+from fastlock.errors import FastlockError
+from fastlock.extract import extract
+from fastlock.lock import Lock
+from fastlock.pairs import Pair, load_pairs, shipped_pairs
+from fastlock.receipt import Receipt
+from fastlock.relock import relock, relock_many, relocked, unlock
+from fastlock.verify import Verification, verify
+from fastlock.version import __version__
+
+__all__ = [
+    "FastlockError",
+    "Lock",
+    "Pair",
+    "Receipt",
+    "Verification",
+    "__version__",
+    "extract",
+    "load_pairs",
+    "relock",
+    "relock_checkpoint",
+    "relock_many",
+    "relocked",
+    "shipped_pairs",
+    "unlock",
+    "unlock_checkpoint",
+    "verify",
+]
