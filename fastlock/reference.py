@@ -1,0 +1,82 @@
+"""The fold in plain PyTorch, and the relocked forward without folding: the truth for every test.
+
+Eq.: (x + d) Wᵀ + c = x Wᵀ + (c + W d), with W the output projection, d the displacement, c the bias.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fastlock.lock import Displacement, Lock
+from fastlock.sites import sites_for
+
+
+def fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """b = W d + c over the locked head columns only, in float64, rounded once.
+
+    Args:
+        weight: the output projection W, [hidden, num_heads * head_dim], any floating dtype, device and strides.
+        displacement: the locked heads and their values.
+        bias: the bias c that is there already, [hidden], or None.
+
+    Returns:
+        b, [hidden], of the weight's dtype and device.
+    """
+    return exact_fold(weight, displacement, bias).to(weight.dtype).to(weight.device)
+
+
+def exact_fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The fold before rounding: b, [hidden] float64, on the weight's device where that has float64, else the CPU."""
+    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    b = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
+    for columns, value in _locked_columns(weight, displacement):
+        b += columns.to(device, torch.float64) @ value.to(device)
+    return b if bias is None else b + bias.detach().to(device, torch.float64)
+
+
+def error_bound(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """How far a right fold may be from the exact one, number by number: [hidden] float64, where `exact_fold` is.
+
+    One unit in the last place of the weight's dtype, for the rounding, and n·2⁻²⁴·(|W||d| + |c|) for a sum of n
+    float32 products in any order (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5).
+    """
+    b = exact_fold(weight, displacement, bias)
+    magnitude = torch.zeros_like(b) if bias is None else bias.detach().to(b).abs()
+    for columns, value in _locked_columns(weight, displacement):
+        magnitude += columns.to(b).abs() @ value.to(b).abs()
+    info = torch.finfo(weight.dtype)
+    unit = torch.exp2(torch.floor(torch.log2(b.abs().clamp(min=info.tiny)))) * info.eps
+    return unit + (displacement.values.numel() + 1) * 2.0**-24 * magnitude
+
+
+def _locked_columns(weight: torch.Tensor, displacement: Displacement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each locked head's columns of W, [hidden, head_dim], and its values, [head_dim]."""
+    head_dim = displacement.values.shape[1]
+    for head, value in zip(displacement.heads, displacement.values, strict=True):
+        yield weight.detach()[:, head * head_dim : (head + 1) * head_dim], value
+
+
+@contextlib.contextmanager
+def unfolded(model: nn.Module, lock: Lock, strength: float = 6.0) -> Iterator[nn.Module]:
+    """Run the model with d added to the input of each locked output projection; nothing is folded.
+
+    This is what a relocked model must equal, at every position. It touches no weight.
+    """
+    displacements = lock.displacement(strength)
+    handles = []
+    try:
+        for site in sites_for(model, lock):
+            d = displacements[site.layer].dense(site.num_heads * site.head_dim)
+
+            def shift(module: nn.Module, args: tuple[torch.Tensor], d: torch.Tensor = d) -> tuple[torch.Tensor]:
+                return (args[0] + d.to(args[0]),)
+
+            handles.append(site.module.register_forward_pre_hook(shift))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,342 @@
+"""The fold as one Triton launch: b = W d + c of every site, over the locked head columns only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlock.errors import FastlockError
+
+# True where TRITON_INTERPRET=1 was set when this module was imported: the kernel then runs on the CPU.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+MAX_HEAD_DIM = 512
+
+# One row of the site table, [SITE_FIELDS] int64.
+BIAS = tl.constexpr(0)  # address of the existing bias, or 0
+OUT = tl.constexpr(1)  # address of the result
+STRIDE = tl.constexpr(2)  # elements from one row of the weight to the next; one column, if transposed
+HIDDEN = tl.constexpr(3)
+FIRST = tl.constexpr(4)  # the site's heads are FIRST to LAST - 1 of the head table
+LAST = tl.constexpr(5)
+SITE_FIELDS = tl.constexpr(6)
+
+VECTOR_BYTES = tl.constexpr(16)
+
+# 32 rows and two threads a column leave 16 elements of W a thread and head. Threads outnumber the columns, so
+# Triton reads the values straight into the layout of W: no shared memory and no barrier in the loop over heads.
+# A Llama-3-8B lock (12 sites, 4096 rows, 24 heads, bf16) gives 1536 programs of 8 warps. At 64 registers or fewer,
+# 4 or more of them fit an SM: 32 KB of W in flight, more than the 18 KB that latency times bandwidth asks of an
+# H100's SM (3.35 TB/s over 132, 0.7 us), in about three waves. Reasoned from the compiled code, not measured.
+# Plain loads take an address each: half the rows, or 512 threads run out of registers.
+ALIGNED_ROWS = 32
+PLAIN_ROWS = 16
+THREADS_PER_COLUMN = 2
+MIN_WARPS = 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def fold_kernel(
+    p_sites: tl.tensor,
+    p_heads: tl.tensor,
+    p_values: tl.tensor,
+    DTYPE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """Program (i, j) writes rows [j * BR, (j + 1) * BR) of site i: out = sum over its heads of W d, plus the bias.
+
+    p_sites: [sites, SITE_FIELDS] int64. p_heads: [K] int64, the address of each locked head's first column.
+    p_values: [K, D] fp32. VECTOR: how many elements of the weight make VECTOR_BYTES bytes.
+    One program sums a whole row in one order, so the result is the same bits from run to run.
+    """
+    p_site = p_sites + tl.program_id(0).to(tl.int64) * SITE_FIELDS
+    i_row = tl.program_id(1).to(tl.int64) * BR
+    hidden = tl.load(p_site + HIDDEN)
+    stride = tl.load(p_site + STRIDE)
+    first = tl.load(p_site + FIRST)
+    last = tl.load(p_site + LAST)
+    if i_row >= hidden:  # the grid is as high as the tallest site
+        return
+    if ALIGNED:
+        stride = tl.multiple_of(stride, VECTOR)
+        if TRANSPOSED:
+            hidden = tl.multiple_of(hidden, VECTOR)
+
+    o_r = i_row + tl.arange(0, BR)  # [BR]
+    o_d = tl.arange(0, BD)  # [BD]
+    m_r = o_r < hidden
+    m_d = o_d < D
+    if TRANSPOSED:
+        o_w = o_d[:, None] * stride + o_r[None, :]  # [BD, BR]
+        m_w = m_d[:, None] & m_r[None, :]
+        b_acc = tl.zeros([BD, BR], dtype=tl.float32)
+    else:
+        o_w = o_r[:, None] * stride + o_d[None, :]  # [BR, BD]
+        m_w = m_r[:, None] & m_d[None, :]
+        b_acc = tl.zeros([BR, BD], dtype=tl.float32)
+
+    for i_head in range(first, last):
+        p_w = tl.load(p_heads + i_head).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            # On the pointer, not on the integer before the cast: only then are the loads 16 bytes wide.
+            p_w = tl.multiple_of(p_w, VECTOR_BYTES)
+        b_w = tl.load(p_w + o_w, mask=m_w, other=0.0).to(tl.float32)
+        b_d = tl.load(p_values + i_head * D + o_d, mask=m_d, other=0.0)  # [BD]
+        if TRANSPOSED:
+            b_acc += b_w * b_d[:, None]
+        else:
+            b_acc += b_w * b_d[None, :]
+
+    b_out = tl.sum(b_acc, axis=0 if TRANSPOSED else 1)  # [BR]
+    bias = tl.load(p_site + BIAS)
+    m_bias = o_r < tl.where(bias != 0, hidden, 0)
+    b_out += tl.load(bias.to(tl.pointer_type(DTYPE)) + o_r, mask=m_bias, other=0.0).to(tl.float32)
+    p_out = tl.load(p_site + OUT).to(tl.pointer_type(OUT_DTYPE))
+    tl.store(p_out + o_r, b_out.to(OUT_DTYPE), mask=m_r)
+
+
+# The kernel's arguments that are not constants. All point to multiples of 16 bytes: see `_pack`.
+SIGNATURE = {"p_sites": "*i64", "p_heads": "*i64", "p_values": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one compiled kernel is made for. The launch and the ahead-of-time build both go by this.
+
+    Attributes:
+        dtype: of the weights and biases.
+        out_dtype: of the results.
+        head_dim: columns of one head.
+        transposed: the rows of each weight lie next to one another in memory, not the columns.
+        aligned: W is read 16 bytes at a time.
+    """
+
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    head_dim: int
+    transposed: bool
+    aligned: bool
+
+    @property
+    def vector(self) -> int:
+        """How many elements of the weight make one 16-byte load."""
+        return int(VECTOR_BYTES.value) // self.dtype.itemsize
+
+    @property
+    def block_columns(self) -> int:
+        """head_dim, rounded up to a power of two."""
+        return int(triton.next_power_of_2(self.head_dim))
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of one program."""
+        return ALIGNED_ROWS if self.aligned else PLAIN_ROWS
+
+    def constants(self) -> dict[str, Any]:
+        """The kernel's constexpr arguments."""
+        return {
+            "DTYPE": DTYPES[self.dtype],
+            "OUT_DTYPE": DTYPES[self.out_dtype],
+            "D": self.head_dim,
+            "BD": self.block_columns,
+            "BR": self.block_rows,
+            "VECTOR": self.vector,
+            "TRANSPOSED": self.transposed,
+            "ALIGNED": self.aligned,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options. Fusion is set because its default is not the same in every Triton."""
+        return {
+            "num_warps": max(MIN_WARPS, self.block_columns * THREADS_PER_COLUMN // 32),
+            "enable_fp_fusion": True,
+        }
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that one launch reads besides W and the biases, on the weights' device.
+
+    It holds addresses: it is good for as long as the weights, biases and results stay where they are.
+
+    Attributes:
+        sites: [sites, SITE_FIELDS] int64.
+        heads: address of each locked head's first column, [K] int64.
+        values: the displacements, [K, head_dim] float32.
+        variant: the kernel to launch.
+        grid: (sites, blocks of rows of the tallest site).
+    """
+
+    sites: torch.Tensor
+    heads: torch.Tensor
+    values: torch.Tensor
+    variant: Variant
+    grid: tuple[int, int]
+
+
+def fold_sites(
+    weights: Sequence[torch.Tensor],
+    heads: Sequence[Sequence[int]],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+) -> None:
+    """Fold every site, out = W d + c (the paper's b_l), in one launch on the device's current stream.
+
+    Products and sums are fp32, in a fixed order; the result is rounded once, to the nearest of out's dtype.
+
+    Args:
+        weights: W of each site, [hidden, num_heads * head_dim] float16, bfloat16 or float32: one dtype, one device
+            and one layout (see `is_transposed`); hidden, num_heads and the leading stride may differ.
+        heads: the locked heads of each site.
+        values: the displacement of those heads, [len(heads), head_dim] float64 or float32 on the CPU.
+        biases: the bias c that is there already, [hidden] of the weights' dtype, or None.
+        out: where the results go, [hidden] of the weights' dtype or float32. An `out` may be its site's bias.
+
+    Raises:
+        FastlockError: the arguments are not as said. Nothing is written then.
+    """
+    if weights:
+        launch(build_table(weights, heads, values, biases, out))
+
+
+def is_transposed(weight: torch.Tensor) -> bool:
+    """Which way a weight [hidden, columns] lies in memory: row by row (False, nn.Linear) or column by column (True).
+
+    Raises:
+        FastlockError: neither its rows nor its columns are contiguous.
+    """
+    if weight.dim() == 2 and weight.stride(1) == 1:
+        return False
+    if weight.dim() == 2 and weight.stride(0) == 1:
+        return True
+    raise FastlockError(
+        f"a weight of shape {list(weight.shape)} has strides {weight.stride()}; the fold kernel needs contiguous rows "
+        "or columns. Call .contiguous() on it first."
+    )
+
+
+def build_table(
+    weights: Sequence[torch.Tensor],
+    heads: Sequence[Sequence[int]],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+) -> Table:
+    """The table of one launch, for at least one site; one copy to the device. Arguments as in `fold_sites`."""
+    _check(weights, heads, values, biases, out)
+    transposed = any(is_transposed(weight) for weight in weights)
+    head_dim = values[0].shape[1]
+    rows: list[int] = []
+    addresses: list[int] = []
+    for weight, site_heads, bias, result in zip(weights, heads, biases, out, strict=True):
+        first = len(addresses)
+        head_bytes = head_dim * weight.stride(1) * weight.element_size()
+        addresses += [weight.data_ptr() + head * head_bytes for head in site_heads]
+        stride = weight.stride(1 if transposed else 0)
+        # In the order of BIAS, OUT, STRIDE, HIDDEN, FIRST, LAST.
+        rows += [0 if bias is None else bias.data_ptr(), result.data_ptr()]
+        rows += [stride, weight.shape[0], first, len(addresses)]
+    variant = Variant(
+        weights[0].dtype, out[0].dtype, head_dim, transposed, _aligned(weights, addresses, head_dim, transposed)
+    )
+    sites, head_table, value_table = _pack(rows, addresses, torch.cat(list(values)), weights[0].device)
+    grid = (len(weights), triton.cdiv(max(weight.shape[0] for weight in weights), variant.block_rows))
+    return Table(sites, head_table, value_table, variant, grid)
+
+
+def launch(table: Table) -> None:
+    """Run the fold of a table on its device's current stream. Does not wait for it."""
+    if 0 in table.grid:
+        return
+    device = table.sites.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        fold_kernel[table.grid](
+            table.sites, table.heads, table.values, **table.variant.constants(), **table.variant.options()
+        )
+
+
+def _aligned(weights: Sequence[torch.Tensor], addresses: Sequence[int], head_dim: int, transposed: bool) -> bool:
+    """Every vector of W that the kernel reads starts at a multiple of 16 bytes and is inside the head's block."""
+    vector = VECTOR_BYTES.value // weights[0].element_size()
+    lengths = [weight.shape[0] for weight in weights] if transposed else [head_dim]
+    strides = [weight.stride(1 if transposed else 0) for weight in weights]
+    return all(n % vector == 0 for n in lengths + strides) and all(n % VECTOR_BYTES.value == 0 for n in addresses)
+
+
+def _pack(
+    rows: list[int], addresses: list[int], values: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three parts of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
+    numbers = rows + addresses + [0] * (len(addresses) % 2)  # SITE_FIELDS is even, so two int64 are 16 bytes
+    # Pinned memory of torch is not used again before the copy has run, even if the tensor is gone by then.
+    host = torch.empty(len(numbers) + (values.numel() + 1) // 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+    host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()
+    table = host.to(device, non_blocking=True)
+    return (
+        table[: len(rows)].view(-1, SITE_FIELDS.value),
+        table[len(rows) : len(rows) + len(addresses)],
+        table[len(numbers) :].view(torch.float32)[: values.numel()].view(values.shape),
+    )
+
+
+def _check(
+    weights: Sequence[torch.Tensor],
+    heads: Sequence[Sequence[int]],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+) -> None:
+    if not len(weights) == len(heads) == len(values) == len(biases) == len(out):
+        raise FastlockError("weights, heads, values, biases and out must have one entry for each site.")
+    dtype, device = weights[0].dtype, weights[0].device
+    transposed = [is_transposed(weight) for weight in weights]
+    contiguous = 0 if any(transposed) else 1
+    if dtype not in DTYPES:
+        raise FastlockError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
+    if device.type != "cuda" and not INTERPRETED:
+        raise FastlockError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
+    head_dim = values[0].shape[-1]
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise FastlockError(f"head_dim is {head_dim}; the fold kernel takes 1 to {MAX_HEAD_DIM}.")
+    for site, (weight, site_heads, value, bias, result) in enumerate(
+        zip(weights, heads, values, biases, out, strict=True)
+    ):
+        hidden, columns = weight.shape
+        if (weight.dtype, weight.device, weight.stride(contiguous)) != (dtype, device, 1):
+            raise FastlockError(f"site {site}: all weights of one launch must have one dtype, device and layout.")
+        if value.shape != (len(site_heads), head_dim):
+            raise FastlockError(
+                f"site {site}: {len(site_heads)} heads of {head_dim} columns, but values {list(value.shape)}."
+            )
+        if any(not 0 <= head < columns // head_dim for head in site_heads):
+            raise FastlockError(f"site {site}: heads {list(site_heads)}, but the weight has {columns} columns.")
+        if bias is not None:
+            _check_vector(bias, hidden, (dtype,), device, f"site {site}: the bias")
+        _check_vector(result, hidden, (dtype, torch.float32), device, f"site {site}: out")
+        if result.dtype != out[0].dtype:
+            raise FastlockError(f"site {site}: all results of one launch must have one dtype.")
+
+
+def _check_vector(
+    vector: torch.Tensor, hidden: int, dtypes: tuple[torch.dtype, ...], device: torch.device, name: str
+) -> None:
+    if vector.shape != (hidden,) or vector.dtype not in dtypes or vector.device != device or not vector.is_contiguous():
+        raise FastlockError(
+            f"{name} is {list(vector.shape)} {vector.dtype} on {vector.device}; it must be contiguous, "
+            f"[{hidden}] {dtypes[0]} on {device}."
+        )

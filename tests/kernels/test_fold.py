@@ -1,0 +1,270 @@
+"""The fold kernel against float64: on the GPU where there is one, else in Triton's interpreter."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastlock.errors import FastlockError
+from fastlock.kernels import fold
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+HEAD_DIMS = [64, 80, 96, 112, 128, 160, 192, 256]
+GUARD = 40
+
+
+@dataclasses.dataclass
+class Site:
+    """One site's arguments, and a result inside a guarded buffer."""
+
+    weight: torch.Tensor
+    heads: tuple[int, ...]
+    values: torch.Tensor
+    bias: torch.Tensor | None
+    guarded: torch.Tensor
+
+    @property
+    def out(self):
+        return self.guarded[GUARD:-GUARD]
+
+
+def make_site(
+    hidden, head_dim, heads, dtype=torch.bfloat16, transposed=False, bias=True, num_heads=None, offset=0, pad=0, seed=0
+):
+    """Random numbers in the locked columns; NaN in all others, in the padding, around and inside the result."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads = max(heads, default=0) + 2 if num_heads is None else num_heads
+    lines, length = (num_heads * head_dim, hidden) if transposed else (hidden, num_heads * head_dim)
+    storage = torch.full((offset + lines * (length + pad),), math.nan, dtype=dtype, device=DEVICE)
+    weight = storage[offset:].view(lines, length + pad)[:, :length]
+    weight = weight.t() if transposed else weight
+    for head in heads:
+        columns = torch.randn(hidden, head_dim, generator=generator) / 8
+        weight[:, head * head_dim : (head + 1) * head_dim] = columns.to(DEVICE, dtype)
+    values = torch.randn(len(heads), head_dim, generator=generator, dtype=torch.float64)
+    # Triton's interpreter cuts fp32 off to bf16 instead of rounding it, so there the result stays fp32.
+    out_dtype = dtype if DEVICE == "cuda" else torch.float32
+    return Site(
+        weight,
+        tuple(heads),
+        values,
+        torch.randn(hidden, generator=generator).to(DEVICE, dtype) if bias else None,
+        torch.full((hidden + 2 * GUARD,), math.nan, dtype=out_dtype, device=DEVICE),
+    )
+
+
+def arguments(sites):
+    columns = ("weight", "heads", "values", "bias", "out")
+    return [[getattr(site, name) for site in sites] for name in columns]
+
+
+def run(*sites):
+    fold.fold_sites(*arguments(sites))
+
+
+def check(*sites):
+    """Fold, then hold every result between the roundings of truth - error and truth + error.
+
+    Rounding keeps the order, so this is exact about rounding. The error is that of n fp32 additions and roundings,
+    gamma_n = n u / (1 - n u) with u = 2**-24, times the sum of the terms' magnitudes.
+    """
+    run(*sites)
+    for site in sites:
+        truth = torch.zeros(site.weight.shape[0], dtype=torch.float64)
+        magnitude = truth.clone()
+        head_dim = site.values.shape[1]
+        for head, d in zip(site.heads, site.values.double(), strict=True):
+            columns = site.weight.detach().cpu()[:, head * head_dim : (head + 1) * head_dim].double()
+            truth += columns @ d
+            magnitude += columns.abs() @ d.abs()
+        if site.bias is not None:
+            truth += site.bias.detach().cpu().double()
+            magnitude += site.bias.detach().cpu().double().abs()
+        n = site.values.numel() + 3  # the terms, the bias, and the roundings of d and of a product
+        error = n * 2.0**-24 / (1 - n * 2.0**-24) * magnitude
+        out = site.out.cpu()
+        low, high = (truth - error).to(out.dtype), (truth + error).to(out.dtype)
+        assert ((low <= out) & (out <= high)).all(), (out.double() - truth).abs().max()
+        assert site.guarded[:GUARD].isnan().all()
+        assert site.guarded[-GUARD:].isnan().all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 8, 20, 32, 1, 512])
+def test_head_dims(head_dim, dtype, transposed):
+    check(make_site(40, head_dim, (1, 3), dtype, transposed))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 63, 1000])
+def test_hidden_sizes(hidden, transposed):
+    check(make_site(hidden, 64, (0, 2), transposed=transposed))
+
+
+def test_llama_shape():
+    check(make_site(4096, 128, (5, 17, 31), num_heads=32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sites_of_all_kinds_in_one_launch(dtype, transposed):
+    """Sizes, strides, numbers of heads and of locked heads differ, and some have no bias."""
+    check(
+        make_site(63, 32, (0,), dtype, transposed, bias=False, seed=1),
+        make_site(8, 32, (0, 1, 2, 3, 5), dtype, transposed, seed=2),
+        make_site(1, 32, (7,), dtype, transposed, num_heads=9, seed=3),
+        make_site(100, 32, (), dtype, transposed, num_heads=4, seed=4),
+        make_site(65, 32, (2, 4), dtype, transposed, bias=False, pad=3, offset=1, seed=5),
+        make_site(32, 32, (3,), dtype, transposed, num_heads=4, pad=8, seed=6),
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("hidden", "head_dim", "offset", "pad", "aligned"),
+    [
+        (48, 64, 0, 0, True),
+        (48, 64, 8, 16, True),
+        (48, 64, 1, 0, False),
+        (48, 64, 0, 1, False),
+        (48, 64, 3, 5, False),
+        (48, 64, 0, 2, False),
+        (47, 64, 0, 0, None),  # by columns no vector ends where a column does
+        (48, 18, 0, 0, None),  # by rows no vector ends where a head does
+    ],
+)
+def test_alignment(hidden, head_dim, offset, pad, aligned, dtype, transposed):
+    """Wide loads where every address allows them, and the right result in either case."""
+    site = make_site(hidden, head_dim, (0, 2), dtype, transposed, offset=offset, pad=pad)
+    if aligned is None:
+        aligned = transposed == (hidden == 48)
+    assert fold.build_table(*arguments([site])).variant.aligned is aligned
+    check(site)
+
+
+def test_one_misaligned_site_makes_the_launch_plain():
+    sites = [make_site(40, 64, (1,), offset=offset) for offset in (0, 1)]
+    assert not fold.build_table(*arguments(sites)).variant.aligned
+    check(*sites)
+
+
+def test_same_bits_from_run_to_run():
+    sites = [make_site(70, 80, (0, 1, 4), seed=seed) for seed in (1, 2)]
+    run(*sites)
+    first = [site.out.clone() for site in sites]
+    for _ in range(3):
+        for site in sites:
+            site.out.fill_(math.nan)
+        run(*sites)
+        assert all(torch.equal(site.out, before) for site, before in zip(sites, first, strict=True))
+
+
+def test_result_may_replace_the_bias():
+    site = make_site(50, 64, (0, 1), torch.float32)
+    check(site)
+    expected = site.out.clone()
+    fold.fold_sites([site.weight], [site.heads], [site.values], [site.bias], [site.bias])
+    assert torch.equal(site.bias, expected)
+
+
+def test_no_locked_head_leaves_the_bias():
+    site = make_site(50, 64, (), num_heads=2)
+    run(site)
+    assert torch.equal(site.out, site.bias.to(site.out.dtype))
+
+
+def test_no_site_is_no_launch():
+    fold.fold_sites([], [], [], [], [])
+
+
+def test_float32_values_and_parameters():
+    site = make_site(40, 64, (1,), torch.float32)
+    site = dataclasses.replace(
+        site, weight=torch.nn.Parameter(site.weight), bias=torch.nn.Parameter(site.bias), values=site.values.float()
+    )
+    check(site)
+
+
+def test_weights_beyond_2_to_the_31_elements():
+    """Addresses are 64 bits wide: the third row starts past the largest int32."""
+    row = 2**30 + 8
+    storage = torch.empty(2 * row + 128, dtype=torch.bfloat16, device=DEVICE)  # pages that nobody touches cost nothing
+    weight = storage.as_strided((3, 128), (row, 1))
+    weight[:] = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(weight)
+    site = make_site(3, 64, (1,))
+    check(dataclasses.replace(site, weight=weight))
+
+
+def test_table_is_one_aligned_buffer():
+    """One copy to the device brings it all, and the compiled kernel may count on 16-byte addresses."""
+    for heads in ((0,), (0, 1), (0, 1, 2)):
+        table = fold.build_table(*arguments([make_site(33, 20, heads), make_site(64, 20, (0,))]))
+        parts = (table.sites, table.heads, table.values)
+        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+        assert all(part.data_ptr() % 16 == 0 for part in parts)
+        assert [part.dtype for part in parts] == [torch.int64, torch.int64, torch.float32]
+        assert table.grid == (2, 64 // table.variant.block_rows)
+
+
+def test_table_can_be_launched_again():
+    site = make_site(40, 64, (0, 2))
+    table = fold.build_table(*arguments([site]))
+    fold.launch(table)
+    first = site.out.clone()
+    site.weight[:, :64] *= 2
+    fold.launch(table)
+    assert not torch.equal(site.out, first)
+    check(site)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(40, 256, dtype=torch.float64)}, "not torch.float64"),
+        ({"weight": torch.zeros(40, 256)}, "one dtype"),
+        ({"weight": torch.zeros(40, 512, dtype=torch.bfloat16)[:, ::2]}, "contiguous rows"),
+        ({"weight": torch.zeros(256, 40, dtype=torch.bfloat16).t()}, "layout"),
+        ({"heads": (0, 4)}, "256 columns"),
+        ({"heads": (-1, 2)}, "256 columns"),
+        ({"heads": (0,)}, "1 heads of 64 columns"),
+        ({"values": torch.zeros(2, 32)}, "2 heads of 64 columns"),
+        ({"bias": torch.zeros(40)}, "the bias"),
+        ({"bias": torch.zeros(41, dtype=torch.bfloat16)}, "the bias"),
+        ({"guarded": torch.zeros(39 + 2 * GUARD)}, "out"),
+        ({"guarded": torch.zeros(40 + 2 * GUARD, dtype=torch.float64)}, "out"),
+    ],
+)
+def test_refuses_what_it_would_misread(change, message):
+    good, bad = (make_site(40, 64, (0, 2), num_heads=4, seed=seed) for seed in (1, 2))
+    change = {
+        name: value.to(DEVICE) if name in ("weight", "bias", "guarded") else value for name, value in change.items()
+    }
+    bad = dataclasses.replace(bad, **change)
+    sites = (bad, good) if "float64" in message else (good, bad)
+    with pytest.raises(FastlockError, match=message):
+        run(*sites)
+    assert good.guarded.isnan().all()
+
+
+def test_refuses_lists_of_different_lengths():
+    weights, *others = arguments([make_site(40, 64, (0,))])
+    with pytest.raises(FastlockError, match="one entry"):
+        fold.fold_sites(weights * 2, *others)
+
+
+def test_refuses_large_heads():
+    with pytest.raises(FastlockError, match="head_dim is 513"):
+        run(make_site(4, 513, (0,)))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_refuses_cpu_weights():
+    site = make_site(40, 64, (0,))
+    with pytest.raises(FastlockError, match="CUDA"):
+        run(dataclasses.replace(site, weight=site.weight.cpu()))
