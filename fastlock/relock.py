@@ -1,0 +1,202 @@
+"""Models in memory: relock, unlock, relocked(), many at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlock.carrier import ORIGINAL_BIAS, locked_sites
+from fastlock.errors import FastlockError
+from fastlock.fold import fold
+from fastlock.loaded import mark, receipt_of, take_over
+from fastlock.lock import Displacement, Lock, check_strength
+from fastlock.receipt import LockedSite, Receipt, version_of
+from fastlock.sites import Site, sites_for, text_config, unwrapped
+
+
+def relock(model: nn.Module, lock: Lock, strength: float = 6.0) -> Receipt:
+    """Fold the lock through the model's own output projections and put the biases in place.
+
+    The model then computes what it would with `strength * scale * direction` added to each locked head's output, at
+    every position (arXiv 2410.10343). A model that is relocked already, now or before it was saved, gets this lock
+    instead of the earlier one. No gradients are needed; biases that the lock adds do not require any, and those that
+    were there keep their `requires_grad` and their identity.
+
+    Args:
+        model: a transformers model, on any device; `torch.compile`d is fine.
+        lock: the lock, extracted from this model's aligned base.
+        strength: the paper's α, 0 or more.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FastlockError: the lock does not fit, the fold would not be exact in this family, or the weights can't be
+            read. The model is as it was.
+    """
+    return relock_many([model], lock, strength)[0]
+
+
+def relock_many(models: Sequence[nn.Module], lock: Lock, strength: float = 6.0) -> list[Receipt]:
+    """Relock several models with one lock, in one kernel launch per CUDA device: all of them, or none.
+
+    Args, errors: as for `relock`.
+
+    Returns:
+        A receipt per model, in order.
+    """
+    with ExitStack() as undo:
+        receipts = _relock(models, lock, strength, undo)
+        undo.pop_all()
+    return receipts
+
+
+def unlock(model: nn.Module) -> None:
+    """Put back exactly what was there before relocking, bit for bit, and no bias where there was none.
+
+    Raises:
+        FastlockError: the model is not relocked, or a bias was changed since (by training, say), so that putting
+            the original back would lose that change.
+    """
+    inner = unwrapped(model)
+    with ExitStack() as undo:
+        take_over(inner, undo)
+        if receipt_of(inner) is None:
+            raise FastlockError(f"{type(inner).__name__} is not relocked; there is nothing to unlock.")
+        _take_out(inner, undo)
+        undo.pop_all()
+
+
+@contextlib.contextmanager
+def relocked(model: nn.Module, lock: Lock, strength: float = 6.0) -> Iterator[nn.Module]:
+    """The model relocked inside the `with` block; afterwards as it was before, an earlier lock included.
+
+    Raises:
+        FastlockError: as for `relock`.
+    """
+    inner = unwrapped(model)
+    was_relocked = receipt_of(inner) is not None
+    with ExitStack() as undo:
+        _relock([inner], lock, strength, undo)
+        before = undo.pop_all()
+    try:
+        yield model
+    finally:
+        if was_relocked:
+            before.close()
+        else:
+            unlock(inner)
+
+
+def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: ExitStack) -> list[Receipt]:
+    """Every check and every fold first, then every change, each with its undoing."""
+    if not isinstance(lock, Lock):
+        raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
+    strength = check_strength(strength)
+    displacements = lock.displacement(strength)
+    inner = [unwrapped(model) for model in models]
+    if len({id(model) for model in inner}) < len(inner):
+        raise FastlockError("one model is given twice; a model carries one lock. Remove the repetition.")
+    for model in inner:
+        take_over(model, undo)
+    sites = [sites_for(model, lock) for model in inner]
+    every = [site for of_model in sites for site in of_model]
+    biases = fold(
+        [site.weight for site in every],
+        [displacements[site.layer] for site in every],
+        [_original_bias(model, site) for model, of_model in zip(inner, sites, strict=True) for site in of_model],
+        [site.name for site in every],
+    )
+    receipts = []
+    for model, of_model in zip(inner, sites, strict=True):
+        _take_out(model, undo)
+        mine, biases = biases[: len(of_model)], biases[len(of_model) :]
+        receipts.append(_put_in(model, _receipt(model, lock, strength, displacements, of_model), of_model, mine, undo))
+    return receipts
+
+
+def _original_bias(model: nn.Module, site: Site) -> torch.Tensor | None:
+    """The bias without any lock."""
+    receipt = receipt_of(model)
+    if receipt is None or site.name not in {locked.name for locked in receipt.sites}:
+        return site.bias
+    return getattr(site.module, ORIGINAL_BIAS, None)
+
+
+def _receipt(
+    model: nn.Module, lock: Lock, strength: float, displacements: dict[int, Displacement], sites: list[Site]
+) -> Receipt:
+    return Receipt(
+        lock_digest=lock.digest,
+        strength=strength,
+        model_type=text_config(model).model_type,
+        dtype=str(sites[0].weight.dtype).removeprefix("torch."),
+        sites=tuple(
+            LockedSite(site.layer, site.name, displacements[site.layer].heads, _original_bias(model, site) is not None)
+            for site in sites
+        ),
+    )
+
+
+def _put_in(
+    model: nn.Module, receipt: Receipt, sites: list[Site], biases: list[torch.Tensor], undo: ExitStack
+) -> Receipt:
+    for site, bias in zip(sites, biases, strict=True):
+        _place(site.module, bias, undo)
+    receipt = replace(receipt, versions=tuple(version_of(site.bias) for site in sites))
+    mark(model, receipt, undo)
+    return receipt.of(sites)
+
+
+def _take_out(model: nn.Module, undo: ExitStack) -> None:
+    """Put back every original bias, if the model is relocked."""
+    receipt = receipt_of(model)
+    if receipt is None:
+        return
+    sites = locked_sites(model, receipt)
+    for site, version in zip(sites, receipt.versions or (None,) * len(sites), strict=True):
+        if site.bias is None or (version is not None and version_of(site.bias) > version):
+            raise FastlockError(
+                f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
+                "the original back would lose that change. Unlock before training; to go on from here, save the "
+                "model's state_dict and load it into a fresh model."
+            )
+    for site in sites:
+        _restore(site.module, undo)
+    mark(model, None, undo)
+
+
+def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
+    """Put the bias in; an original one keeps its Parameter, and waits in a buffer that moves with the module."""
+    if module.bias is None:
+        undo.callback(setattr, module, "bias", None)
+        module.bias = nn.Parameter(bias, requires_grad=False)
+        return
+    original = module.bias.data
+    undo.callback(_forget_original, module)
+    undo.callback(setattr, module.bias, "data", original)
+    module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
+    module.bias.data = bias
+
+
+def _restore(module: Any, undo: ExitStack) -> None:
+    if not hasattr(module, ORIGINAL_BIAS):
+        undo.callback(setattr, module, "bias", module.bias)
+        module.bias = None
+        return
+    original = getattr(module, ORIGINAL_BIAS)
+    undo.callback(module.register_buffer, ORIGINAL_BIAS, original, persistent=False)
+    undo.callback(setattr, module.bias, "data", module.bias.data)
+    module.bias.data = original
+    delattr(module, ORIGINAL_BIAS)
+
+
+def _forget_original(module: nn.Module) -> None:
+    if hasattr(module, ORIGINAL_BIAS):
+        delattr(module, ORIGINAL_BIAS)

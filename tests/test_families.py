@@ -1,0 +1,185 @@
+"""Every supported family: exact against the unfolded forward, bit-exact unlock, and nothing lost in saving."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import CONFIGS, logits, random_lock, reload, same_state, state, tiny_gemma3, tiny_model, tokens
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import fastlock
+from fastlock import reference
+from fastlock.sites import FAMILIES, REFUSED, sites
+
+# How far a float64 model may be from the unfolded forward, in units of what the lock changes. Norms and softmax
+# compute in float32 inside, so that a difference in the last bit of float64 can grow to one of float32.
+EXACT = 1e-5
+
+DROPS_THE_BIAS = {kind for kind, family in FAMILIES.items() if family.bias_flag is None}
+LLAMA_FORM = {"mistral", "qwen2"}
+
+every_family = pytest.mark.parametrize("kind", sorted(CONFIGS))
+
+
+def test_every_supported_family_is_tested() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@every_family
+def test_relocked_is_the_unfolded_forward_at_every_position(kind: str) -> None:
+    model = tiny_model(kind, torch.float64)
+    lock, ids = random_lock(model), tokens()
+    plain = logits(model, ids)
+    with reference.unfolded(model, lock, 3.0):
+        expected = logits(model, ids)
+    fastlock.relock(model, lock, 3.0)
+    effect = (expected - plain).abs().amax(dim=-1)
+    assert (effect > 1e-3).all(), "the lock must act at every position for this test to mean anything"
+    assert ((logits(model, ids) - expected).abs().amax(dim=-1) < EXACT * effect).all()
+
+
+@every_family
+def test_relocked_is_the_unfolded_forward_in_generate_with_a_cache(kind: str) -> None:
+    model = tiny_model(kind, torch.float64)
+    lock, ids = random_lock(model), tokens(6)
+    how = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "use_cache": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with reference.unfolded(model, lock, 3.0):
+        expected = model.generate(ids, **how)
+    fastlock.relock(model, lock, 3.0)
+    got = model.generate(ids, **how)
+    assert torch.equal(got.sequences, expected.sequences)
+    for step, reference_step in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(step, reference_step, rtol=EXACT, atol=EXACT)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unlock_restores_every_bit(kind: str, dtype: torch.dtype) -> None:
+    model = tiny_model(kind, dtype)
+    lock = random_lock(model)
+    before, missing = state(model), [site.layer for site in sites(model) if site.bias is None]
+    kinds = [type(model), type(model.config)]
+    fastlock.relock(model, lock)
+    assert not same_state(before, state(model))
+    fastlock.unlock(model)
+    assert same_state(before, state(model))
+    assert [site.layer for site in sites(model) if site.bias is None] == missing
+    assert [type(model), type(model.config)] == kinds
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_lost_in_saving(kind: str, dtype: torch.dtype, tmp_path) -> None:
+    model = tiny_model(kind, dtype)
+    lock, ids = random_lock(model), tokens()
+    plain = logits(model, ids)
+    fastlock.relock(model, lock)
+    expected = logits(model, ids)
+    assert not torch.equal(plain, expected)
+    if kind in DROPS_THE_BIAS - LLAMA_FORM:
+        with pytest.raises(fastlock.FastlockError, match="no place for an output projection bias.*What works"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    model.save_pretrained(tmp_path / "out")
+    loaded = reload(tmp_path / "out")
+    assert torch.equal(logits(loaded, ids), expected)
+    assert fastlock.verify(tmp_path / "out", lock)
+    assert fastlock.verify(loaded, lock)
+    fastlock.unlock(loaded)
+    assert torch.equal(logits(loaded, ids), plain)
+    assert not fastlock.verify(loaded, lock)
+
+
+@pytest.mark.parametrize("kind", sorted(DROPS_THE_BIAS))
+def test_the_table_is_right_about_who_drops_the_bias(kind: str, tmp_path) -> None:
+    model = tiny_model(kind)
+    for site in sites(model):
+        site.module.bias = torch.nn.Parameter(torch.randn(len(site.weight)))
+    model.save_pretrained(tmp_path)
+    assert all(site.bias is None for site in sites(reload(tmp_path)))
+
+
+def test_gemma3_with_its_vision_tower(tmp_path) -> None:
+    model = tiny_gemma3(torch.float64)
+    lock, ids = random_lock(model), tokens()
+    plain = logits(model, ids)
+    with reference.unfolded(model, lock, 3.0):
+        expected = logits(model, ids)
+    fastlock.relock(model, lock, 3.0)
+    got = logits(model, ids)
+    assert (got - expected).abs().max() < EXACT * (expected - plain).abs().max()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    torch.testing.assert_close(logits(loaded, ids), got, rtol=EXACT, atol=EXACT)
+    assert fastlock.verify(tmp_path, lock)
+
+
+REFUSED_CONFIGS = {
+    "bitnet": {},
+    "diffllama": {},
+    "deepseek_v3": {"kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4, "moe_intermediate_size": 16},
+    "qwen3_next": {"num_experts": 4, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED_CONFIGS))
+def test_refused_families_say_why(kind: str) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **REFUSED_CONFIGS[kind]
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lock = random_lock(model, [(0, 0)])
+    with pytest.raises(fastlock.FastlockError, match="head|attention") as error:
+        fastlock.relock(model, lock)
+    assert REFUSED[kind] in str(error.value)
+
+
+def test_an_unknown_family_is_refused() -> None:
+    config = AutoConfig.for_model("biogpt", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(fastlock.FastlockError, match="does not know"):
+        fastlock.relock(model, random_lock(model, [(0, 0)]))
+
+
+def test_bloom_that_leaves_out_the_bias_is_refused() -> None:
+    model = tiny_model("bloom", slow_but_exact=True, pretraining_tp=2)
+    with pytest.raises(fastlock.FastlockError, match="slow_but_exact"):
+        fastlock.relock(model, random_lock(model))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_the_llama_form_is_refused_under_an_active_sliding_window(kind: str, tmp_path) -> None:
+    window = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+    model = tiny_model(kind, **window)
+    fastlock.relock(model, random_lock(model))
+    with pytest.raises(fastlock.FastlockError, match="sliding window of 4 tokens"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sliding_window_beyond_the_context_is_no_hindrance(tmp_path) -> None:
+    model = tiny_model("mistral", sliding_window=64)
+    lock, ids = random_lock(model), tokens(60)
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path), ids), logits(model, ids))
+
+
+def test_the_documented_table_is_the_real_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| **")]
+    names = [set(re.findall(r"[a-z][a-z0-9_]+", families)) for _, _, families, _ in rows]
+    documented = [{f"{name}_text" if name == "gemma3" else name for name in row} & set(FAMILIES) for row in names]
+    flagged = {kind for kind, family in FAMILIES.items() if family.bias_flag}
+    always = {kind for kind, family in FAMILIES.items() if family.bias_flag == ""}
+    assert documented == [flagged, always, LLAMA_FORM, DROPS_THE_BIAS - LLAMA_FORM]
