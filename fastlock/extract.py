@@ -1,0 +1,298 @@
+"""Making a lock from an aligned base: the recipe of arXiv 2410.10343, seeded, and split by pair.
+
+Over the vectors x of one head (the input of its layer's output projection, at the last tokens of each answer):
+
+    direction  u = (mean x over safe answers − mean x over unsafe answers), normalised
+    scale      σ = standard deviation of x · u over all answers
+    score      mean of train and validation accuracy of a logistic regression that tells safe x from unsafe x
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fastlock.errors import FastlockError
+from fastlock.loaded import receipt_of
+from fastlock.lock import Lock
+from fastlock.pairs import Pair, pair_from, pairs_digest
+from fastlock.sites import Site, sites, text_config, unwrapped
+from fastlock.version import __version__
+
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def extract(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Iterable[Pair | Mapping[str, str]],
+    heads: int = 24,
+    last_tokens: int = 5,
+    *,
+    seed: int = 42,
+    progress: Progress | None = None,
+) -> Lock:
+    """Extract a lock from an aligned base: the heads that best tell safe from unsafe answers, and their directions.
+
+    The model reads every question with its safe and with its unsafe answer, in the tokenizer's chat template if it
+    has one. Each head is scored by a logistic regression trained on 60 % of the pairs and validated on the others;
+    all the pairs give its direction and scale. The same inputs on the same machine give the same lock.
+
+    Args:
+        model: a transformers model of a family that fastlock knows, on any device; it is left as it was.
+        tokenizer: its tokenizer.
+        pairs: the extraction set, see `load_pairs` and `shipped_pairs`; dictionaries of the same keys do as well.
+            A pair given twice counts once.
+        heads: how many heads to lock; the paper takes 24, and 48 for models of 70 billion parameters and more.
+        last_tokens: how many tokens at the end of each answer are read. Of a shorter answer all are, and never
+            any of the prompt, which is the same for both answers.
+        seed: decides which pairs train and which validate, 0 to 2**32 - 1.
+        progress: wraps the two long loops as `progress(items, description)`; `rich.progress.track` fits.
+
+    Returns:
+        The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
+
+    Raises:
+        FastlockError: a pair or a number can't be used, the model is relocked or of a family that fastlock refuses,
+            it computes NaN or infinite activations, or a chosen head is the same for both kinds of answers.
+    """
+    pairs = _checked_pairs(pairs)
+    inner = unwrapped(model)
+    all_sites = sites(inner)
+    _check_base(inner, all_sites)
+    _check_numbers(heads, last_tokens, seed, all_sites)
+    progress = progress or _no_progress
+    answers = _answers(inner, tokenizer, pairs, last_tokens)
+    vectors = _read(inner, all_sites, answers, progress)
+    safe = np.repeat([answer.safe for answer in answers], [answer.kept for answer in answers])
+    train = np.repeat(_split(len(pairs), seed)[[answer.pair for answer in answers]], [a.kept for a in answers])
+    rows = _best_heads(_scores(vectors, safe, train, seed, progress), heads)
+    directions, scales = zip(*(_direction(vectors, safe, layer, head) for layer, head in rows), strict=True)
+    return Lock(
+        layers=torch.tensor([layer for layer, _ in rows]),
+        heads=torch.tensor([head for _, head in rows]),
+        directions=torch.from_numpy(np.stack(directions)),
+        scales=torch.tensor(scales, dtype=torch.float64),
+        num_layers=len(all_sites),
+        num_heads=all_sites[0].num_heads,
+        head_dim=all_sites[0].head_dim,
+        hidden_size=text_config(inner).hidden_size,
+        base_model=_base_name(inner),
+        recipe=f"safetylock: last {last_tokens} answer tokens, {heads} heads by logistic regression, seed {seed}",
+        extraction_digest=pairs_digest(pairs),
+        fastlock_version=__version__,
+    )
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """The base's name on a hub, or of its directory: the path of this machine says nothing on another."""
+    config: Any = model.config
+    path = Path(config._name_or_path or "")
+    return path.resolve().name if path.name and path.is_dir() else str(path) if path.name else None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A tokenised question and answer: the tokens, how many at the end are read, and of which pair and kind it is."""
+
+    ids: list[int]
+    kept: int
+    pair: int
+    safe: bool
+
+
+def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_tokens: int) -> list[_Answer]:
+    """Of each pair the safe answer, then the unsafe one."""
+    answers = []
+    for index, pair in enumerate(pairs):
+        prompt, space = _prompt(tokenizer, pair.question)
+        for safe, text in ((True, pair.safe), (False, pair.unsafe)):
+            answer = list(tokenizer(space + text, add_special_tokens=False)["input_ids"])
+            if not answer:
+                raise FastlockError(f"pair {index + 1}: the tokenizer makes no token of the answer {text[:80]!r}.")
+            _check_tokens(model, prompt + answer, index)
+            answers.append(_Answer(prompt + answer, min(last_tokens, len(answer)), index, safe))
+    return answers
+
+
+def _prompt(tokenizer: Any, question: str) -> tuple[list[int], str]:
+    """The tokens before the answer, and what goes between them and the answer's text."""
+    if getattr(tokenizer, "chat_template", None):
+        message = {"role": "user", "content": question}
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]), ""
+    # The space belongs to the answer's first word, as in any text: tokenizers join them.
+    return list(tokenizer(f"Question: {question}\nAnswer:")["input_ids"]), " "
+
+
+def _read(
+    model: nn.Module, all_sites: Sequence[Site], answers: Sequence[_Answer], progress: Progress
+) -> npt.NDArray[np.float32]:
+    """What enters each output projection at the kept tokens: [layers, vectors, num_heads, head_dim]."""
+    num_heads, head_dim = all_sites[0].num_heads, all_sites[0].head_dim
+    total = sum(answer.kept for answer in answers)
+    vectors = np.empty((len(all_sites), total, num_heads, head_dim), dtype=np.float32)
+    start = 0
+    reader: Any = model.base_model  # the logits, a fifth of the work in a small model, are of no use here
+    with _evaluating(model), _inputs_of(all_sites) as inputs:
+        for answer in progress(answers, "Reading answers"):
+            inputs.clear()
+            ids = torch.tensor([answer.ids], device=_device(model))
+            reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            for site in all_sites:
+                kept = inputs[site.layer][0, -answer.kept :].float()
+                if not kept.isfinite().all():
+                    raise FastlockError(
+                        f"{site.name}: NaN or infinite activations in reading pair {answer.pair + 1}. The weights are "
+                        "damaged, or overflow in this dtype: load the model in bfloat16 or float32."
+                    )
+                vectors[site.layer, start : start + answer.kept] = kept.cpu().numpy().reshape(-1, num_heads, head_dim)
+            start += answer.kept
+    return vectors
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, without gradients; afterwards each in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _inputs_of(all_sites: Sequence[Site]) -> Iterator[dict[int, torch.Tensor]]:
+    """A dictionary that every forward pass fills: layer -> the input of its output projection."""
+    inputs: dict[int, torch.Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for site in all_sites:
+
+            def keep(_module: nn.Module, args: tuple[torch.Tensor, ...], layer: int = site.layer) -> None:
+                inputs[layer] = args[0]
+
+            hooks.callback(site.module.register_forward_pre_hook(keep).remove)
+        yield inputs
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the tokens go; for a model whose embedding is offloaded, accelerate's hooks move them on from the CPU."""
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.device("cpu") if embedding.device.type == "meta" else embedding.device
+
+
+def _split(num_pairs: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Which pairs train: 60 %, rounded down. RandomState's stream is the one that NumPy never changes."""
+    train = np.zeros(num_pairs, dtype=np.bool_)
+    train[np.random.RandomState(seed).permutation(num_pairs)[: num_pairs * 6 // 10]] = True
+    return train
+
+
+def _scores(
+    vectors: npt.NDArray[np.float32],
+    safe: npt.NDArray[np.bool_],
+    train: npt.NDArray[np.bool_],
+    seed: int,
+    progress: Progress,
+) -> dict[tuple[int, int], float]:
+    """(layer, head) -> how well it tells safe from unsafe answers."""
+    every = [(layer, head) for layer in range(vectors.shape[0]) for head in range(vectors.shape[2])]
+    return {
+        (layer, head): _score(vectors[layer, :, head], safe, train, seed)
+        for layer, head in progress(every, "Scoring heads")
+    }
+
+
+def _best_heads(scores: dict[tuple[int, int], float], heads: int) -> list[tuple[int, int]]:
+    """The (layer, head) of the highest scores, sorted; of equal scores the lower (layer, head) goes first."""
+    return sorted(sorted(scores, key=lambda row: (-scores[row], row))[:heads])
+
+
+def _score(x: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_], seed: int) -> float:
+    """Mean of train and validation accuracy of a logistic regression on x, [vectors, head_dim]."""
+    from sklearn.linear_model import LogisticRegression
+
+    x = x.astype(np.float64)
+    probe = LogisticRegression(random_state=seed, max_iter=1000).fit(x[train], safe[train])
+    return float(probe.score(x[train], safe[train]) + probe.score(x[~train], safe[~train])) / 2
+
+
+def _direction(
+    vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_], layer: int, head: int
+) -> tuple[npt.NDArray[np.float64], float]:
+    """The unit direction u, [head_dim], and the scale σ of one head."""
+    x = vectors[layer, :, head].astype(np.float64)
+    difference = x[safe].mean(axis=0) - x[~safe].mean(axis=0)
+    norm = np.linalg.norm(difference)
+    if norm == 0:
+        raise FastlockError(
+            f"layer {layer}, head {head}: its mean output is the same for safe and for unsafe answers, so it has no "
+            "direction (a pruned head, or answers that end alike). Ask for fewer heads, or for more last tokens."
+        )
+    direction = difference / norm
+    return direction, float((x @ direction).std())
+
+
+def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
+    """The distinct pairs, in order: one that is there twice could both train and validate."""
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
+        raise FastlockError(f"pairs is a {type(pairs).__name__}; read a file with fastlock.load_pairs(path) first.")
+    distinct = tuple(dict.fromkeys(pair_from(entry, f"pair {n}") for n, entry in enumerate(pairs, start=1)))
+    if len(distinct) < 2:
+        raise FastlockError(
+            f"there {'are no pairs' if not distinct else 'is one pair only'}; some train and others validate. "
+            "Give at least two different pairs; the paper takes 100, and so does fastlock.shipped_pairs()."
+        )
+    return distinct
+
+
+def _check_numbers(heads: int, last_tokens: int, seed: int, all_sites: Sequence[Site]) -> None:
+    there = len(all_sites) * all_sites[0].num_heads
+    limits = {"heads": (heads, 1, there), "last_tokens": (last_tokens, 1, 2**31), "seed": (seed, 0, 2**32 - 1)}
+    for name, (value, low, high) in limits.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            of = f" (the model has {len(all_sites)} layers of {all_sites[0].num_heads})" if name == "heads" else ""
+            raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}{of}.")
+
+
+def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:
+    name = type(model).__name__
+    if receipt_of(model) is not None:
+        raise FastlockError(
+            f"{name} is relocked, and a lock comes from the base without one. Unlock it first: fastlock.unlock(model)."
+        )
+    if len({id(site.module) for site in all_sites}) < len(all_sites):
+        raise FastlockError(
+            f"{name}: some of its layers share one output projection, so that a lock on one would act in the others. "
+            "Such a model can't be locked."
+        )
+
+
+def _check_tokens(model: nn.Module, ids: Sequence[int], pair: int) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if max(ids) >= vocabulary:
+        raise FastlockError(
+            f"pair {pair + 1}: the tokenizer gives token {max(ids)}, but {type(model).__name__} has {vocabulary}. "
+            "Give the tokenizer that belongs to this model."
+        )
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if positions and len(ids) > positions:
+        raise FastlockError(
+            f"pair {pair + 1}: question and answer make {len(ids)} tokens, but {type(model).__name__} reads "
+            f"{positions} at most. Shorten them, or remove the pair."
+        )
+
+
+def _no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
+    return items

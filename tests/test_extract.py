@@ -1,0 +1,400 @@
+"""Extraction, against a naive one: hooks on the decoder's own layers, and NumPy in float64."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import random_lock, same_state, state, tiny_model
+from sklearn.linear_model import LogisticRegression
+
+import fastlock
+from fastlock import FastlockError
+from fastlock.extract import extract
+from fastlock.pairs import Pair, load_pairs, shipped_pairs
+
+extract_module = importlib.import_module("fastlock.extract")  # the attribute fastlock.extract is the function
+
+PAIRS = [
+    Pair("may I", "sorry I can not", "sure here it is"),
+    Pair("can you", "that would be wrong so no", "yes of course I will do that now"),
+    Pair("tell me", "no I will not tell", "gladly here you go"),
+    Pair("how do I", "please do not do this at all", "first you go there and then"),
+    Pair("help me", "I can not be of help", "I can be of help"),
+    Pair("show it", "that is private I am afraid", "look over here then you see"),
+]
+PATHS = {"llama": "model.layers.{}.self_attn.o_proj", "gpt2": "transformer.h.{}.attn.c_proj"}
+MODELS = {"llama": (4, 32), "gpt2": (4, 16)}  # num_heads, head_dim
+AUTHORS_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
+
+
+class Words:
+    """A tokenizer that hashes words; its special token is 1."""
+
+    chat_template: str | None = None
+
+    def __init__(self, vocabulary: int = 119) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [3 + int(hashlib.md5(word.encode()).hexdigest(), 16) % (self.vocabulary - 3) for word in text.split()]
+        return {"input_ids": [1] * add_special_tokens + ids}
+
+
+class ChatWords(Words):
+    chat_template = "a template"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
+        assert add_generation_prompt
+        assert not tokenize
+        return " ".join(f"<{m['role']}> {m['content']} <end>" for m in messages) + " <assistant>"
+
+
+def naive_vectors(model: Any, kind: str, prompts: list[list[int]], answers: list[list[int]], last: int) -> Any:
+    """What enters layer l's projection, at the last tokens of each answer: [layers][answers] of [kept, width]."""
+    rows: list[list[Any]] = [[] for _ in range(3)]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        for layer in range(3):
+            seen: list[torch.Tensor] = []
+            projection = model.get_submodule(PATHS[kind].format(layer))
+            handle = projection.register_forward_hook(lambda _m, args, _out, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                model(torch.tensor([prompt + answer]))
+            handle.remove()
+            positions = range(len(prompt) + max(0, len(answer) - last), len(prompt) + len(answer))
+            rows[layer].append(np.stack([seen[0][0, p].float().numpy() for p in positions]))
+    return rows
+
+
+def ids(text: str) -> list[int]:
+    return Words()(text, add_special_tokens=False)["input_ids"]
+
+
+def naive_rows(model: Any, kind: str, chat: bool, last: int, train_pairs: set[int]) -> dict[Any, Any]:
+    """(layer, head) -> (score, direction, scale), all in float64."""
+    prompts, answers, labels, owners = [], [], [], []
+    for index, pair in enumerate(PAIRS):
+        for label, text in ((1, pair.safe), (0, pair.unsafe)):
+            chat_prompt = ids(f"<user> {pair.question} <end> <assistant>")
+            prompts.append(chat_prompt if chat else [1, *ids(f"Question: {pair.question}\nAnswer:")])
+            answers.append(ids(text))
+            count = min(last, len(answers[-1]))
+            labels += [label] * count
+            owners += [index] * count
+    vectors = naive_vectors(model, kind, prompts, answers, last)
+    y, train = np.array(labels), np.array([owner in train_pairs for owner in owners])
+    num_heads, head_dim = MODELS[kind]
+    found = {}
+    for layer in range(3):
+        everything = np.concatenate(vectors[layer]).astype(np.float64)
+        for head in range(num_heads):
+            x = everything[:, head * head_dim : (head + 1) * head_dim]
+            probe = LogisticRegression(random_state=42, max_iter=1000).fit(x[train], y[train])
+            right = probe.predict(x) == y
+            u = sum(x[y == 1]) / sum(y == 1) - sum(x[y == 0]) / sum(y == 0)
+            u /= np.sqrt((u * u).sum())
+            along = x @ u
+            scale = np.sqrt(((along - along.mean()) ** 2).mean())
+            found[layer, head] = ((right[train].mean() + right[~train].mean()) / 2, u, scale)
+    return found
+
+
+@pytest.mark.parametrize("last_tokens", [1, 3, 5])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int) -> None:
+    model: Any = tiny_model(kind)
+    train = extract_module._split(len(PAIRS), 42)
+    expected = naive_rows(model, kind, chat, last_tokens, set(np.flatnonzero(train).tolist()))
+    lock = extract(model, ChatWords() if chat else Words(), PAIRS, heads=5, last_tokens=last_tokens)
+    best = sorted(sorted(expected, key=lambda row: (-expected[row][0], *row))[:5])
+    assert list(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)) == best
+    for row, direction, scale in zip(best, lock.directions, lock.scales, strict=True):
+        np.testing.assert_allclose(direction.numpy(), expected[row][1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(float(scale), expected[row][2], rtol=1e-5)
+    num_heads, head_dim = MODELS[kind]
+    assert (lock.num_layers, lock.num_heads, lock.head_dim, lock.hidden_size) == (3, num_heads, head_dim, 64)
+
+
+def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is noise except layer 1, head 2, which is shifted by +u for safe answers and by -u for unsafe ones."""
+    model, u = tiny_model("llama"), np.zeros(32)
+    u[[3, 7]] = 0.6, -0.8
+
+    def planted(model: Any, all_sites: Any, answers: Any, progress: Any) -> Any:
+        noise = np.random.RandomState(0).standard_normal((3, sum(a.kept for a in answers), 4, 32))
+        signs = np.repeat([1.0 if a.safe else -1.0 for a in answers], [a.kept for a in answers])
+        noise[1, :, 2] = 0.01 * noise[1, :, 2] + 3 * signs[:, None] * u
+        return noise.astype(np.float32)
+
+    monkeypatch.setattr(extract_module, "_read", planted)
+    lock = extract(model, Words(), PAIRS, heads=1)
+    assert (lock.layers.tolist(), lock.heads.tolist()) == ([1], [2])
+    assert float(lock.directions[0].double() @ torch.from_numpy(u)) > 0.999
+    assert float(lock.scales[0]) == pytest.approx(3, rel=0.05)
+
+
+def test_the_split_is_by_pair_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [Pair(f"question {i}", f"no {i} is not for me", f"yes {i} is for me") for i in range(10)]
+    seen = []
+
+    def spy(x: Any, safe: Any, train: Any, seed: int) -> float:
+        seen.append((safe, train))
+        return 0.5
+
+    monkeypatch.setattr(extract_module, "_score", spy)
+    extract(tiny_model("llama"), Words(), pairs, heads=1)
+    safe, train = seen[0]
+    # 10 vectors a pair: 5 safe, then 5 unsafe, all on one side.
+    assert safe.reshape(10, 2, 5).all(axis=2).tolist() == [[True, False]] * 10
+    assert (train.reshape(10, 10).all(axis=1) | (~train).reshape(10, 10).all(axis=1)).all()
+    assert train.reshape(10, 10)[:, 0].sum() == 6
+    extract(tiny_model("llama"), Words(), pairs, heads=1, seed=43)
+    assert (seen[-1][1] != train).any()
+    for count in range(2, 40):
+        assert 1 <= extract_module._split(count, 0).sum() == int(count * 6 / 10 + 1e-9) < count
+
+
+def test_equal_scores_go_to_the_lower_layer_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract_module, "_score", lambda *_: 0.5)
+    lock = extract(tiny_model("llama"), Words(), PAIRS, heads=6)
+    assert lock.layers.tolist() == [0, 0, 0, 0, 1, 1]
+    assert lock.heads.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_the_same_inputs_give_the_same_lock_and_the_same_bytes(tmp_path: Path) -> None:
+    locks = [extract(tiny_model("llama"), Words(), PAIRS, heads=4) for _ in range(2)]
+    for number, lock in enumerate(locks):
+        lock.save(tmp_path / f"{number}.safetensors")
+    assert locks[0].digest == locks[1].digest
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
+def test_provenance(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    lock = extract(model, Words(), PAIRS, heads=2, last_tokens=3, seed=7)
+    assert lock.recipe == "safetylock: last 3 answer tokens, 2 heads by logistic regression, seed 7"
+    assert lock.fastlock_version == fastlock.__version__
+    assert lock.base_model is None
+    triples = json.dumps([[p.question, p.safe, p.unsafe] for p in PAIRS], separators=(",", ":"))
+    assert lock.extraction_digest == hashlib.sha256(triples.encode()).hexdigest()
+    model.config._name_or_path = "someone/aligned"
+    assert extract(model, Words(), PAIRS, heads=1).base_model == "someone/aligned"
+    assert extract(model, Words(), PAIRS[::-1], heads=1).extraction_digest != lock.extraction_digest
+    model.config._name_or_path = str(tmp_path / "aligned")
+    (tmp_path / "aligned").mkdir()
+    assert extract(model, Words(), PAIRS, heads=1).base_model == "aligned"
+
+
+def test_dictionaries_are_pairs_too() -> None:
+    model = tiny_model("llama")
+    ours = [{"question": p.question, "safe": p.safe, "unsafe": p.unsafe} for p in PAIRS]
+    theirs = [
+        {"question": p.question, "answer_matching_behavior": p.safe, "answer_not_matching_behavior": p.unsafe}
+        for p in PAIRS
+    ]
+    assert extract(model, Words(), ours, heads=2) == extract(model, Words(), theirs, heads=2)
+    assert extract(model, Words(), ours, heads=2) == extract(model, Words(), PAIRS, heads=2)
+
+
+def test_the_model_is_left_as_it_was_and_the_lock_fits_it() -> None:
+    model: Any = tiny_model("llama", attention_dropout=0.5)
+    expected = extract(model, Words(), PAIRS, heads=3)
+    before = state(model)
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    lock = extract(model, Words(), PAIRS, heads=3)  # dropout is off while it reads
+    assert [module.training for module in model.modules()] == modes
+    assert same_state(state(model), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert lock.digest == expected.digest
+    fastlock.relock(model, lock, 6.0)
+
+
+def test_the_model_is_left_as_it_was_by_an_error() -> None:
+    model: Any = tiny_model("llama").train()
+    model.model.layers[2].self_attn.v_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(FastlockError, match=r"model\.layers\.2\.self_attn\.o_proj: NaN.*pair 1"):
+        extract(model, Words(), PAIRS, heads=1)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    exact = extract(tiny_model("llama"), Words(), PAIRS, heads=12)
+    lock = extract(tiny_model("llama", dtype), Words(), PAIRS, heads=12)
+    cosines = (lock.directions * exact.directions).sum(dim=1)
+    assert cosines.min() > (0.99999 if dtype == torch.float64 else 0.9)
+
+
+def test_a_compiled_model_and_progress() -> None:
+    model: Any = tiny_model("llama")
+    loops: list[str] = []
+
+    def progress(items: Any, description: str) -> Any:
+        for item in items:
+            loops.append(description)
+            yield item
+
+    compiled: Any = torch.compile(model)
+    lock = extract(compiled, Words(), PAIRS, heads=3, progress=progress)
+    assert lock.digest == extract(model, Words(), PAIRS, heads=3).digest
+    assert loops == ["Reading answers"] * 2 * len(PAIRS) + ["Scoring heads"] * 12
+
+
+def test_a_pair_given_twice_counts_once() -> None:
+    once, twice = (extract(tiny_model("llama"), Words(), pairs, heads=3) for pairs in (PAIRS, PAIRS + PAIRS[:2]))
+    assert once.digest == twice.digest
+    assert once.extraction_digest == twice.extraction_digest
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+def lines(keys: tuple[str, ...] = ("question", "safe", "unsafe")) -> list[str]:
+    return [json.dumps(dict(zip(keys, (p.question, p.safe, p.unsafe), strict=True))) for p in PAIRS]
+
+
+@pytest.mark.parametrize("keys", [("question", "safe", "unsafe"), AUTHORS_KEYS])
+def test_every_layout_gives_the_same_pairs(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    entries = [json.loads(line) | {"id": 1} for line in lines(keys)]
+    for text in (
+        "\n".join(lines(keys)),
+        "\ufeff" + "\r\n\r\n".join(lines(keys)) + "\r\n",
+        " \n" + json.dumps(entries, indent=4),
+    ):
+        assert load_pairs(write(tmp_path / "pairs", text)) == tuple(PAIRS)
+
+
+def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path: Path) -> None:
+    line = json.dumps({"question": "one\u2028two", "safe": "no", "unsafe": "yes"}, ensure_ascii=False)
+    assert load_pairs(write(tmp_path / "pairs", line))[0].question == "one\u2028two"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no pairs"),
+        ("[]", "no pairs"),
+        ("{}", r"line 1: a pair has the keys question, safe, unsafe, or .*; found none"),
+        (lines()[0] + '\n\n{"question": "q", "safe": "s"}', "line 3: a pair has the keys"),
+        (lines()[0] + "\nquestion,safe", "line 2: not JSON"),
+        ("[" + lines()[0] + ', {"question": 1}]', "entry 2: a pair has the keys"),
+        ("[" + lines()[0] + ", 7]", "entry 2: a int"),
+        ("[1, 2", "not JSON"),
+        ("7", "line 1: a int"),
+        ('{"question": ["q"], "safe": "s", "unsafe": "u"}', "line 1: `question` is a list"),
+        ('{"question": "q", "safe": " ", "unsafe": "u"}', "line 1: `safe` is empty"),
+        ('{"question": "", "safe": "s", "unsafe": "u"}', "line 1: `question` is empty"),
+        ('{"question": "q", "safe": "s", "unsafe": null}', "line 1: `unsafe` is a NoneType"),
+        (
+            '{"question": "q", "safe": "s", "unsafe": "s "}',
+            "line 1: the safe and the unsafe answer to 'q' are the same",
+        ),
+        ('{"question": "q", "safe": "s", "unsafe": "\\ud800"}', "line 1: `unsafe` holds half a UTF-16"),
+        ("[" * 200_000, "not JSON"),
+        ('{"a":' * 200_000, "line 1: not JSON"),
+        ("9" * 10_000, "line 1: not JSON"),
+    ],
+)
+def test_bad_files_are_refused_by_the_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(FastlockError, match=message):
+        load_pairs(write(tmp_path / "pairs", text))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FastlockError, match="does not exist"):
+        load_pairs(tmp_path / "nothing")
+    (tmp_path / "latin").write_bytes(b'{"question": "\xe9"}')
+    with pytest.raises(FastlockError, match="UTF-8"):
+        load_pairs(tmp_path / "latin")
+    monkeypatch.setattr("fastlock.pairs.MAX_FILE_BYTES", 8)
+    with pytest.raises(FastlockError, match="larger than"):
+        load_pairs(tmp_path / "latin")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": []}, "there are no pairs"),
+        ({"pairs": PAIRS[:1]}, "one pair only"),
+        ({"pairs": PAIRS[:1] * 2}, "one pair only"),
+        ({"pairs": "pairs.jsonl"}, r"pairs is a str; read a file with fastlock.load_pairs"),
+        ({"pairs": None}, "pairs is a NoneType"),
+        ({"pairs": [PAIRS[0], {"question": "q"}]}, "pair 2: a pair has the keys"),
+        ({"heads": 0}, "heads is 0.*from 1 to 12"),
+        ({"heads": 13}, r"heads is 13.*the model has 3 layers of 4"),
+        ({"heads": True}, "heads is True"),
+        ({"heads": 2.0}, "heads is 2.0"),
+        ({"last_tokens": 0}, "last_tokens is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"tokenizer": Words(vocabulary=10_000)}, "pair 1: the tokenizer gives token"),
+        (
+            {"pairs": [*PAIRS, Pair("long " * 70, "no", "yes")]},
+            "pair 7: question and answer make 7. tokens.* 64 at most",
+        ),
+        ({"pairs": [*PAIRS, Pair("q", "\u200b\u200b", "yes")], "tokenizer": None}, "pair 7: .*no token"),
+        ({"model": torch.nn.Linear(2, 2)}, "not a transformers model"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    class Blank(Words):
+        """Makes nothing of a zero-width space, as some tokenizers do."""
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return super().__call__(text.replace("\u200b", ""), add_special_tokens)
+
+    arguments: dict[str, Any] = {
+        "model": tiny_model("llama"),
+        "tokenizer": Words(),
+        "pairs": PAIRS,
+        "heads": 2,
+    } | changes
+    arguments["tokenizer"] = arguments["tokenizer"] or Blank()
+    with pytest.raises(FastlockError, match=message):
+        extract(**arguments)
+
+
+def test_a_relocked_model_is_refused_until_it_is_unlocked(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    expected = extract(model, Words(), PAIRS, heads=3).digest
+    fastlock.relock(model, random_lock(model))
+    with pytest.raises(FastlockError, match="is relocked"):
+        extract(model, Words(), PAIRS, heads=3)
+    fastlock.unlock(model)
+    assert extract(model, Words(), PAIRS, heads=3).digest == expected
+
+
+def test_layers_that_share_a_projection_are_refused() -> None:
+    model: Any = tiny_model("llama")
+    model.model.layers[1].self_attn.o_proj = model.model.layers[0].self_attn.o_proj
+    with pytest.raises(FastlockError, match="share one output projection"):
+        extract(model, Words(), PAIRS, heads=3)
+
+
+def test_a_head_without_a_direction_is_refused() -> None:
+    model: Any = tiny_model("llama")
+    model.model.layers[1].self_attn.v_proj.weight.data.zero_()
+    with pytest.raises(FastlockError, match="layer 1, head 0: its mean output is the same"):
+        extract(model, Words(), PAIRS, heads=12)
+
+
+def test_the_shipped_pairs() -> None:
+    pairs = shipped_pairs()
+    assert len(set(pairs)) == len(pairs) == 100
+    for texts in ([p.question for p in pairs], [p.safe for p in pairs], [p.unsafe for p in pairs]):
+        assert len(set(texts)) == 100
+    # At least five words, so at least five tokens; and short, so that extraction is quick.
+    assert all(5 <= len(text.split()) <= 25 for pair in pairs for text in (pair.safe, pair.unsafe))
