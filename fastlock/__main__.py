@@ -1,0 +1,5 @@
+"""`python -m fastlock` is the `fastlock` command."""
+
+from fastlock.cli import main
+
+main()

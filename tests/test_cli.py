@@ -1,0 +1,96 @@
+"""The command: what it prints, and the exit codes that scripts go by."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from families import random_lock, tiny_model
+
+import fastlock
+from fastlock import cli
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A checkpoint and a lock on disk."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    random_lock(model, base_model="tiny", num_layers=3).save(tmp_path / "lock.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command as its entry point does: standard output and error, once its exit code is as expected."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["fastlock", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        assert (end.value.code or 0) == code, f"{end.value.code}: {printed}"
+        return printed.out or printed.err
+
+    return run
+
+
+def test_it_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastlock", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"fastlock {fastlock.__version__}\n"
+
+
+def test_the_whole_way(files, run) -> None:
+    base, locked, lock = files / "base", files / "locked", files / "lock.safetensors"
+    assert "at strength" not in run("verify", base, "--lock", lock, code=cli.NOT_LOCKED)
+    out = json.loads(run("relock", base, "--lock", lock, "--strength", "2", "--out", locked, "--json"))
+    assert out["receipt"]["strength"] == 2.0
+    assert json.loads(run("verify", locked, "--lock", lock, "--json"))["state"] == "locked"
+    assert "locked at strength 2" in run("verify", locked, "--lock", lock)
+    assert "unlocked" in run("unlock", locked, "--out", files / "back")
+    assert not fastlock.verify(files / "back", fastlock.Lock.load(lock))
+
+
+def test_inspect_shows_a_lock_and_a_receipt(files, run) -> None:
+    lock = fastlock.Lock.load(files / "lock.safetensors")
+    shown = json.loads(run("inspect", files / "lock.safetensors", "--json"))
+    assert shown["digest"] == lock.digest
+    assert [(row["layer"], row["head"]) for row in shown["rows"]] == [(0, 3), (0, 1), (2, 2)]
+    assert "tiny" in run("inspect", files / "lock.safetensors")
+    assert "not relocked" in run("inspect", files / "base")
+    fastlock.relock_checkpoint(files / "base", lock, files / "locked")
+    assert "model.layers.2.self_attn.o_proj" in run("inspect", files / "locked")
+    assert json.loads(run("inspect", files / "locked", "--json"))["receipt"]["lock_digest"] == lock.digest
+
+
+def test_errors_end_with_their_own_exit_code_and_reason(files, run) -> None:
+    lock = files / "lock.safetensors"
+    assert "does not exist" in run("inspect", files / "nothing", code=cli.REFUSED)
+    assert "exists already" in run("relock", files / "base", "--lock", lock, "--out", files, code=cli.REFUSED)
+    run("relock", files / "base", "--lock", lock, code=2)
+
+
+def test_negative_strength_is_refused(files, run) -> None:
+    arguments = ["relock", files / "base", "--lock", files / "lock.safetensors", "--out", files / "out"]
+    assert "negative strength" in run(*arguments, "--strength", "-2", code=cli.REFUSED)
+    assert not (files / "out").exists()
+
+
+def test_extract(files, run, monkeypatch) -> None:
+    """The command's own part: it loads, reads the pairs, and writes what `extract` makes."""
+    made = fastlock.Lock.load(files / "lock.safetensors")
+    asked = []
+    monkeypatch.setattr(cli, "load_tokenizer", lambda path: "a tokenizer")
+    monkeypatch.setattr(cli, "make_lock", lambda *given, progress: asked.append(given) or made)
+    pairs = files / "pairs.jsonl"
+    pairs.write_text('{"question": "a?", "safe": "no", "unsafe": "yes"}\n')
+    run("extract", files / "base", "--pairs", pairs, "--out", files / "new.safetensors", "--heads", "3", "--json")
+    (_, tokenizer, given_pairs, heads, last_tokens) = asked[0]
+    assert (tokenizer, given_pairs, heads, last_tokens) == ("a tokenizer", fastlock.load_pairs(pairs), 3, 5)
+    assert fastlock.Lock.load(files / "new.safetensors") == made
+
+
+def test_names_are_not_taken_for_markup(files, run) -> None:
+    (files / "base").rename(files / "[red]base")
+    assert "[red]base" in run("inspect", files / "[red]base").replace("\n", "")
