@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, logits, random_lock, reload, same_state, state, tiny_gemma3, tiny_model, tokens
+from families import (
+    CONFIGS,
+    logits,
+    random_lock,
+    reload,
+    same_state,
+    state,
+    tiny_config,
+    tiny_gemma3,
+    tiny_model,
+    tokens,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastlock
@@ -97,6 +108,51 @@ def test_nothing_is_lost_in_saving(kind: str, dtype: torch.dtype, tmp_path) -> N
     fastlock.unlock(loaded)
     assert torch.equal(logits(loaded, ids), plain)
     assert not fastlock.verify(loaded, lock)
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.bias_flag))
+def test_nothing_is_lost_with_the_bias_flag_the_other_way(kind: str, tmp_path) -> None:
+    """A Llama with biases of its own, a StarCoder2 without: what the flag also switches must come back as it was."""
+    flag = FAMILIES[kind].bias_flag
+    other_way = not getattr(tiny_config(kind), flag)
+    model = tiny_model(kind, **{flag: other_way})
+    assert all((site.bias is not None) == other_way for site in sites(model))
+    lock, ids, before = random_lock(model), tokens(), state(model)
+    plain = logits(model, ids)
+    fastlock.relock(model, lock)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = reload(tmp_path)
+    assert torch.equal(logits(loaded, ids), expected)
+    assert fastlock.verify(tmp_path, lock)
+    fastlock.unlock(loaded)
+    assert torch.equal(logits(loaded, ids), plain)
+    assert same_state(state(loaded), before)
+
+
+VARIANTS = [
+    ("falcon", {"multi_query": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"alibi": True}),
+    ("falcon", {"parallel_attn": False, "bias": True}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("cohere", {"use_qk_norm": True}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("stablelm", {"use_qkv_bias": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+def test_variants_of_a_family_are_exact(kind: str, changes: dict, tmp_path) -> None:
+    model = tiny_model(kind, torch.float64, **changes)
+    lock, ids = random_lock(model), tokens()
+    plain = logits(model, ids)
+    with reference.unfolded(model, lock, 3.0):
+        expected = logits(model, ids)
+    fastlock.relock(model, lock, 3.0)
+    assert (logits(model, ids) - expected).abs().max() < EXACT * (expected - plain).abs().max()
 
 
 @pytest.mark.parametrize("kind", sorted(DROPS_THE_BIAS))

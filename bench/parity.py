@@ -1,0 +1,75 @@
+"""Parity on the device: the kernel's variants, and relocking in every family; part of `run.py --gpu`.
+
+Each test records its largest error, in units of `reference.error_bound`; run.py makes a table of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import families
+import pytest
+import torch
+
+import fastlock
+import machine
+from fastlock import reference
+from fastlock.kernels import fold
+from fastlock.lock import Displacement
+from fastlock.sites import sites_for
+from workloads import errors
+
+DEVICE = machine.device()
+HIDDEN = 1000
+HEADS = (0, 2, 3)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "plain"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", fold.DTYPES, ids=str)
+def test_kernel(
+    dtype: torch.dtype, head_dim: int, transposed: bool, aligned: bool, record_property: Callable[..., None]
+) -> None:
+    """One variant on one site with a bias; NaN in the columns that are not locked."""
+    lines, length = (5 * head_dim, HIDDEN) if transposed else (HIDDEN, 5 * head_dim)
+    storage = torch.full((lines * length + 1,), math.nan, dtype=dtype, device=DEVICE)
+    weight = storage[:-1] if aligned else storage[1:]
+    weight = weight.view(lines, length).t() if transposed else weight.view(lines, length)
+    for head in HEADS:
+        weight[:, head * head_dim : (head + 1) * head_dim] = torch.randn(HIDDEN, head_dim).to(weight)
+    displacement = Displacement(HEADS, torch.randn(len(HEADS), head_dim, dtype=torch.float64))
+    bias = torch.randn(HIDDEN).to(weight)
+    out = torch.full_like(bias, math.nan)
+    arguments = ([weight], [HEADS], [displacement.values], [bias], [out])
+    assert fold.build_table(*arguments).variant.aligned == aligned
+    fold.fold_sites(*arguments)
+    error = (out.double() - reference.exact_fold(weight, displacement, bias)).abs()
+    bounds = float((error / reference.error_bound(weight, displacement, bias)).nan_to_num(nan=math.inf).max())
+    layout = f"{'columns' if transposed else 'rows'}, {'aligned' if aligned else 'plain'}"
+    record_property("what", f"kernel, {str(dtype).removeprefix('torch.')}, {layout}")
+    record_property("case", f"head_dim {head_dim}")
+    record_property("error", bounds)
+    assert bounds <= 1
+
+
+@pytest.mark.parametrize("kind", families.CONFIGS)
+def test_relock(kind: str, record_property: Callable[..., None]) -> None:
+    """Relocking a tiny model of the family's real class on the device, and unlocking it bit for bit."""
+    model = families.tiny_model(kind, torch.bfloat16).to(DEVICE)
+    lock = families.random_lock(model)
+    before, displacements = families.state(model), lock.displacement(6.0)
+    weights = [site.weight for site in sites_for(model, lock)]
+    added = list(displacements.values())
+    biases = [None if site.bias is None else site.bias.detach().clone() for site in sites_for(model, lock)]
+    fastlock.relock(model, lock)
+    folds = [site.bias for site in sites_for(model, lock)]
+    error = errors(weights, added, folds, biases)["bounds"]
+    record_property("what", "relock, bfloat16, every family")
+    record_property("case", kind)
+    record_property("error", error)
+    assert error <= 1
+    assert all(bias.device.type == DEVICE.type for bias in folds)
+    fastlock.unlock(model)
+    assert families.same_state(families.state(model), before)

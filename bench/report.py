@@ -1,0 +1,193 @@
+"""From what pytest and pytest-benchmark wrote to what is kept under bench/results/."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+HOW_TO_READ = """\
+- A **lock** shifts some attention heads; the **fold** b = W d turns the shift into a bias, one per locked layer.
+  Weights are random, of the shape of Llama-3 8B and 70B; no model was downloaded.
+- **starts from**: what was ready before the clock started: the lock; d (its product, on the device, in the form that
+  the path wants); the kernel's table on the device.
+- **median**: of whole calls by the host's clock, the device waited for, launches and Python included; in brackets
+  the 95 % interval of the median (order statistics). **fastest**: the fastest call. **rounds**: how many calls.
+- **GB/s**: bytes counted over the median, 10⁹ bytes a second. Counted are the weights that the path must read (the
+  locked columns; for `linear` and `authors` the whole matrices) and the biases written, once each. **of copy**: that
+  over the bandwidth of a large `copy_` (read plus written), measured just before on the same device. A path that
+  reads fewer bytes is faster at the same GB/s; one that only reads can pass 100 %.
+- **vs authors**: the time of the authors' way (float16, same shape and lock, same run) over this path's, per model.
+- **right**: every number within `fastlock.reference.error_bound` of float64: one unit in the last place, plus the
+  bound of a float32 sum; in brackets the largest error in units of that bound. Checked on what the last timed call
+  returned. `columns`, `linear` and `authors` sum in other precisions and are not held to it, only to 2 % in norm.
+- The calls rotate among models; **cold**: the bytes of the whole rotation are at least 4 times the cache."""
+ON_DEVICE = """\
+- **on the device**: between two CUDA events around the call, queued while the GPU still read a 2 GiB buffer over and
+  over, which empties the L2 cache and keeps the host's pace out; for paths in which the host never waits for the GPU.
+  The ratio there is to `linear` in float16: the authors' products alone, without their copies to the GPU."""
+ON_CPU = """\
+- On a CPU, `fold` and `relock` run the reference: float64 products of the locked columns. There is no CPU kernel."""
+
+
+def interval_of_median(values: list[float]) -> list[float] | None:
+    """The median and its 95 % interval by order statistics: [median, low, high]; the extremes below 6 values."""
+    if not values:
+        return None
+    ordered, n = sorted(values), len(values)
+    below, tail = 0, 0.5**n
+    while below + 1 < n / 2 and tail + math.comb(n, below + 1) * 0.5**n <= 0.025:
+        below += 1
+        tail += math.comb(n, below) * 0.5**n
+    return [statistics.median(ordered), ordered[below], ordered[n - 1 - below]]
+
+
+def benchmarks(file: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per benchmark of a pytest-benchmark file, without the single times."""
+    rows = []
+    for entry in file.get("benchmarks", []):
+        if "path" not in entry["extra_info"]:  # it raised before its result was checked
+            continue
+        times = entry["stats"]["data"]
+        rows.append(
+            {
+                **entry["extra_info"],
+                "seconds": interval_of_median(times),
+                "fastest_seconds": min(times),
+                "rounds": len(times),
+            }
+        )
+    return rows
+
+
+def outcome(junit: Path, step: str) -> dict[str, Any]:
+    """What a pytest run came to: counts, and the names of what did not pass."""
+    result: dict[str, Any] = {"step": step, "passed": 0, "failed": 0, "skipped": 0, "not_passed": []}
+    if not junit.is_file():
+        return result | {"failed": 1, "not_passed": ["pytest wrote no report"]}
+    for case in ET.parse(junit).iter("testcase"):
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        result[kind] += 1
+        if kind != "passed":
+            result["not_passed"].append(f"{kind}: {case.get('classname')}::{case.get('name')}")
+    return result
+
+
+def parity(junit: Path) -> list[dict[str, Any]]:
+    """The recorded errors of parity.py: per kind of test the cases, and the worst of them."""
+    if not junit.is_file():
+        return []
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for case in ET.parse(junit).iter("testcase"):
+        recorded = {p.get("name"): p.get("value") or "" for p in case.iter("property")}
+        if "error" in recorded:
+            groups.setdefault(recorded["what"], []).append((float(recorded["error"]), recorded["case"]))
+    return [
+        {"what": what, "cases": [name for _, name in found], "error_in_bounds": max(found)[0], "worst": max(found)[1]}
+        for what, found in groups.items()
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole report."""
+    device = result["machine"]["device"]
+    on_gpu = not device.startswith("CPU")
+    lines = [f"# Benchmarks on {device}, {result['date']}", ""]
+    lines += [
+        f"Written by `{result['command']}` ({result['took_seconds']:.0f} s); the same numbers are in {result['json']}.",
+        "",
+    ]
+    lines += table(["", ""], [[key, value] for key, value in result["machine"].items()])
+    lines += _outcomes(result["steps"])
+    if result["parity"]:
+        lines += _parity(result["parity"])
+    lines += ["## How to read the tables", "", HOW_TO_READ, ON_DEVICE if on_gpu else ON_CPU, ""]
+    lines += _paths(result["benchmarks"])
+    for key in dict.fromkeys((row["shape"], row["dtype"]) for row in result["benchmarks"]):
+        lines += _section(*key, result["benchmarks"], on_gpu)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table, and the empty line after it."""
+    return [_line(head), _line(["---"] * len(head)), *map(_line, rows), ""]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _outcomes(steps: list[dict[str, Any]]) -> list[str]:
+    rows = [[step["step"], *(str(step[key]) for key in ("passed", "failed", "skipped"))] for step in steps]
+    lines = ["## Tests and checks of this run", "", *table(["step", "passed", "failed", "skipped"], rows)]
+    rest = [f"- {name}" for step in steps for name in step["not_passed"]]
+    return lines + (["Not passed:", "", *rest, ""] if rest else [])
+
+
+def _parity(groups: list[dict[str, Any]]) -> list[str]:
+    rows = [[g["what"], str(len(g["cases"])), f"{g['error_in_bounds']:.2f}", g["worst"]] for g in groups]
+    note = "Largest error against float64 in units of `fastlock.reference.error_bound`: right if at most 1."
+    return ["## Parity on the device", "", note, "", *table(["what", "cases", "largest error", "where"], rows)]
+
+
+def _paths(rows: list[dict[str, Any]]) -> list[str]:
+    whats = {row["path"]: [f"`{row['path']}`", row["starts_from"], row["what"]] for row in rows}
+    return table(["path", "starts from", "what it is"], list(whats.values())) if whats else []
+
+
+def _section(shape: str, dtype: str, every: list[dict[str, Any]], on_gpu: bool) -> list[str]:
+    rows = [row for row in every if (row["shape"], row["dtype"]) == (shape, dtype)]
+    first = rows[0]
+    head = [
+        "path",
+        "models a call",
+        "median (95 %)",
+        "fastest",
+        "rounds",
+        "GB/s",
+        "of copy",
+        "vs authors",
+        "right",
+        "cold",
+    ]
+    if on_gpu:
+        head += ["on the device (95 %)", "GB/s", "of copy", "vs `linear` float16"]
+    authors = _per_model(every, shape, "authors", "seconds")
+    linear = _per_model(every, shape, "linear", "device_seconds")
+    cells = []
+    for row in rows:
+        line = [f"`{row['path']}`", str(row["models"]), *_timing(row, "seconds", authors)]
+        line[3:3] = [_time(row["fastest_seconds"]), str(row["rounds"])]
+        line += [f"{_yes(row['matches'])} ({row['error_in_bounds']:.2g})", _yes(row["cold"])]
+        cells.append(line + (_timing(row, "device_seconds", linear) if on_gpu else []))
+    title = f"## Shape of Llama-3 {shape}, {dtype}"
+    note = f"Lock: {first['lock']}. Copy: {first['copy_bytes_per_second'] / 1e9:.4g} GB/s."
+    return [title, "", note, "", *table(head, cells)]
+
+
+def _timing(row: dict[str, Any], key: str, authors: float | None) -> list[str]:
+    """Median and interval, GB/s, fraction of the copy, ratio to the authors' way."""
+    if not row[key]:
+        return [""] * 4
+    median, low, high = row[key]
+    rate = row["bytes"] / median
+    ratio = f"{authors * row['models'] / median:.3g}×" if authors else ""
+    span = f"{_time(median)} ({_time(low)}–{_time(high)})"
+    return [span, f"{rate / 1e9:.3g}", f"{rate / row['copy_bytes_per_second']:.0%}", ratio]
+
+
+def _per_model(rows: list[dict[str, Any]], shape: str, path: str, key: str) -> float | None:
+    wanted = (shape, "float16", path, 1)
+    found = [row[key] for row in rows if (row["shape"], row["dtype"], row["path"], row["models"]) == wanted]
+    return float(found[0][0]) if found and found[0] else None
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
