@@ -125,7 +125,6 @@ def load() -> tuple[Any, Any]:
     file = next(directory.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32).eval()
-    del model.config.quantization_config  # the GGUF was dequantised while loading; what is saved is plain float32
     return model, tokenizer
 
 

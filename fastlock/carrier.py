@@ -140,7 +140,7 @@ def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     for name in places.keys() - state.keys():
         if name.endswith(".bias"):
-            state[name] = torch.zeros(places[name].shape, dtype=dtype)
+            state[name] = torch.zeros(places[name].shape, dtype=dtype, device="cpu")
     model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
     return model.eval()
@@ -151,6 +151,7 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     receipt: Receipt = getattr(model, RECORD)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
+    config.__dict__.pop("quantization_config", None)  # a GGUF's, dequantised in loading: what is saved is plain
     was = has_flag(family, config)
     note: dict[str, Any] = {"form": "native", "flag": family.bias_flag, "was": was}
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))

@@ -77,10 +77,10 @@ def extract(
     rows = _best_heads(_scores(vectors, safe, train, seed, progress), heads)
     directions, scales = zip(*(_direction(vectors, safe, layer, head) for layer, head in rows), strict=True)
     return Lock(
-        layers=torch.tensor([layer for layer, _ in rows]),
-        heads=torch.tensor([head for _, head in rows]),
+        layers=torch.tensor([layer for layer, _ in rows], device="cpu"),
+        heads=torch.tensor([head for _, head in rows], device="cpu"),
         directions=torch.from_numpy(np.stack(directions)),
-        scales=torch.tensor(scales, dtype=torch.float64),
+        scales=torch.tensor(scales, dtype=torch.float64, device="cpu"),
         num_layers=len(all_sites),
         num_heads=all_sites[0].num_heads,
         head_dim=all_sites[0].head_dim,

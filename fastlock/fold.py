@@ -35,7 +35,7 @@ def fold(
     Raises:
         FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large.
     """
-    folds: list[torch.Tensor] = [torch.empty(0)] * len(weights)
+    folds: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(weights)
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, weight in enumerate(weights):
         groups.setdefault(_group(weight, displacements[i]), []).append(i)

@@ -55,7 +55,7 @@ class Displacement:
     def dense(self, width: int) -> torch.Tensor:
         """The displacement d as a whole vector: [width] float64, `width = num_heads * head_dim`."""
         head_dim = self.values.shape[1]
-        d = torch.zeros(width, dtype=torch.float64)
+        d = torch.zeros(width, dtype=torch.float64, device="cpu")
         for head, value in zip(self.heads, self.values, strict=True):
             d[head * head_dim : (head + 1) * head_dim] = value
         return d
@@ -201,7 +201,7 @@ def check_strength(strength: float) -> float:
 
 def _as_tensor(value: Any, dtype: torch.dtype, name: str, where: str) -> torch.Tensor:
     try:
-        tensor = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.tensor(value)
+        tensor = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise FastlockError(f"{where}: `{name}` is not a tensor of numbers ({error}).") from None
     if tensor.layout != torch.strided:
@@ -275,7 +275,7 @@ def _check_rows(lock: Lock, where: str) -> None:
     refuse(off_unit, "has a direction that is not a unit vector. Divide it by its norm, and fold the norm into scale.")
     key = lock.layers.long() * 2**31 + lock.heads.long()
     order = torch.argsort(key, stable=True)
-    again = torch.zeros(len(key), dtype=torch.bool)
+    again = torch.zeros_like(key, dtype=torch.bool)
     again[order[1:]] = key[order][1:] == key[order][:-1]
     refuse(again, "appears twice. A head has one direction: remove one of the rows.")
     if lock.num_layers is not None:

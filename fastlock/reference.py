@@ -34,8 +34,8 @@ def exact_fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Ten
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     b = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
     for columns, value in _locked_columns(weight, displacement):
-        b += columns.to(device, torch.float64) @ value.to(device)
-    return b if bias is None else b + bias.detach().to(device, torch.float64)
+        b += columns.to(device).double() @ value.to(device)
+    return b if bias is None else b + bias.detach().to(device).double()
 
 
 def error_bound(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,9 +45,9 @@ def error_bound(weight: torch.Tensor, displacement: Displacement, bias: torch.Te
     float32 products in any order (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5).
     """
     b = exact_fold(weight, displacement, bias)
-    magnitude = torch.zeros_like(b) if bias is None else bias.detach().to(b).abs()
+    magnitude = torch.zeros_like(b) if bias is None else bias.detach().to(b.device).double().abs()
     for columns, value in _locked_columns(weight, displacement):
-        magnitude += columns.to(b).abs() @ value.to(b).abs()
+        magnitude += columns.to(b.device).double().abs() @ value.to(b.device).abs()
     info = torch.finfo(weight.dtype)
     unit = torch.exp2(torch.floor(torch.log2(b.abs().clamp(min=info.tiny)))) * info.eps
     return unit + (displacement.values.numel() + 1) * 2.0**-24 * magnitude

@@ -85,7 +85,7 @@ def _is_fold(site: Site, displacement: Displacement, original: torch.Tensor | No
     if site.bias is None:
         return False
     expected = exact_fold(site.weight, displacement, original)
-    error = (site.bias.detach().to(expected) - expected).abs()
+    error = (site.bias.detach().to(expected.device).double() - expected).abs()
     return bool((error <= error_bound(site.weight, displacement, original)).all())
 
 
@@ -98,7 +98,9 @@ def _without_receipt(sites: list[Site], lock: Lock) -> Verification:
     folds = torch.cat([exact_fold(site.weight, unit[site.layer]).cpu() for site in sites])
     biases = torch.cat(
         [
-            torch.zeros(len(s.weight), dtype=torch.float64) if s.bias is None else s.bias.detach().double().cpu()
+            torch.zeros(len(s.weight), dtype=torch.float64, device="cpu")
+            if s.bias is None
+            else s.bias.detach().cpu().double()
             for s in sites
         ]
     )

@@ -283,8 +283,9 @@ def _pack(
     """The three parts of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
     numbers = rows + addresses + [0] * (len(addresses) % 2)  # SITE_FIELDS is even, so two int64 are 16 bytes
     # Pinned memory of torch is not used again before the copy has run, even if the tensor is gone by then.
-    host = torch.empty(len(numbers) + (values.numel() + 1) // 2, dtype=torch.int64, pin_memory=device.type == "cuda")
-    host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+    length, pinned = len(numbers) + (values.numel() + 1) // 2, device.type == "cuda"
+    host = torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()
     table = host.to(device, non_blocking=True)
     return (

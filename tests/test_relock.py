@@ -559,3 +559,21 @@ def test_importing_fastlock_is_quick_and_light() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.startswith("[] "), out.stdout
+
+
+def test_another_default_device_changes_nothing(tmp_path) -> None:
+    """As `torch.set_default_device("cuda")` does: what fastlock makes for itself is on the CPU all the same."""
+    model = tiny_model("gpt2")
+    lock, before = random_lock(model), state(model)
+    fastlock.relock(model, lock)
+    expected = biases(model)
+    fastlock.unlock(model)
+    lock.save(tmp_path / "lock.safetensors")
+    with torch.device("meta"):
+        loaded = fastlock.Lock.load(tmp_path / "lock.safetensors")
+        assert loaded == fastlock.Lock(lock.layers.tolist(), lock.heads.tolist(), lock.directions, lock.scales.tolist())
+        fastlock.relock(model, loaded)
+        assert fastlock.verify(model, loaded)
+        assert same_biases(biases(model), expected)
+        fastlock.unlock(model)
+    assert same_state(state(model), before)

@@ -253,6 +253,18 @@ def test_the_live_model_is_left_as_it_was(tmp_path) -> None:
     assert fastlock.verify(model, lock)
 
 
+def test_a_dequantised_checkpoint_is_saved_as_the_plain_one_that_it_is(tmp_path) -> None:
+    """As a GGUF is loaded: plain weights, and a config that still speaks of quantisation."""
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gguf", "gguf_file": "x.gguf", "dequantize": False}
+    lock = random_lock(model)
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert fastlock.verify(tmp_path, lock)
+    assert hasattr(model.config, "quantization_config")
+
+
 def test_push_to_hub_while_saving_is_refused(tmp_path) -> None:
     model = tiny_model("llama")
     fastlock.relock(model, random_lock(model))
