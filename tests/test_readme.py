@@ -1,0 +1,79 @@
+"""What the README shows runs as it is printed, on tiny models of the names that it uses."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import fastlock
+from fastlock import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def tokenizer(pairs: tuple[fastlock.Pair, ...]) -> PreTrainedTokenizerFast:
+    """One token a word."""
+    words = Tokenizer(models.WordLevel(unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [text for pair in pairs for text in (pair.question, pair.safe, pair.unsafe)]
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["?"]))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working directory with everything that the README names."""
+    model = tiny_model("llama", num_hidden_layers=6, vocab_size=4096)
+    pairs = fastlock.shipped_pairs()
+    for name in ("my-finetune-of-llama-3-8b", "BASE", "CHECKPOINT"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer(pairs).save_pretrained(tmp_path / name)
+    u = np.eye(32, dtype=np.float16)
+    rows = {f"model.layers.{layer}.self_attn.head_out": [(np.int64(1), u[layer], np.float16(0.5))] for layer in (1, 4)}
+    torch.save(rows, tmp_path / "Meta-Llama-3-8B-Instruct.safelock")
+    lines = (Path(fastlock.__file__).with_name("pairs.jsonl")).read_text().splitlines()[:10]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_runs(files) -> None:
+    first, second = blocks("python")
+    names: dict[str, object] = {}
+    exec(first, names)
+    assert names["receipt"].layers == (1, 4)
+    names |= {"base_model": tiny_model("llama", num_hidden_layers=6, vocab_size=4096)}
+    names |= {"tokenizer": tokenizer(fastlock.shipped_pairs())}
+    exec(second, names)
+    assert len(fastlock.Lock.load(files / "my-base.lock.safetensors")) == 24
+
+
+def test_the_commands_run(files, monkeypatch) -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fastlock ")]
+    assert {shlex.split(command)[1] for command in commands} == {"extract", "relock", "verify", "unlock", "inspect"}
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code, command
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    named = re.findall(
+        r"make ((?:[a-z]+(?:-[a-z]+)* ?)+)", "\n".join([*blocks("bash"), *re.findall("`(.*?)`", README)])
+    )
+    assert {"demo", "test", "gpu"} <= set(" ".join(named).split())
+    for target in " ".join(named).split():
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
