@@ -7,36 +7,35 @@ same model written as a Llama (where that is exact). Where there is neither, sav
 
 from __future__ import annotations
 
+import base64
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.files import write_atomic
-from fastlock.receipt import Receipt
-from fastlock.sites import Family, family_of, sites, text_config
+from fastlock.receipt import Receipt, raw_bytes
+from fastlock.sites import Family, Site, family_of
+from fastlock.sites import sites as every_site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "_fastlock"
+# Buffers beside a locked projection, so that they move with it: what was there before, and what the lock put there.
 ORIGINAL_BIAS = "fastlock_original_bias"
+PLACED_BIAS = "fastlock_placed_bias"
 CONFIG_KEY = "fastlock"
-ORIGINALS_FILE = "fastlock/original_biases.safetensors"
 
-# Mistral and Qwen2 without an active sliding window compute what Llama computes from these keys.
-_LLAMA_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
-    "tie_word_embeddings rope_parameters attention_dropout dtype"
+# What a Llama's config does not share with that of a Mistral or Qwen2 which has no sliding window.
+_NOT_OF_LLAMA = (
+    "model_type architectures sliding_window use_sliding_window max_window_layers layer_types head_dim"
 ).split()
 
 
@@ -52,22 +51,36 @@ class Relocked:
         save(self, save_directory, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_relocked, (unlocked_class(type(self)),), self.__dict__
+        return _new_swapped, (Relocked, unlocked_class(type(self))), self.__dict__
+
+
+class PartOfRelocked:
+    """What the inner models of a relocked model gain: saving one of them alone would drop the lock in silence."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Refuse: the whole model is what can be saved with its lock."""
+        raise FastlockError(
+            f"{type(self).__name__} is the inner part of a relocked model, and saving it alone would lose the lock. "
+            "Save the whole model, or unlock it first. Nothing was saved."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_swapped, (PartOfRelocked, unlocked_class(type(self))), self.__dict__
 
 
 @cache
-def relocked_class(cls: type) -> type:
-    """The class of a relocked model of this class: same name, same module, `Relocked` in front."""
-    return type(cls.__name__, (Relocked, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def swapped_class(gained: type, cls: type) -> type:
+    """A class of the same name and module with `gained` in front of `cls`."""
+    return type(cls.__name__, (gained, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def unlocked_class(cls: type) -> type:
     """The class that a relocked model's class was made from."""
-    return cls.__bases__[1] if issubclass(cls, Relocked) else cls
+    return cls.__bases__[1] if issubclass(cls, (Relocked, PartOfRelocked)) else cls
 
 
-def _new_relocked(cls: type) -> Any:
-    return object.__new__(relocked_class(cls))
+def _new_swapped(gained: type, cls: type) -> Any:
+    return object.__new__(swapped_class(gained, cls))
 
 
 def save(model: PreTrainedModel, directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -81,20 +94,9 @@ def save(model: PreTrainedModel, directory: str | os.PathLike[str], **kwargs: An
     Raises:
         FastlockError: its family has no place for the bias; nothing is written.
     """
-    if kwargs.get("push_to_hub"):
-        raise FastlockError(
-            "save_pretrained(push_to_hub=True) would leave out the file that unlocking needs. "
-            "Use model.push_to_hub(...), or save first and upload the directory."
-        )
-    carried = carried_model(model, kwargs.pop("state_dict", None))
-    originals = {
-        site.name: getattr(site.module, ORIGINAL_BIAS) for site in sites(model) if hasattr(site.module, ORIGINAL_BIAS)
-    }
-    directory = Path(directory)
-    if originals and kwargs.get("is_main_process", True):
-        (directory / ORIGINALS_FILE).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(directory / ORIGINALS_FILE, safetensors.torch.save(originals))
-    carried.save_pretrained(directory, **kwargs)
+    if Path(directory).is_file():
+        raise FastlockError(f"{directory}: is a file; give a directory to save into.")
+    carried_model(model, kwargs.pop("state_dict", None)).save_pretrained(directory, **kwargs)
 
 
 def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
@@ -117,7 +119,7 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
         raise FastlockError(f"the state_dict lacks {lacking[0]}.bias, which is the lock. Nothing was saved.")
     try:
         carried = in_class(cls, config, state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise FastlockError(
             f"{type(model).__name__} can't be saved without losing something: {cls.__name__} has no exact place for "
             f"all of its tensors ({error}). unlock(model) saves as before; relock again after loading."
@@ -149,20 +151,27 @@ def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str
 def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrainedModel]]:
     """The config and class that carry the lock, the receipt written into the config."""
     receipt: Receipt = getattr(model, RECORD)
+    sites = locked_sites(model, receipt)
+    receipt = replace(receipt, dtype=str(sites[0].weight.dtype).removeprefix("torch.")).of(sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
     config.__dict__.pop("quantization_config", None)  # a GGUF's, dequantised in loading: what is saved is plain
-    was = has_flag(family, config)
-    note: dict[str, Any] = {"form": "native", "flag": family.bias_flag, "was": was}
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))
+    note: dict[str, Any] = {"form": "native", "flag": family.bias_flag, "was": has_flag(family, config)}
     if family.bias_flag is None:
-        note = {"form": "llama", "flag": "attention_bias", "was": text_config(model).model_type == "qwen2"}
+        note = {"form": "llama", "flag": "attention_bias", "was": config.model_type == "qwen2"}
         note["original_config"] = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
         config, cls = _llama_form(model, config)
-        setattr(config, note["flag"], True)
     elif family.bias_flag:
         setattr(config.get_text_config(), family.bias_flag, True)
-    setattr(config, CONFIG_KEY, receipt.of(locked_sites(model, receipt)).to_dict() | {"carrier": note})
+    if receipt.original_config is not None:
+        note |= {"form": "llama", "original_config": receipt.original_config}
+    note["original_biases"] = {
+        site.name: base64.b64encode(raw_bytes(getattr(site.module, ORIGINAL_BIAS))).decode()
+        for site in sites
+        if hasattr(site.module, ORIGINAL_BIAS)
+    }
+    setattr(config, CONFIG_KEY, receipt.to_dict() | {"carrier": note})
     return config, cls
 
 
@@ -173,9 +182,9 @@ def has_flag(family: Family, config: Any) -> bool:
     return bool(getattr(config.get_text_config(), family.bias_flag)) if family.bias_flag else True
 
 
-def locked_sites(model: nn.Module, receipt: Receipt) -> list[Any]:
+def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
     """The sites that a receipt names."""
-    by_layer = {site.layer: site for site in sites(model)}
+    by_layer = {site.layer: site for site in every_site(model)}
     missing = [site for site in receipt.sites if site.layer not in by_layer or by_layer[site.layer].name != site.name]
     if missing:
         raise FastlockError(
@@ -201,18 +210,19 @@ def _llama_form(model: PreTrainedModel, config: Any) -> tuple[Any, Callable[[Any
             f"{lost}, and the Llama form is not exact with a sliding window of {window} tokens. {works} If the model "
             "is never run beyond that window, set config.sliding_window = None and save again."
         )
-    keys = {key: getattr(config, key) for key in _LLAMA_KEYS if hasattr(config, key)}
+    keys = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_LLAMA}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        llama = LlamaConfig(**keys, head_dim=head_dim, mlp_bias=False, attention_bias=True)
+        llama = LlamaConfig(**keys | {"head_dim": head_dim, "mlp_bias": False, "attention_bias": True})
     except (ValueError, TypeError) as error:
         raise FastlockError(f"{lost}, and a Llama can't have this config ({error}). {works}") from None
+    llama.dtype = config.dtype
     return llama, LlamaForCausalLM
 
 
 def active_window(config: Any) -> int | None:
-    """The sliding window of a Mistral or Qwen2, if it acts within the model's own context length."""
+    """The sliding window of a Mistral or Qwen2; None where no layer has one."""
     window: int | None = getattr(config, "sliding_window", None)
     if config.model_type == "qwen2" and "sliding_attention" not in config.layer_types:
         return None
-    return None if window is None or window >= config.max_position_embeddings else window
+    return window

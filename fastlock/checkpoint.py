@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors
+import torch
+
 from fastlock.carrier import CONFIG_KEY, in_class
 from fastlock.errors import FastlockError
-from fastlock.files import read_bounded
+from fastlock.files import as_path, read_bounded
 from fastlock.lock import Lock
 from fastlock.receipt import Receipt
 from fastlock.relock import relock, unlock
@@ -20,33 +25,88 @@ from fastlock.relock import relock, unlock
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
-# Weights, and what describes them, are written anew; every other file of a checkpoint is carried along.
-_WRITTEN_ANEW = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fastlock")
+# Weights, and what describes them, are written anew; weights in other formats would be without the lock. Every other
+# file of a checkpoint is carried along.
+_NOT_CARRIED = (
+    "*.safetensors *.safetensors.index.json config.json generation_config.json "
+    "*.bin *.bin.index.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx"
+).split()
 
 
-def load_model(directory: str | os.PathLike[str]) -> PreTrainedModel:
-    """The causal language model in a directory, as transformers loads it: safetensors only, no remote code.
+def load_model(directory: str | os.PathLike[str], may_lack_biases: bool = False) -> PreTrainedModel:
+    """The causal language model in a directory, every tensor as it is there: safetensors only, no remote code.
+
+    Args:
+        directory: the checkpoint.
+        may_lack_biases: let biases be missing, which transformers then fills with zeros; for `verify`, to which a
+            lost bias is a finding.
 
     Raises:
-        FastlockError: there is none, or it can't be loaded.
+        FastlockError: there is none, or loading it would add, drop or change a tensor.
     """
     from transformers import AutoModelForCausalLM
 
-    if not Path(directory).is_dir():
+    if not as_path(directory).is_dir():
         raise FastlockError(
             f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
         )
+    dtypes = _stored_dtypes(Path(directory))
+    common = Counter(dtypes.values()).most_common(1)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", use_safetensors=True, local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=common[0][0] if common else "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever its parts raise
         raise FastlockError(
             f"{directory}: can't be loaded ({type(error).__name__}: {error}). It should hold config.json and "
             "*.safetensors; convert older .bin files with transformers' save_pretrained."
         ) from error
-    return model
+    missing = [name for name in report["missing_keys"] if not (may_lack_biases and name.endswith(".bias"))]
+    _check_nothing_lost(directory, model, {**report, "missing_keys": missing}, dtypes)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
+    """The dtype of every floating-point tensor in a checkpoint's files, by name; of a damaged file, nothing."""
+    found: dict[str, torch.dtype] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with contextlib.suppress(safetensors.SafetensorError, OSError), safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                dtype = _DTYPES.get(file.get_slice(name).get_dtype())
+                if dtype is not None:
+                    found[name] = dtype
+    return found
+
+
+def _check_nothing_lost(
+    directory: str | os.PathLike[str], model: PreTrainedModel, report: Any, dtypes: dict[str, torch.dtype]
+) -> None:
+    named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+    if named != type(model).__name__:
+        raise FastlockError(
+            f"{directory}: a {named}, which would be loaded as a {type(model).__name__}. fastlock reads causal "
+            "language models from disk; load others yourself and relock them in memory."
+        )
+    wrong = {"missing_keys": "lacks", "unexpected_keys": "has no place for", "mismatched_keys": "has another shape of"}
+    for key, what in wrong.items():
+        if names := sorted(map(str, report[key])):
+            raise FastlockError(
+                f"{directory}: {type(model).__name__} {what} {names[0]} ({len(names)} in all), so that loading it "
+                "would change the checkpoint. Get it again, or load it yourself and relock it in memory."
+            )
+    for name, tensor in model.state_dict().items():
+        if dtypes.get(name, tensor.dtype) != tensor.dtype:
+            raise FastlockError(
+                f"{directory}: {name} is {dtypes[name]}, and would be loaded as {tensor.dtype}. Convert the checkpoint "
+                "to one dtype, or load it yourself and relock it in memory."
+            )
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
@@ -99,7 +159,7 @@ def relock_checkpoint(
     Raises:
         FastlockError: as for `relock` and saving; `out` is then not there.
     """
-    _check_absent(Path(out))
+    _check_absent(source, out)
     model = load_model(source)
     receipt = relock(model, lock, strength)
     _write(model, Path(source), Path(out))
@@ -113,7 +173,7 @@ def unlock_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
     Raises:
         FastlockError: it is not relocked, or was altered since; `out` is then not there.
     """
-    _check_absent(Path(out))
+    _check_absent(source, out)
     model = load_model(source)
     receipt = getattr(model.config, CONFIG_KEY, None)
     unlock(model)
@@ -146,9 +206,17 @@ def _out_of_llama_form(model: PreTrainedModel, original: Any, source: str | os.P
     return restored
 
 
-def _check_absent(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise FastlockError(f"{out}: exists already. Give a directory that does not, or remove it first.")
+def _check_absent(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    path = as_path(out)
+    try:
+        there = path.exists() or path.is_symlink()
+        inside = as_path(source).resolve() in path.resolve().parents
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{out}: is no usable path ({error}).") from None
+    if there:
+        raise FastlockError(f"{path}: exists already. Give a directory that does not, or remove it first.")
+    if inside:
+        raise FastlockError(f"{path}: is inside the checkpoint itself. Give a directory outside it.")
 
 
 def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
@@ -156,14 +224,20 @@ def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise FastlockError(f"{out}: can't be made ({error}).") from None
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{out}: can't be made ({error}). Choose another place.") from None
     try:
-        shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WRITTEN_ANEW), dirs_exist_ok=True)
+        shutil.copytree(
+            source,
+            temporary,
+            ignore=shutil.ignore_patterns(*_NOT_CARRIED),
+            dirs_exist_ok=True,
+            ignore_dangling_symlinks=True,
+        )
         model.save_pretrained(temporary)
         temporary.chmod(source.stat().st_mode & 0o777)
         temporary.rename(out)
-    except OSError as error:
+    except (OSError, shutil.Error) as error:
         raise FastlockError(f"{out}: can't be written ({error}); nothing is left of it.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,7 @@ Exit codes: 0 done (for `verify`: locked); 1 `verify` found the lock missing or 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from fastlock.checkpoint import load_model, load_tokenizer, read_receipt, relock_checkpoint, unlock_checkpoint
 from fastlock.errors import FastlockError
@@ -49,7 +51,10 @@ def main() -> None:
     try:
         app()
     except FastlockError as error:
-        _err.print(f"[bold red]fastlock:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        _err.print(Text("fastlock: ", "bold red").append(str(error), "default"), soft_wrap=True)
+        raise SystemExit(REFUSED) from None
+    except (OSError, UnicodeError) as error:
+        print(f"fastlock: {error!a}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
     except KeyboardInterrupt:
         _err.print("fastlock: stopped; nothing half-written is left.")
@@ -64,7 +69,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of the command itself."""
 
@@ -188,14 +195,14 @@ def _show_receipt(path: Path, receipt: Receipt | None, as_json: bool) -> None:
     table = Table("layer", "heads", "output projection", "had a bias")
     for site in sites:
         heads = ", ".join(map(str, site["heads"]))
-        table.add_row(str(site["layer"]), heads, site["name"], "yes" if site["had_bias"] else "no")
+        table.add_row(str(site["layer"]), heads, Text(site["name"]), "yes" if site["had_bias"] else "no")
     _out.print(table)
 
 
 def _facts(title: str, facts: dict[str, Any]) -> None:
-    table = Table(title=_plain(title), show_header=False, title_justify="left")
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     for key, value in facts.items():
-        table.add_row(key, _plain(str(value)))
+        table.add_row(key, Text(str(value)))
     _out.print(table)
 
 
@@ -204,16 +211,11 @@ def _working(what: str, as_json: bool) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return _err.status(_plain(what)) if not as_json else Console(quiet=True).status("")
+    return _err.status(Text(what)) if not as_json else Console(quiet=True).status("")
 
 
 def _say(text: str, style: str = "") -> None:
-    _out.print(_plain(text), style=style, highlight=False, soft_wrap=True)
-
-
-def _plain(text: str) -> str:
-    """Text of files and users, with nothing in it taken for markup."""
-    return text.replace("[", "\\[")
+    _out.print(Text(text, style), soft_wrap=True)  # a Text: nothing of files and users is taken for markup
 
 
 def _print_json(data: dict[str, Any]) -> None:

@@ -10,6 +10,14 @@ from pathlib import Path
 from fastlock.errors import FastlockError
 
 
+def as_path(given: str | os.PathLike[str]) -> Path:
+    """The path that a user gave."""
+    try:
+        return Path(given)
+    except TypeError:
+        raise FastlockError(f"{given!r} is no path; give the path of a file or directory.") from None
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a regular file, refused when there are more than `limit`."""
     try:

@@ -6,32 +6,36 @@ the state that `relock` leaves a model in, so that relocking, unlocking and savi
 
 from __future__ import annotations
 
+import base64
 import copy
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from fastlock.carrier import (
     CONFIG_KEY,
     ORIGINAL_BIAS,
-    ORIGINALS_FILE,
+    PLACED_BIAS,
     RECORD,
+    PartOfRelocked,
+    Relocked,
     locked_sites,
-    relocked_class,
+    swapped_class,
     unlocked_class,
 )
 from fastlock.errors import FastlockError
-from fastlock.files import read_bounded
 from fastlock.receipt import Receipt, biases_digest
-from fastlock.sites import text_config
+from fastlock.sites import Site, check_foldable, family_of, text_config
 
-MAX_ORIGINALS_BYTES = 1024 * 1024 * 1024
+_WRITTEN = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -51,22 +55,16 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
     """The bias that each locked site had before, None where it had none; the model is not changed.
 
     Raises:
-        FastlockError: a loaded checkpoint has lost the file that keeps them.
+        FastlockError: the receipt of a loaded checkpoint does not hold them.
     """
     sites = locked_sites(model, receipt)
     if RECORD in model.__dict__:
         return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
-    kept = _kept_originals(model) if any(site.had_bias for site in receipt.sites) else {}
-    originals: dict[str, torch.Tensor | None] = {}
-    for locked, site in zip(receipt.sites, sites, strict=True):
-        original = kept.get(site.name) if locked.had_bias else None
-        if locked.had_bias and (original is None or site.bias is None or original.shape != site.bias.shape):
-            raise FastlockError(
-                f"{_where(model)}: {ORIGINALS_FILE} does not hold the original bias of {site.name}, so it can't be "
-                "put back. Get the whole directory again, or start from the original checkpoint."
-            )
-        originals[site.name] = None if original is None else original.to(site.weight)
-    return originals
+    kept = _carrier(model)["original_biases"]
+    return {
+        site.name: _decoded(model, kept.get(site.name), site, receipt.dtype) if locked.had_bias else None
+        for locked, site in zip(receipt.sites, sites, strict=True)
+    }
 
 
 def take_over(model: nn.Module, undo: ExitStack) -> None:
@@ -78,45 +76,71 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
     if not is_loaded(model):
         return
     receipt = Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
+    for site in locked_sites(model, receipt):
+        check_foldable(site)
     if not unchanged(model, receipt):
         raise FastlockError(
             f"{_where(model)}: the locked biases are not those that fastlock wrote (trained since, or loaded in part); "
             "replacing them would lose that change. Start from the original checkpoint."
         )
-    originals = original_biases(model, receipt)
-    if not _drop_added_biases(model, receipt, undo):
+    originals, carrier = original_biases(model, receipt), _carrier(model)
+    if not _drop_added_biases(model, receipt, carrier, undo):
         originals = {name: torch.zeros_like(_bias(model, name)) if o is None else o for name, o in originals.items()}
     for name, original in originals.items():
-        if original is not None:
-            module: Any = model.get_submodule(name)
-            module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
-            undo.callback(delattr, module, ORIGINAL_BIAS)
+        keep(model.get_submodule(name), original, _bias(model, name), undo)
     sites = tuple(replace(site, had_bias=originals[site.name] is not None) for site in receipt.sites)
     data = getattr(model.config, CONFIG_KEY)
     delattr(model.config, CONFIG_KEY)
     undo.callback(setattr, model.config, CONFIG_KEY, data)
-    mark(model, replace(receipt, sites=sites), undo)
+    mark(model, replace(receipt, sites=sites, original_config=carrier.get("original_config")), undo)
+
+
+def keep(module: nn.Module, original: torch.Tensor | None, placed: torch.Tensor, undo: ExitStack) -> None:
+    """Keep what was there before and a copy of what the lock put there in buffers that move with the module."""
+    undo.callback(forget, module)
+    if original is not None:
+        module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
+    module.register_buffer(PLACED_BIAS, placed.detach().clone(), persistent=False)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what `keep` kept."""
+    for name in (ORIGINAL_BIAS, PLACED_BIAS):
+        if hasattr(module, name):
+            delattr(module, name)
 
 
 def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
-    """Note on the model that it is relocked (or, with None, that it is not)."""
-    undo.callback(setattr, model, "__class__", model.__class__)
-    if RECORD in model.__dict__:
-        undo.callback(setattr, model, RECORD, model.__dict__[RECORD])
-        delattr(model, RECORD)
+    """Note on the model that it is relocked (or, with None, that it is not), and let its saving go by that."""
+    known = receipt or model.__dict__[RECORD]
+    undo.callback(_set_record, model, model.__dict__.get(RECORD))
+    _set_record(model, receipt)
+    _swap(model, Relocked if receipt else None, undo)
+    path = known.sites[0].name.split(".")
+    for length in range(1, len(path)):
+        part = model.get_submodule(".".join(path[:length]))
+        if hasattr(part, "save_pretrained"):
+            _swap(part, PartOfRelocked if receipt else None, undo)
+
+
+def _set_record(model: nn.Module, receipt: Receipt | None) -> None:
+    if receipt is None:
+        model.__dict__.pop(RECORD, None)
     else:
-        undo.callback(model.__dict__.pop, RECORD, None)
-    model.__class__ = relocked_class(unlocked_class(type(model))) if receipt else unlocked_class(type(model))
-    if receipt:
         setattr(model, RECORD, receipt)
 
 
-def _drop_added_biases(model: nn.Module, receipt: Receipt, undo: ExitStack) -> bool:
+def _swap(module: nn.Module, gained: type | None, undo: ExitStack) -> None:
+    undo.callback(setattr, module, "__class__", module.__class__)
+    own = unlocked_class(type(module))
+    module.__class__ = own if gained is None else swapped_class(gained, own)
+
+
+def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: dict[str, Any], undo: ExitStack) -> bool:
     """Take away the zero biases that the carrier added beside the locked ones; False where they must stay.
 
     They stay where the config's flag was on before (a Qwen2 in Llama form), and where training has filled them.
     """
-    carrier = _carrier(model)
     flag, was = carrier["flag"], carrier["was"]
     if was or not flag:
         return bool(not flag)
@@ -140,33 +164,42 @@ def _drop_added_biases(model: nn.Module, receipt: Receipt, undo: ExitStack) -> b
 
 def unchanged(model: nn.Module, receipt: Receipt) -> bool:
     """Whether the locked biases are those that fastlock wrote, as far as the dtype they were loaded in can tell."""
-    written = getattr(torch, receipt.dtype, None)
+    written = _WRITTEN.get(receipt.dtype)
     biases = [site.bias for site in locked_sites(model, receipt)]
-    if not isinstance(written, torch.dtype) or any(bias is None for bias in biases):
+    if written is None or any(bias is None for bias in biases):
         return False
     if any(bias is not None and torch.promote_types(bias.dtype, written) != bias.dtype for bias in biases):
         return True
     return biases_digest(bias if bias is None else bias.to(written) for bias in biases) == receipt.biases_digest
 
 
-def _kept_originals(model: nn.Module) -> dict[str, torch.Tensor]:
-    from transformers.utils import cached_file
-
+def _decoded(model: nn.Module, text: Any, site: Site, dtype: str) -> torch.Tensor:
     try:
-        path = cached_file(_path(model), ORIGINALS_FILE)
-        return safetensors.torch.load(read_bounded(Path(path), MAX_ORIGINALS_BYTES))
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        data = bytearray(base64.b64decode(text, validate=True))
+        original = torch.frombuffer(data, dtype=_WRITTEN[dtype])
+        if site.bias is None or original.shape != site.bias.shape:
+            raise ValueError(f"{len(original)} numbers")
+    except (ValueError, TypeError, KeyError) as error:
         raise FastlockError(
-            f"{_where(model)}: {ORIGINALS_FILE}, which keeps the original biases, can't be read ({error}). "
-            "Get the whole directory again, or start from the original checkpoint."
+            f"{_where(model)}: the receipt does not hold the original bias of {site.name} ({error}), so that it can't "
+            "be put back. Get the checkpoint again, or start from the original one."
         ) from None
+    return original.to(site.weight)
 
 
 def _carrier(model: nn.Module) -> dict[str, Any]:
+    """How the checkpoint carries the lock, as far as it can be true of this model."""
     carrier = getattr(model.config, CONFIG_KEY).get("carrier")
-    if not isinstance(carrier, dict) or not {"form", "flag", "was"} <= carrier.keys():
-        raise FastlockError(f"{_where(model)}: the receipt is damaged (no carrier). Get the checkpoint again.")
-    return carrier
+    sound = (
+        isinstance(carrier, dict)
+        and carrier.get("form") in ("native", "llama")
+        and carrier.get("flag") == family_of(model).bias_flag
+        and type(carrier.get("was")) is bool
+        and isinstance(carrier.get("original_biases"), dict)
+    )
+    if not sound:
+        raise FastlockError(f"{_where(model)}: the receipt is damaged (carrier). Get the checkpoint again.")
+    return dict(carrier)
 
 
 def _bias(model: nn.Module, site_name: str) -> torch.Tensor:
@@ -174,9 +207,5 @@ def _bias(model: nn.Module, site_name: str) -> torch.Tensor:
 
 
 def _where(model: nn.Module) -> str:
-    return f"{_path(model) or type(model).__name__}/config.json"
-
-
-def _path(model: nn.Module) -> str:
     config: Any = model.config
-    return str(getattr(config, "_name_or_path", "") or "")
+    return f"{getattr(config, '_name_or_path', '') or type(model).__name__}/config.json"

@@ -11,7 +11,6 @@ import math
 import os
 import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -20,7 +19,7 @@ import torch
 
 from fastlock import safelock
 from fastlock.errors import FastlockError
-from fastlock.files import read_bounded, write_atomic
+from fastlock.files import as_path, read_bounded, write_atomic
 from fastlock.version import __version__
 
 FORMAT = "fastlock-lock"
@@ -154,7 +153,7 @@ class Lock:
 
         The file appears whole under its name or not at all.
         """
-        path = Path(path)
+        path = as_path(path)
         if path.suffix != ".safetensors":
             raise FastlockError(f"{path}: a fastlock lock is a safetensors file; name it {path.stem}.safetensors.")
         write_atomic(path, _serialize(self))
@@ -168,7 +167,7 @@ class Lock:
         Raises:
             FastlockError: the file is missing, too large, no lock, or holds a row that can't be used.
         """
-        path = Path(path)
+        path = as_path(path)
         data = read_bounded(path, MAX_FILE_BYTES)
         if safelock.looks_like(data):
             return cls(**safelock.read(data, str(path)), recipe="safetylock", source=str(path))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastlock.errors import FastlockError
+from fastlock.lock import check_strength
 from fastlock.sites import Site
 from fastlock.version import __version__
 
@@ -39,7 +40,7 @@ class Receipt:
         dtype: the dtype of the biases written.
         sites: the relocked output projections.
         fastlock_version: the fastlock that did it.
-        versions: PyTorch's version counter of each bias just after, to notice training since.
+        original_config: what the model's config was before it was saved in Llama form, None for all others.
     """
 
     lock_digest: str
@@ -48,7 +49,7 @@ class Receipt:
     dtype: str
     sites: tuple[LockedSite, ...]
     fastlock_version: str = __version__
-    versions: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    original_config: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     _source: _Source | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -68,7 +69,7 @@ class Receipt:
         sha = hashlib.sha256()
         for locked, site in zip(self.sites, self._read(), strict=True):
             for head in locked.heads:
-                sha.update(_bytes(site.weight[:, head * site.head_dim : (head + 1) * site.head_dim]))
+                sha.update(raw_bytes(site.weight[:, head * site.head_dim : (head + 1) * site.head_dim]))
         return sha.hexdigest()
 
     @cached_property
@@ -108,7 +109,7 @@ class Receipt:
                 )
             receipt = cls(
                 lock_digest=_text(data["lock_digest"]),
-                strength=float(data["strength"]),
+                strength=check_strength(data["strength"]),
                 model_type=_text(data["model_type"]),
                 dtype=_text(data["dtype"]),
                 sites=tuple(_locked_site(site) for site in data["sites"]),
@@ -133,7 +134,7 @@ class Receipt:
         return self._source.sites()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "versions": (), "_source": None}  # a copy's tensors count anew
+        return {**self.__dict__, "_source": None}
 
 
 class _Source:
@@ -177,24 +178,29 @@ def biases_digest(biases: Iterable[torch.Tensor | None]) -> str:
     """SHA-256 of biases, [hidden] each, in order; a missing one counts as no bytes."""
     sha = hashlib.sha256()
     for bias in biases:
-        sha.update(b"" if bias is None else _bytes(bias))
+        sha.update(b"" if bias is None else raw_bytes(bias))
     return sha.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory, row by row."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+    if not isinstance(value, str) or not value.isascii():
+        raise TypeError(f"{str(value)[:80]!a} where ASCII text should be")
+    return value
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{str(value)[:80]!a} where an index should be")
     return value
 
 
 def _locked_site(data: Any) -> LockedSite:
-    return LockedSite(
-        layer=int(data["layer"]),
-        name=_text(data["name"]),
-        heads=tuple(int(head) for head in data["heads"]),
-        had_bias=bool(data["had_bias"]),
-    )
+    if type(data["had_bias"]) is not bool:
+        raise TypeError("had_bias is neither true nor false")
+    heads = tuple(_index(head) for head in data["heads"])
+    return LockedSite(_index(data["layer"]), _text(data["name"]), heads, data["had_bias"])

@@ -26,7 +26,21 @@ def fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | 
     Returns:
         b, [hidden], of the weight's dtype and device.
     """
-    return exact_fold(weight, displacement, bias).to(weight.dtype).to(weight.device)
+    return _rounded(exact_fold(weight, displacement, bias), weight.dtype).to(weight.device)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 to the nearest of a smaller dtype, once: `.to` goes through float32, and so rounds twice.
+
+    The step through float32 is rounded to odd, which keeps whatever decides the second one (Boldo and Melquiond,
+    Emulation of FMA and Correctly Rounded Sums, 2008).
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    nearest = x.float()
+    beyond = (nearest.double().abs() > x.abs()).int()
+    inexact = (nearest.double() != x).int()
+    return ((nearest.view(torch.int32) - beyond) | inexact).view(torch.float32).to(dtype)
 
 
 def exact_fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:

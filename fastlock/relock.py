@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlock.carrier import ORIGINAL_BIAS, locked_sites
+from fastlock.carrier import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
 from fastlock.errors import FastlockError
 from fastlock.fold import fold
-from fastlock.loaded import mark, receipt_of, take_over
+from fastlock.loaded import forget, keep, mark, receipt_of, take_over
 from fastlock.lock import Displacement, Lock, check_strength
-from fastlock.receipt import LockedSite, Receipt, version_of
+from fastlock.receipt import LockedSite, Receipt
 from fastlock.sites import Site, sites_for, text_config, unwrapped
 
 
@@ -51,10 +50,8 @@ def relock_many(models: Sequence[nn.Module], lock: Lock, strength: float = 6.0) 
     Returns:
         A receipt per model, in order.
     """
-    with ExitStack() as undo:
-        receipts = _relock(models, lock, strength, undo)
-        undo.pop_all()
-    return receipts
+    with _changing() as undo:
+        return _relock(models, lock, strength, undo)
 
 
 def unlock(model: nn.Module) -> None:
@@ -65,12 +62,11 @@ def unlock(model: nn.Module) -> None:
             the original back would lose that change.
     """
     inner = unwrapped(model)
-    with ExitStack() as undo:
+    with _changing() as undo:
         take_over(inner, undo)
         if receipt_of(inner) is None:
             raise FastlockError(f"{type(inner).__name__} is not relocked; there is nothing to unlock.")
         _take_out(inner, undo)
-        undo.pop_all()
 
 
 @contextlib.contextmanager
@@ -81,23 +77,39 @@ def relocked(model: nn.Module, lock: Lock, strength: float = 6.0) -> Iterator[nn
         FastlockError: as for `relock`.
     """
     inner = unwrapped(model)
-    was_relocked = receipt_of(inner) is not None
-    with ExitStack() as undo:
+    with _changing() as undo:
+        take_over(inner, undo)
+        earlier = receipt_of(inner)
+        kept = [site.module.bias.detach().clone() for site in locked_sites(inner, earlier)] if earlier else []
         _relock([inner], lock, strength, undo)
-        before = undo.pop_all()
     try:
         yield model
     finally:
-        if was_relocked:
-            before.close()
-        else:
-            unlock(inner)
+        with _changing() as undo:
+            _take_out(inner, undo)
+            if earlier:
+                sites = locked_sites(inner, earlier)
+                biases = [bias.to(site.weight) for site, bias in zip(sites, kept, strict=True)]
+                _put_in(inner, earlier, sites, biases, undo)
+
+
+@contextlib.contextmanager
+def _changing() -> Iterator[ExitStack]:
+    """A stack for the undoing of each change: whatever error comes, they are all undone.
+
+    What is made inside are ordinary tensors, in inference mode too, so that the model can still be trained.
+    """
+    with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
+        yield undo
+        undo.pop_all()
 
 
 def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: ExitStack) -> list[Receipt]:
     """Every check and every fold first, then every change, each with its undoing."""
     if not isinstance(lock, Lock):
         raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
+    if not isinstance(models, Sequence):
+        raise FastlockError(f"models is a {type(models).__name__}; give a list of models.")
     strength = check_strength(strength)
     displacements = lock.displacement(strength)
     inner = [unwrapped(model) for model in models]
@@ -107,6 +119,7 @@ def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: Exit
         take_over(model, undo)
     sites = [sites_for(model, lock) for model in inner]
     every = [site for of_model in sites for site in of_model]
+    _check_not_shared(inner, sites)
     biases = fold(
         [site.weight for site in every],
         [displacements[site.layer] for site in every],
@@ -115,10 +128,25 @@ def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: Exit
     )
     receipts = []
     for model, of_model in zip(inner, sites, strict=True):
-        _take_out(model, undo)
+        receipt = _receipt(model, lock, strength, displacements, of_model)
         mine, biases = biases[: len(of_model)], biases[len(of_model) :]
-        receipts.append(_put_in(model, _receipt(model, lock, strength, displacements, of_model), of_model, mine, undo))
+        _take_out(model, undo)
+        receipts.append(_put_in(model, receipt, of_model, mine, undo))
     return receipts
+
+
+def _check_not_shared(models: list[nn.Module], sites: list[list[Site]]) -> None:
+    seen: set[int] = set()
+    for model, of_model in zip(models, sites, strict=True):
+        receipt = receipt_of(model)
+        mine = {locked.name for locked in receipt.sites} if receipt else set()
+        for site in of_model:
+            if id(site.module) in seen or (hasattr(site.module, PLACED_BIAS) and site.name not in mine):
+                raise FastlockError(
+                    f"{site.name} is part of another model too, which is relocked: a second lock would be added to the "
+                    "first. Unlock that model first, or give the two models layers of their own."
+                )
+            seen.add(id(site.module))
 
 
 def _original_bias(model: nn.Module, site: Site) -> torch.Tensor | None:
@@ -132,6 +160,7 @@ def _original_bias(model: nn.Module, site: Site) -> torch.Tensor | None:
 def _receipt(
     model: nn.Module, lock: Lock, strength: float, displacements: dict[int, Displacement], sites: list[Site]
 ) -> Receipt:
+    earlier = receipt_of(model)
     return Receipt(
         lock_digest=lock.digest,
         strength=strength,
@@ -141,6 +170,7 @@ def _receipt(
             LockedSite(site.layer, site.name, displacements[site.layer].heads, _original_bias(model, site) is not None)
             for site in sites
         ),
+        original_config=earlier.original_config if earlier else None,
     )
 
 
@@ -149,7 +179,6 @@ def _put_in(
 ) -> Receipt:
     for site, bias in zip(sites, biases, strict=True):
         _place(site.module, bias, undo)
-    receipt = replace(receipt, versions=tuple(version_of(site.bias) for site in sites))
     mark(model, receipt, undo)
     return receipt.of(sites)
 
@@ -160,12 +189,12 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
     if receipt is None:
         return
     sites = locked_sites(model, receipt)
-    for site, version in zip(sites, receipt.versions or (None,) * len(sites), strict=True):
-        if site.bias is None or (version is not None and version_of(site.bias) > version):
+    for site in sites:
+        if site.bias is None or not torch.equal(site.bias, getattr(site.module, PLACED_BIAS)):
             raise FastlockError(
                 f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
-                "the original back would lose that change. Unlock before training; to go on from here, save the "
-                "model's state_dict and load it into a fresh model."
+                "the original back would lose that change. To get the original, load the checkpoint again; to train "
+                "with a lock, unlock first and relock afterwards."
             )
     for site in sites:
         _restore(site.module, undo)
@@ -173,30 +202,24 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
-    """Put the bias in; an original one keeps its Parameter, and waits in a buffer that moves with the module."""
-    if module.bias is None:
+    """Put the bias in; an original one keeps its Parameter, so that an optimizer keeps working on it."""
+    original = None if module.bias is None else module.bias.data
+    keep(module, original, bias, undo)
+    if original is None:
         undo.callback(setattr, module, "bias", None)
         module.bias = nn.Parameter(bias, requires_grad=False)
-        return
-    original = module.bias.data
-    undo.callback(_forget_original, module)
-    undo.callback(setattr, module.bias, "data", original)
-    module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
-    module.bias.data = bias
+    else:
+        undo.callback(setattr, module.bias, "data", original)
+        module.bias.data = bias
 
 
 def _restore(module: Any, undo: ExitStack) -> None:
-    if not hasattr(module, ORIGINAL_BIAS):
+    original = getattr(module, ORIGINAL_BIAS, None)
+    undo.callback(keep, module, original, getattr(module, PLACED_BIAS), ExitStack())
+    forget(module)
+    if original is None:
         undo.callback(setattr, module, "bias", module.bias)
         module.bias = None
-        return
-    original = getattr(module, ORIGINAL_BIAS)
-    undo.callback(module.register_buffer, ORIGINAL_BIAS, original, persistent=False)
-    undo.callback(setattr, module.bias, "data", module.bias.data)
-    module.bias.data = original
-    delattr(module, ORIGINAL_BIAS)
-
-
-def _forget_original(module: nn.Module) -> None:
-    if hasattr(module, ORIGINAL_BIAS):
-        delattr(module, ORIGINAL_BIAS)
+    else:
+        undo.callback(setattr, module.bias, "data", module.bias.data)
+        module.bias.data = original

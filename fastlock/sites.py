@@ -147,7 +147,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of `torch.compile`'s wrapper.
 
     Raises:
-        FastlockError: it is no transformers model, or it carries adapters.
+        FastlockError: it is no transformers model, only the inner part of one, or it carries adapters.
     """
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module) or not hasattr(getattr(inner, "config", None), "get_text_config"):
@@ -159,6 +159,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise FastlockError(
             f"{type(inner).__name__} carries PEFT adapters, and saving it would save the adapters without the lock. "
             "Merge them first (merge_and_unload), then relock."
+        )
+    if getattr(inner, "base_model", None) is inner:
+        raise FastlockError(
+            f"{type(inner).__name__} is the inner part of a language model, and the model around it would be saved "
+            "without the lock. Pass the whole model (AutoModelForCausalLM loads it)."
         )
     return inner
 
@@ -265,7 +270,7 @@ def sites_for(model: nn.Module, lock: Lock) -> list[Site]:
                 "A model whose layers share their output projection can't be relocked."
             )
     for site in locked:
-        _check_foldable(site)
+        check_foldable(site)
     return locked
 
 
@@ -289,7 +294,7 @@ def _check_lock_fits(lock: Lock, all_sites: list[Site], model: nn.Module) -> Non
             raise FastlockError(f"{where}: its base has {key} {known}, but {name} has {value}. {remedy}")
 
 
-def _check_foldable(site: Site) -> None:
+def check_foldable(site: Site) -> None:
     """The projection is a plain floating-point matrix that is really there, of the shape its config says."""
     kind = type(site.module)
     if f"{kind.__module__}.{kind.__qualname__}" not in _PROJECTIONS:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastlock.checkpoint import load_model
+from fastlock.errors import FastlockError
 from fastlock.loaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.lock import Displacement, Lock
 from fastlock.receipt import Receipt
@@ -53,8 +54,10 @@ def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -
     Raises:
         FastlockError: the lock does not fit the model, or the directory can't be loaded.
     """
+    if not isinstance(lock, Lock):
+        raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
     given = model_or_directory
-    model = unwrapped(given if isinstance(given, nn.Module) else load_model(given))
+    model = unwrapped(given if isinstance(given, nn.Module) else load_model(given, may_lack_biases=True))
     sites = sites_for(model, lock)
     receipt = receipt_of(model)
     if receipt is None:

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from families import logits, random_lock, reload, same_state, tiny_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
 import fastlock
 
@@ -104,3 +105,73 @@ def test_a_receipt_that_lies_about_the_original(original: object, tmp_path) -> N
     with pytest.raises(fastlock.FastlockError):
         fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def rewrite(directory, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight"),
+        (lambda t: t.update({"v_head.weight": torch.randn(3)}), "no place for v_head.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.randn(3)}), "model.norm.weight|can't be loaded"),
+        (lambda t: t.update({"lm_head.weight": torch.randn(128, 64)}), "lm_head.weight is torch.float32"),
+    ],
+)
+def test_a_checkpoint_that_loading_would_change_is_refused(change, message: str, tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path)
+    rewrite(source, change)
+    with pytest.raises(fastlock.FastlockError, match=message):
+        fastlock.relock_checkpoint(source, lock, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tensors_keep_the_dtype_that_they_have_on_disk(tmp_path) -> None:
+    """Whatever config.json says it is."""
+    _, lock, source = checkpoint(tmp_path, dtype=torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
+    fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "back")
+    assert same_state(load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
+
+
+def test_a_classifier_is_not_made_a_language_model(tmp_path) -> None:
+    config = tiny_model("llama").config
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(fastlock.FastlockError, match="LlamaForSequenceClassification"):
+        fastlock.relock_checkpoint(tmp_path / "source", random_lock(tiny_model("llama")), tmp_path / "out")
+
+
+def test_weights_without_the_lock_are_not_carried_along(tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path)
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "consolidated.00.pth"):
+        (source / name).write_text("weights")
+    (source / "dangling").symlink_to(tmp_path / "nowhere")
+    fastlock.relock_checkpoint(source, lock, tmp_path / "out")
+    carried = {"config.json", "generation_config.json", "model.safetensors", "original", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == carried
+
+
+def test_a_target_inside_the_source_or_of_an_impossible_name(tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path)
+    before = contents(source)
+    for out in (source / "out", tmp_path / ("x" * 300), tmp_path / "a\0b", None):
+        with pytest.raises(fastlock.FastlockError):
+            fastlock.relock_checkpoint(source, lock, out)
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_the_llama_form_twice_still_knows_the_way_back(kind: str, tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path, kind)
+    fastlock.relock_checkpoint(source, lock, tmp_path / "one", 1.0)
+    fastlock.relock_checkpoint(tmp_path / "one", lock, tmp_path / "two", 2.0)
+    fastlock.unlock_checkpoint(tmp_path / "two", tmp_path / "back")
+    assert same_state(load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
+    configs = [json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "back")]
+    assert configs[0] == configs[1]

@@ -92,5 +92,8 @@ def test_extract(files, run, monkeypatch) -> None:
 
 
 def test_names_are_not_taken_for_markup(files, run) -> None:
+    random_lock(tiny_model("llama"), base_model="a\\[/b]").save(files / "odd.safetensors")
+    assert "a\\[/b]" in run("inspect", files / "odd.safetensors")
+    assert "a\\[/b]" in run("inspect", files / "a\\[/b]", code=cli.REFUSED)
     (files / "base").rename(files / "[red]base")
     assert "[red]base" in run("inspect", files / "[red]base").replace("\n", "")

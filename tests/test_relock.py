@@ -577,3 +577,85 @@ def test_another_default_device_changes_nothing(tmp_path) -> None:
         assert same_biases(biases(model), expected)
         fastlock.unlock(model)
     assert same_state(state(model), before)
+
+
+def test_the_inner_model_is_neither_relocked_nor_saved_alone(tmp_path) -> None:
+    """Both would lose the lock in silence: the whole model's saving goes by its own record."""
+    model = tiny_model("llama")
+    lock = random_lock(model)
+    with pytest.raises(fastlock.FastlockError, match="inner part of a language model"):
+        fastlock.relock(model.model, lock)
+    fastlock.relock(model, lock)
+    with pytest.raises(fastlock.FastlockError, match="inner part of a relocked model"):
+        model.model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    twin = copy.deepcopy(model)
+    with pytest.raises(fastlock.FastlockError, match="inner part of a relocked model"):
+        twin.model.save_pretrained(tmp_path / "out")
+    fastlock.unlock(model)
+    model.model.save_pretrained(tmp_path / "out")
+    assert type(model.model).__mro__[0].__module__.startswith("transformers.")
+
+
+def test_a_model_that_shares_its_layers_with_a_relocked_one_is_refused() -> None:
+    a, b = tiny_model("llama"), tiny_model("llama", seed=5)
+    b.model.layers = a.model.layers
+    lock = random_lock(a)
+    for models in ([a, b], [b, a]):
+        with pytest.raises(fastlock.FastlockError, match="part of another model too"):
+            fastlock.relock_many(models, lock)
+    fastlock.relock(a, lock)
+    before = state(a)
+    with pytest.raises(fastlock.FastlockError, match="part of another model too"):
+        fastlock.relock(b, lock)
+    assert same_state(state(a), before)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_training_of_a_copy_is_not_thrown_away(kind: str) -> None:
+    model = tiny_model(kind)
+    lock = random_lock(model)
+    fastlock.relock(model, lock)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        sites(twin)[0].bias.data.add_(0.5)
+    trained = state(twin)
+    with pytest.raises(fastlock.FastlockError, match="changed since"):
+        fastlock.unlock(twin)
+    assert same_state(state(twin), trained)
+    model.load_state_dict(model.state_dict())  # the same values again are no change
+    fastlock.unlock(model)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_training_inside_relocked_is_not_thrown_away(earlier: bool) -> None:
+    model = tiny_model("gpt2")
+    lock = random_lock(model)
+    if earlier:
+        fastlock.relock(model, lock, 1.0)
+    with pytest.raises(fastlock.FastlockError, match="changed since"), fastlock.relocked(model, lock), torch.no_grad():
+        sites(model)[0].bias.add_(0.5)
+
+
+def test_changing_the_dtype_inside_relocked() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    lock = random_lock(model)
+    for each in (model, plain):
+        fastlock.relock(each, lock, 1.0)
+    with fastlock.relocked(model, lock, 2.0):
+        model.to(torch.bfloat16)
+    plain.to(torch.bfloat16)
+    assert same_state(state(model), state(plain))
+    logits(model, tokens())
+
+
+@pytest.mark.parametrize("models", [None, 3, tiny_model])
+def test_models_that_are_no_list(models: object) -> None:
+    with pytest.raises(fastlock.FastlockError, match="list of models"):
+        fastlock.relock_many(models, random_lock(tiny_model("llama")))
+
+
+@pytest.mark.parametrize("misuse", [lambda m: fastlock.verify(m, "a.safelock"), lambda m: fastlock.Lock.load(None)])
+def test_misuse_is_told_kindly(misuse) -> None:
+    with pytest.raises(fastlock.FastlockError, match="Lock.load|path"):
+        misuse(tiny_model("llama"))
