@@ -35,13 +35,13 @@ _NOT_CARRIED = (
 ).split()
 
 
-def load_model(directory: str | os.PathLike[str], may_lack_biases: bool = False) -> PreTrainedModel:
+def load_model(directory: str | os.PathLike[str], exact: bool = True) -> PreTrainedModel:
     """The causal language model in a directory, every tensor as it is there: safetensors only, no remote code.
 
     Args:
         directory: the checkpoint.
-        may_lack_biases: let biases be missing, which transformers then fills with zeros; for `verify`, to which a
-            lost bias is a finding.
+        exact: refuse what saving the model again would change. Without it, missing biases (which transformers fills
+            with zeros) and tensors loaded in a wider dtype are let through: `verify` only looks.
 
     Raises:
         FastlockError: there is none, or loading it would add, drop or change a tensor.
@@ -67,8 +67,9 @@ def load_model(directory: str | os.PathLike[str], may_lack_biases: bool = False)
             f"{directory}: can't be loaded ({type(error).__name__}: {error}). It should hold config.json and "
             "*.safetensors; convert older .bin files with transformers' save_pretrained."
         ) from error
-    missing = [name for name in report["missing_keys"] if not (may_lack_biases and name.endswith(".bias"))]
-    _check_nothing_lost(directory, model, {**report, "missing_keys": missing}, dtypes)
+    if not exact:
+        report["missing_keys"] = [name for name in report["missing_keys"] if not name.endswith(".bias")]
+    _check_nothing_lost(directory, model, report, dtypes, exact)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -86,7 +87,7 @@ def _stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
 
 
 def _check_nothing_lost(
-    directory: str | os.PathLike[str], model: PreTrainedModel, report: Any, dtypes: dict[str, torch.dtype]
+    directory: str | os.PathLike[str], model: PreTrainedModel, report: Any, dtypes: dict[str, torch.dtype], exact: bool
 ) -> None:
     named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
     if named != type(model).__name__:
@@ -102,9 +103,11 @@ def _check_nothing_lost(
                 "would change the checkpoint. Get it again, or load it yourself and relock it in memory."
             )
     for name, tensor in model.state_dict().items():
-        if dtypes.get(name, tensor.dtype) != tensor.dtype:
+        stored = dtypes.get(name, tensor.dtype)
+        wider = not exact and torch.promote_types(stored, tensor.dtype) == tensor.dtype
+        if stored != tensor.dtype and not wider:
             raise FastlockError(
-                f"{directory}: {name} is {dtypes[name]}, and would be loaded as {tensor.dtype}. Convert the checkpoint "
+                f"{directory}: {name} is {stored}, and would be loaded as {tensor.dtype}. Convert the checkpoint "
                 "to one dtype, or load it yourself and relock it in memory."
             )
 

@@ -57,7 +57,7 @@ def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -
     if not isinstance(lock, Lock):
         raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
     given = model_or_directory
-    model = unwrapped(given if isinstance(given, nn.Module) else load_model(given, may_lack_biases=True))
+    model = unwrapped(given if isinstance(given, nn.Module) else load_model(given, exact=False))
     sites = sites_for(model, lock)
     receipt = receipt_of(model)
     if receipt is None:
