@@ -21,7 +21,7 @@ demo-short: $(VENV)/demo.ready
 test: $(VENV)/ready
 	$(TEST) -n 2 tests
 
-# The kernels under every supported Triton: the pinned one is in `make test`.
+# The kernels under the oldest and the newest Triton: the pinned one is in `make test`.
 test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 	set -e; for version in $(TRITONS); do \
 	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q -n 2 tests/kernels; \
@@ -41,7 +41,8 @@ types: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python bench/run.py
 
-# Needs a GPU, and torch, triton, transformers, pytest and pytest-benchmark already there; installs nothing.
+# Needs a GPU; and torch, triton, transformers, accelerate, setuptools, pytest and pytest-benchmark already there.
+# Installs nothing.
 gpu:
 	$(PYTHON) setup.py --quiet build_py --build-lib build/gpu
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/tests $(PYTHON) bench/run.py --gpu

@@ -80,7 +80,7 @@ def main() -> None:
     difference = float((logits(loaded, tokenizer) - relocked).abs().max())
     checks = {
         f"the loaded model's logits are the relocked one's (largest difference {difference:g})": difference < 1e-3,
-        f"verify: {verification.state} at strength {verification.strength:g}": bool(verification),
+        f"verify: {verification.state} ({verification.reason})": bool(verification),
         "the lock changed the logits": not torch.equal(plain, relocked),
         "unlocked, the logits are the original's, bit for bit": torch.equal(logits(model, tokenizer), plain),
     }

@@ -46,9 +46,15 @@ class Relocked:
     `fully_shard` do: unlike a patched method it survives deepcopy and pickle and makes no reference cycle.
     """
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """`PreTrainedModel.save_pretrained`, in a form that brings the lock back when loaded (see fastlock.carrier)."""
-        save(self, save_directory, **kwargs)
+        save(self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_swapped, (Relocked, unlocked_class(type(self))), self.__dict__
@@ -116,7 +122,9 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
             "Load the whole model into memory to save it. Nothing was saved."
         )
     if lacking := [s.name for s in getattr(model, RECORD).sites if f"{s.name}.bias" not in state]:
-        raise FastlockError(f"the state_dict lacks {lacking[0]}.bias, which is the lock. Nothing was saved.")
+        raise FastlockError(
+            f"the state_dict lacks {lacking[0]}.bias, which is the lock. Nothing was saved. Give the model's own."
+        )
     try:
         carried = in_class(cls, config, state)
     except (RuntimeError, TypeError) as error:

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
-# Weights, and what describes them, are written anew; weights in other formats would be without the lock. Every other
+# Weights are written anew, and in other formats would be without the lock; so are the configs beside them. Every other
 # file of a checkpoint is carried along.
-_NOT_CARRIED = (
-    "*.safetensors *.safetensors.index.json config.json generation_config.json "
-    "*.bin *.bin.index.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx"
-).split()
+_WEIGHTS = shutil.ignore_patterns(
+    *"*.safetensors *.safetensors.index.json *.bin *.bin.index.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx".split()
+)
+_CONFIGS = {"config.json", "generation_config.json"}
 
 
 def load_model(directory: str | os.PathLike[str], exact: bool = True) -> PreTrainedModel:
@@ -60,6 +60,7 @@ def load_model(directory: str | os.PathLike[str], exact: bool = True) -> PreTrai
             dtype=common[0][0] if common else "auto",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever its parts raise
@@ -121,7 +122,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parts raise
         raise FastlockError(
             f"{directory}: its tokenizer can't be loaded ({type(error).__name__}: {error}). "
@@ -224,6 +225,10 @@ def _check_absent(source: str | os.PathLike[str], out: str | os.PathLike[str]) -
 
 def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
     """Save beside `out` and rename: the directory appears whole, or not at all."""
+
+    def not_carried(folder: str, names: list[str]) -> set[str]:
+        return _WEIGHTS(folder, names) | (_CONFIGS if Path(folder) == source else set())
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -233,14 +238,14 @@ def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
         shutil.copytree(
             source,
             temporary,
-            ignore=shutil.ignore_patterns(*_NOT_CARRIED),
+            ignore=not_carried,
             dirs_exist_ok=True,
             ignore_dangling_symlinks=True,
         )
         model.save_pretrained(temporary)
         temporary.chmod(source.stat().st_mode & 0o777)
         temporary.rename(out)
-    except (OSError, shutil.Error) as error:
+    except (OSError, shutil.Error, safetensors.SafetensorError) as error:
         raise FastlockError(f"{out}: can't be written ({error}); nothing is left of it.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,14 +1,16 @@
 """The `fastlock` command.
 
 Exit codes: 0 done (for `verify`: locked); 1 `verify` found the lock missing or altered; 2 wrong arguments;
-3 refused or failed, with the reason on standard error.
+3 refused or failed, with the reason on standard error; 4 a fault of fastlock's own; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +32,7 @@ from fastlock.version import __version__
 
 NOT_LOCKED = 1
 REFUSED = 3
+BROKEN = 4
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,9 +59,9 @@ def main() -> None:
     except (OSError, UnicodeError) as error:
         print(f"fastlock: {error!a}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
-    except KeyboardInterrupt:
-        _err.print("fastlock: stopped; nothing half-written is left.")
-        raise SystemExit(130) from None
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(BROKEN) from None
 
 
 def _version(asked: bool) -> None:
@@ -211,7 +214,7 @@ def _working(what: str, as_json: bool) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return _err.status(Text(what)) if not as_json else Console(quiet=True).status("")
+    return contextlib.nullcontext() if as_json else _err.status(Text(what))
 
 
 def _say(text: str, style: str = "") -> None:

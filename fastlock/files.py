@@ -28,9 +28,11 @@ def read_bounded(path: Path, limit: int) -> bytes:
             size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, limit) + 1)  # `read` sets aside as much memory as it is asked for
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: cannot be read ({error}).") from None
+        raise FastlockError(f"{path}: cannot be read ({error}). Check the path and its permissions.") from None
     if len(data) > limit:
-        raise FastlockError(f"{path}: larger than {limit // 2**20} MiB, which no file of this kind is.")
+        raise FastlockError(
+            f"{path}: larger than {limit // 2**20} MiB, which no file of this kind is. Give the file itself."
+        )
     return data
 
 

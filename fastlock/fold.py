@@ -53,7 +53,7 @@ _Run = Callable[[Sequence[torch.Tensor], Sequence[Displacement], Sequence[torch.
 
 
 def _group(weight: torch.Tensor, displacement: Displacement) -> tuple[object, ...]:
-    return weight.device, weight.dtype, weight.stride(1) == 1, displacement.values.shape[1]
+    return weight.device, weight.dtype, weight.stride(1) == 1, 1 in weight.stride(), displacement.values.shape[1]
 
 
 def _fold_on(weight: torch.Tensor) -> _Run:

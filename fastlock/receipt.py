@@ -151,7 +151,7 @@ class _Source:
         for reference, layer, name, num_heads, head_dim in self._sites:
             module = reference()
             if module is None:
-                raise FastlockError("the model of this receipt is gone; take the digests while it is there.")
+                raise FastlockError("the model of this receipt is gone; call to_dict() before dropping the model.")
             found.append(Site(layer, name, module, num_heads, head_dim))
         if _versions(found) != self._versions:
             raise FastlockError(

@@ -43,7 +43,7 @@ def relock(model: nn.Module, lock: Lock, strength: float = 6.0) -> Receipt:
 
 
 def relock_many(models: Sequence[nn.Module], lock: Lock, strength: float = 6.0) -> list[Receipt]:
-    """Relock several models with one lock, in one kernel launch per CUDA device: all of them, or none.
+    """Relock several models with one lock, all of them, or none: one kernel launch per CUDA device and dtype.
 
     Args, errors: as for `relock`.
 
@@ -105,7 +105,7 @@ def _changing() -> Iterator[ExitStack]:
 
 
 def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: ExitStack) -> list[Receipt]:
-    """Every check and every fold first, then every change, each with its undoing."""
+    """Loaded models are taken over, then all folds are made, then each model is changed; each change can be undone."""
     if not isinstance(lock, Lock):
         raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
     if not isinstance(models, Sequence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,6 +72,8 @@ def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -
 
 def _with_receipt(model: nn.Module, receipt: Receipt, sites: list[Site], lock: Lock) -> Verification:
     layers = tuple(site.layer for site in sites)
+    if receipt.strength == 0:
+        return Verification("not locked", 0.0, layers, (), "it is relocked at strength 0, which changes nothing")
     originals = original_biases(model, receipt)
     displacements = lock.displacement(receipt.strength)
     altered = tuple(
@@ -109,7 +112,7 @@ def _without_receipt(sites: list[Site], lock: Lock) -> Verification:
     )
     estimate = float(folds @ biases / (folds @ folds))
     for strength in (round(estimate, 3), estimate):
-        if strength > 0:
+        if 0 < strength < math.inf:
             displacements = lock.displacement(strength)
             if all(_is_fold(site, displacements[site.layer], None) for site in sites):
                 return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import logits, random_lock, reload, same_state, tiny_model, tokens
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
@@ -75,6 +76,33 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path, monkeypatch) -> 
     with pytest.raises(fastlock.FastlockError, match="No space left"):
         fastlock.relock_checkpoint(source, lock, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
+    """The safetensors library has an error of its own for it."""
+    _, lock, source = checkpoint(tmp_path)
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(fastlock.FastlockError, match="No space left"):
+        fastlock.relock_checkpoint(source, lock, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_new_directory_has_parents_permissions_and_its_generation_config(tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path, "mistral")
+    source.chmod(0o750)
+    (source / "original" / "config.json").write_text("{}")
+    generation = json.loads((source / "generation_config.json").read_text()) | {"max_new_tokens": 17}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    fastlock.relock_checkpoint(source, lock, tmp_path / "a" / "b")
+    fastlock.unlock_checkpoint(tmp_path / "a" / "b", tmp_path / "a" / "c")
+    for out in (tmp_path / "a" / "b", tmp_path / "a" / "c"):
+        assert out.stat().st_mode & 0o777 == 0o750
+        assert reload(out).generation_config.max_new_tokens == 17
+        assert (out / "original" / "config.json").exists()
 
 
 def test_an_existing_target_is_not_touched(tmp_path) -> None:

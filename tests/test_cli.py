@@ -71,6 +71,32 @@ def test_errors_end_with_their_own_exit_code_and_reason(files, run) -> None:
     run("relock", files / "base", "--lock", lock, code=2)
 
 
+def test_the_documented_exit_codes(files, run, monkeypatch) -> None:
+    assert (cli.NOT_LOCKED, cli.REFUSED, cli.BROKEN) == (1, 3, 4)
+
+    def broken(path):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "load_tokenizer", broken)
+    assert "ZeroDivisionError" in run("extract", files / "base", "--out", files / "x.safetensors", code=cli.BROKEN)
+
+
+def test_defaults_and_json(files, run, monkeypatch) -> None:
+    lock = files / "lock.safetensors"
+    out = json.loads(run("relock", files / "base", "--lock", lock, "--out", files / "locked", "--json"))
+    assert out["receipt"]["strength"] == 6.0
+    assert json.loads(run("unlock", files / "locked", "--out", files / "back", "--json"))["out"] == str(files / "back")
+    asked = []
+    monkeypatch.setattr(cli, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(cli, "make_lock", lambda *given, progress: asked.append(given[2:]) or fastlock.Lock.load(lock))
+    run("extract", files / "base", "--out", files / "new.safetensors")
+    run("extract", files / "base", "--out", files / "new.safetensors", "--last-tokens", "2")
+    assert asked == [(fastlock.shipped_pairs(), 24, 5), (fastlock.shipped_pairs(), 24, 2)]
+    for text in ("{", "[1]"):
+        (files / "base" / "config.json").write_text(text)
+        run("inspect", files / "base", code=cli.REFUSED if text == "{" else 0)
+
+
 def test_negative_strength_is_refused(files, run) -> None:
     arguments = ["relock", files / "base", "--lock", files / "lock.safetensors", "--out", files / "out"]
     assert "negative strength" in run(*arguments, "--strength", "-2", code=cli.REFUSED)

@@ -659,3 +659,34 @@ def test_models_that_are_no_list(models: object) -> None:
 def test_misuse_is_told_kindly(misuse) -> None:
     with pytest.raises(fastlock.FastlockError, match="Lock.load|path"):
         misuse(tiny_model("llama"))
+
+
+def test_further_layers_that_are_refused() -> None:
+    model = tiny_model("llama")
+    layers = model.model.layers
+    layers[1].self_attn.o_proj = layers[0].self_attn.o_proj
+    with pytest.raises(fastlock.FastlockError, match="are one module"):
+        fastlock.relock(model, random_lock(model, [(0, 1)]))
+    model = tiny_model("opt")
+    out_proj = model.model.decoder.layers[0].self_attn.out_proj
+    out_proj.bias.data = out_proj.bias.data.double()
+    with pytest.raises(fastlock.FastlockError, match="bias is torch.float64"):
+        fastlock.relock(model, random_lock(model))
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 2
+    with pytest.raises(fastlock.FastlockError, match="found 0 lists of 2 layers"):
+        fastlock.relock(model, random_lock(model))
+    model = tiny_model("llama")
+    model.get_base_model = lambda: model
+    with pytest.raises(fastlock.FastlockError, match="Merge them first"):
+        fastlock.relock(model, random_lock(model))
+
+
+def test_a_receipt_notices_replaced_tensors() -> None:
+    model = tiny_model("llama")
+    for change in ("weight", "bias"):
+        receipt = fastlock.relock(model, random_lock(model))
+        o_proj = model.model.layers[0].self_attn.o_proj
+        setattr(o_proj, change, nn.Parameter(getattr(o_proj, change).detach().clone(), requires_grad=False))
+        with pytest.raises(fastlock.FastlockError, match="changed since"):
+            receipt.to_dict()

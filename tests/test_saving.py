@@ -259,3 +259,57 @@ def test_a_dequantised_checkpoint_is_saved_as_the_plain_one_that_it_is(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert fastlock.verify(tmp_path, lock)
     assert hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_an_error_leaves_a_loaded_model_as_it_was(kind: str, tmp_path) -> None:
+    _, lock, directory = saved(tmp_path, kind)
+    loaded = reload(directory)
+    site = sites(loaded)[1]
+    site.module.weight.data[1, 1] = float("nan")
+    before, config, cls = state(loaded), loaded.config.to_dict(), type(loaded)
+    with pytest.raises(fastlock.FastlockError, match="not finite"):
+        fastlock.relock(loaded, random_lock(loaded, [(0, 1), (1, 0)]))
+    assert {name: tensor.nan_to_num().tolist() for name, tensor in state(loaded).items()} == {
+        name: tensor.nan_to_num().tolist() for name, tensor in before.items()
+    }
+    assert (loaded.config.to_dict(), type(loaded)) == (config, cls)
+    assert not any("fastlock" in name for name, _ in loaded.named_buffers())
+    assert fastlock.verify(loaded, lock)
+
+
+def test_unlocking_leaves_no_buffer_behind(tmp_path) -> None:
+    model = tiny_model("gpt2")
+    fastlock.relock(model, random_lock(model))
+    fastlock.unlock(model)
+    assert not any("fastlock" in name for name, _ in model.named_buffers())
+
+
+def test_a_bias_changed_under_another_dtype_is_noticed(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model("llama", torch.bfloat16)
+    fastlock.relock(model, random_lock(model))
+    model.save_pretrained(tmp_path)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    sites(wide)[0].bias.data[3] += 1
+    with pytest.raises(fastlock.FastlockError, match="not those that fastlock wrote"):
+        fastlock.unlock(wide)
+    narrow_from = tiny_model("llama")
+    fastlock.relock(narrow_from, random_lock(narrow_from))
+    narrow_from.save_pretrained(tmp_path / "wide")
+    fastlock.unlock(AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.bfloat16))
+
+
+def test_the_original_class_is_named_in_the_receipt(tmp_path) -> None:
+    _, _, directory = saved(tmp_path, "mistral")
+    carrier = json.loads((directory / "config.json").read_text())["fastlock"]["carrier"]
+    assert carrier["original_config"]["architectures"] == ["MistralForCausalLM"]
+
+
+def test_saving_takes_positional_arguments_as_transformers_does(tmp_path) -> None:
+    model = tiny_model("llama")
+    lock = random_lock(model)
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path, True, model.state_dict())
+    assert fastlock.verify(tmp_path, lock)

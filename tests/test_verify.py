@@ -157,3 +157,16 @@ def test_a_pickled_checkpoint_is_not_unpickled(tmp_path) -> None:
     with pytest.raises(fastlock.FastlockError, match="safetensors"):
         fastlock.verify(directory, random_lock(tiny_model("llama")))
     assert not marker.exists()
+
+
+def test_strength_zero_is_not_locked() -> None:
+    model = tiny_model("llama")
+    lock = random_lock(model)
+    fastlock.relock(model, lock, 0.0)
+    assert (fastlock.verify(model, lock).state, bool(fastlock.verify(model, lock))) == ("not locked", False)
+
+
+def test_an_infinite_bias_without_a_receipt() -> None:
+    model = tiny_model("llama")
+    sites(model)[0].module.bias = nn.Parameter(torch.full((64,), float("inf")))
+    assert fastlock.verify(model, random_lock(model)).state == "not locked"
