@@ -21,13 +21,13 @@ from torch import nn
 
 from fastlock.errors import FastlockError
 from fastlock.receipt import Receipt, raw_bytes
-from fastlock.sites import Family, Site, family_of
+from fastlock.sites import Site, family_of
 from fastlock.sites import sites as every_site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECORD = "_fastlock"
+RECEIPT = "_fastlock"
 # Buffers beside a locked projection, so that they move with it: what was there before, and what the lock put there.
 ORIGINAL_BIAS = "fastlock_original_bias"
 PLACED_BIAS = "fastlock_placed_bias"
@@ -39,7 +39,14 @@ _NOT_OF_LLAMA = (
 ).split()
 
 
-class Relocked:
+class _Swapped:
+    """What a swapped class needs to survive deepcopy and pickle: it is made anew from its two bases."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_swapped, type(self).__bases__, self.__dict__
+
+
+class Relocked(_Swapped):
     """What a relocked model's class gains: saving that keeps the lock.
 
     The model's own class is swapped for one that inherits from this and from it, as PyTorch's parametrizations and
@@ -53,14 +60,18 @@ class Relocked:
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`PreTrainedModel.save_pretrained`, in a form that brings the lock back when loaded (see fastlock.carrier)."""
-        save(self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        """`PreTrainedModel.save_pretrained`, in a form that brings the lock back when loaded: see `carried_model`.
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_swapped, (Relocked, unlocked_class(type(self))), self.__dict__
+        Raises:
+            FastlockError: the model's family has no place for the bias; nothing is written.
+        """
+        if Path(save_directory).is_file():
+            raise FastlockError(f"{save_directory}: is a file; give a directory to save into.")
+        model: Any = self
+        carried_model(model, state_dict).save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
-class PartOfRelocked:
+class PartOfRelocked(_Swapped):
     """What the inner models of a relocked model gain: saving one of them alone would drop the lock in silence."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -69,9 +80,6 @@ class PartOfRelocked:
             f"{type(self).__name__} is the inner part of a relocked model, and saving it alone would lose the lock. "
             "Save the whole model, or unlock it first. Nothing was saved."
         )
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_swapped, (PartOfRelocked, unlocked_class(type(self))), self.__dict__
 
 
 @cache
@@ -82,27 +90,11 @@ def swapped_class(gained: type, cls: type) -> type:
 
 def unlocked_class(cls: type) -> type:
     """The class that a relocked model's class was made from."""
-    return cls.__bases__[1] if issubclass(cls, (Relocked, PartOfRelocked)) else cls
+    return cls.__bases__[1] if issubclass(cls, _Swapped) else cls
 
 
 def _new_swapped(gained: type, cls: type) -> Any:
     return object.__new__(swapped_class(gained, cls))
-
-
-def save(model: PreTrainedModel, directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Save a relocked model so that `from_pretrained` gives it back, lock and all.
-
-    Args:
-        model: a relocked model.
-        directory: where to.
-        **kwargs: what `PreTrainedModel.save_pretrained` takes.
-
-    Raises:
-        FastlockError: its family has no place for the bias; nothing is written.
-    """
-    if Path(directory).is_file():
-        raise FastlockError(f"{directory}: is a file; give a directory to save into.")
-    carried_model(model, kwargs.pop("state_dict", None)).save_pretrained(directory, **kwargs)
 
 
 def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
@@ -121,7 +113,7 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
             f"{type(model).__name__}: {missing[0]} is offloaded, so that it can't be saved with the lock. "
             "Load the whole model into memory to save it. Nothing was saved."
         )
-    if lacking := [s.name for s in getattr(model, RECORD).sites if f"{s.name}.bias" not in state]:
+    if lacking := [s.name for s in getattr(model, RECEIPT).sites if f"{s.name}.bias" not in state]:
         raise FastlockError(
             f"the state_dict lacks {lacking[0]}.bias, which is the lock. Nothing was saved. Give the model's own."
         )
@@ -153,25 +145,29 @@ def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str
             state[name] = torch.zeros(places[name].shape, dtype=dtype, device="cpu")
     model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
-    return model.eval()
+    return model
 
 
 def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrainedModel]]:
     """The config and class that carry the lock, the receipt written into the config."""
-    receipt: Receipt = getattr(model, RECORD)
+    receipt: Receipt = getattr(model, RECEIPT)
     sites = locked_sites(model, receipt)
-    receipt = replace(receipt, dtype=str(sites[0].weight.dtype).removeprefix("torch.")).of(sites)
+    receipt = replace(receipt, dtype=sites[0].dtype_name).of(sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
     config.__dict__.pop("quantization_config", None)  # a GGUF's, dequantised in loading: what is saved is plain
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))
-    note: dict[str, Any] = {"form": "native", "flag": family.bias_flag, "was": has_flag(family, config)}
+    note: dict[str, Any]
     if family.bias_flag is None:
         note = {"form": "llama", "flag": "attention_bias", "was": config.model_type == "qwen2"}
         note["original_config"] = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
         config, cls = _llama_form(model, config)
     elif family.bias_flag:
-        setattr(config.get_text_config(), family.bias_flag, True)
+        text = config.get_text_config()
+        note = {"form": "native", "flag": family.bias_flag, "was": bool(getattr(text, family.bias_flag))}
+        setattr(text, family.bias_flag, True)
+    else:
+        note = {"form": "native", "flag": "", "was": True}
     if receipt.original_config is not None:
         note |= {"form": "llama", "original_config": receipt.original_config}
     note["original_biases"] = {
@@ -181,13 +177,6 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     }
     setattr(config, CONFIG_KEY, receipt.to_dict() | {"carrier": note})
     return config, cls
-
-
-def has_flag(family: Family, config: Any) -> bool:
-    """Whether the config gives the output projection a bias as it stands."""
-    if family.bias_flag is None:
-        return False
-    return bool(getattr(config.get_text_config(), family.bias_flag)) if family.bias_flag else True
 
 
 def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:

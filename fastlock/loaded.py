@@ -19,7 +19,7 @@ from fastlock.carrier import (
     CONFIG_KEY,
     ORIGINAL_BIAS,
     PLACED_BIAS,
-    RECORD,
+    RECEIPT,
     PartOfRelocked,
     Relocked,
     locked_sites,
@@ -28,26 +28,19 @@ from fastlock.carrier import (
 )
 from fastlock.errors import FastlockError
 from fastlock.receipt import Receipt, biases_digest
-from fastlock.sites import Site, check_foldable, family_of, text_config
-
-_WRITTEN = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+from fastlock.sites import DTYPES, Site, check_foldable, family_of, text_config
 
 
 def is_loaded(model: nn.Module) -> bool:
     """Whether the model came back from disk relocked, and has not been taken over yet."""
-    return RECORD not in model.__dict__ and CONFIG_KEY in model.config.__dict__
+    return RECEIPT not in model.__dict__ and CONFIG_KEY in model.config.__dict__
 
 
 def receipt_of(model: nn.Module) -> Receipt | None:
     """The receipt of a relocked model, whether relocked in this process or before it was saved; else None."""
     if not is_loaded(model):
-        record: Receipt | None = model.__dict__.get(RECORD)
-        return record
+        receipt: Receipt | None = model.__dict__.get(RECEIPT)
+        return receipt
     return Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
 
 
@@ -58,7 +51,7 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
         FastlockError: the receipt of a loaded checkpoint does not hold them.
     """
     sites = locked_sites(model, receipt)
-    if RECORD in model.__dict__:
+    if RECEIPT in model.__dict__:
         return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
     kept = _carrier(model)["original_biases"]
     return {
@@ -112,9 +105,9 @@ def forget(module: nn.Module) -> None:
 
 def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
     """Note on the model that it is relocked (or, with None, that it is not), and let its saving go by that."""
-    known = receipt or model.__dict__[RECORD]
-    undo.callback(_set_record, model, model.__dict__.get(RECORD))
-    _set_record(model, receipt)
+    known = receipt or model.__dict__[RECEIPT]
+    undo.callback(_set_receipt, model, model.__dict__.get(RECEIPT))
+    _set_receipt(model, receipt)
     _swap(model, Relocked if receipt else None, undo)
     path = known.sites[0].name.split(".")
     for length in range(1, len(path)):
@@ -123,11 +116,11 @@ def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
             _swap(part, PartOfRelocked if receipt else None, undo)
 
 
-def _set_record(model: nn.Module, receipt: Receipt | None) -> None:
+def _set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
     if receipt is None:
-        model.__dict__.pop(RECORD, None)
+        model.__dict__.pop(RECEIPT, None)
     else:
-        setattr(model, RECORD, receipt)
+        setattr(model, RECEIPT, receipt)
 
 
 def _swap(module: nn.Module, gained: type | None, undo: ExitStack) -> None:
@@ -164,7 +157,7 @@ def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: dict[str, An
 
 def unchanged(model: nn.Module, receipt: Receipt) -> bool:
     """Whether the locked biases are those that fastlock wrote, as far as the dtype they were loaded in can tell."""
-    written = _WRITTEN.get(receipt.dtype)
+    written = DTYPES.get(receipt.dtype)
     biases = [site.bias for site in locked_sites(model, receipt)]
     if written is None or any(bias is None for bias in biases):
         return False
@@ -176,7 +169,7 @@ def unchanged(model: nn.Module, receipt: Receipt) -> bool:
 def _decoded(model: nn.Module, text: Any, site: Site, dtype: str) -> torch.Tensor:
     try:
         data = bytearray(base64.b64decode(text, validate=True))
-        original = torch.frombuffer(data, dtype=_WRITTEN[dtype])
+        original = torch.frombuffer(data, dtype=DTYPES[dtype])
         if site.bias is None or original.shape != site.bias.shape:
             raise ValueError(f"{len(original)} numbers")
     except (ValueError, TypeError, KeyError) as error:

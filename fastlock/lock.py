@@ -178,6 +178,12 @@ class Lock:
         return torch.argsort(self.layers.long() * (int(self.heads.max()) + 1) + self.heads.long())
 
 
+def check_lock(lock: object) -> None:
+    """That what a user gave as a lock is one, rather than the path of one."""
+    if not isinstance(lock, Lock):
+        raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
+
+
 def check_strength(strength: float) -> float:
     """The strength as a float, if it is one that fastlock applies."""
     try:

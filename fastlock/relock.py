@@ -14,7 +14,7 @@ from fastlock.carrier import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
 from fastlock.errors import FastlockError
 from fastlock.fold import fold
 from fastlock.loaded import forget, keep, mark, receipt_of, take_over
-from fastlock.lock import Displacement, Lock, check_strength
+from fastlock.lock import Displacement, Lock, check_lock, check_strength
 from fastlock.receipt import LockedSite, Receipt
 from fastlock.sites import Site, sites_for, text_config, unwrapped
 
@@ -106,8 +106,7 @@ def _changing() -> Iterator[ExitStack]:
 
 def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: ExitStack) -> list[Receipt]:
     """Loaded models are taken over, then all folds are made, then each model is changed; each change can be undone."""
-    if not isinstance(lock, Lock):
-        raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
+    check_lock(lock)
     if not isinstance(models, Sequence):
         raise FastlockError(f"models is a {type(models).__name__}; give a list of models.")
     strength = check_strength(strength)
@@ -123,7 +122,7 @@ def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: Exit
     biases = fold(
         [site.weight for site in every],
         [displacements[site.layer] for site in every],
-        [_original_bias(model, site) for model, of_model in zip(inner, sites, strict=True) for site in of_model],
+        [_original_bias(site) for site in every],
         [site.name for site in every],
     )
     receipts = []
@@ -149,12 +148,9 @@ def _check_not_shared(models: list[nn.Module], sites: list[list[Site]]) -> None:
             seen.add(id(site.module))
 
 
-def _original_bias(model: nn.Module, site: Site) -> torch.Tensor | None:
+def _original_bias(site: Site) -> torch.Tensor | None:
     """The bias without any lock."""
-    receipt = receipt_of(model)
-    if receipt is None or site.name not in {locked.name for locked in receipt.sites}:
-        return site.bias
-    return getattr(site.module, ORIGINAL_BIAS, None)
+    return getattr(site.module, ORIGINAL_BIAS, None) if hasattr(site.module, PLACED_BIAS) else site.bias
 
 
 def _receipt(
@@ -165,9 +161,9 @@ def _receipt(
         lock_digest=lock.digest,
         strength=strength,
         model_type=text_config(model).model_type,
-        dtype=str(sites[0].weight.dtype).removeprefix("torch."),
+        dtype=sites[0].dtype_name,
         sites=tuple(
-            LockedSite(site.layer, site.name, displacements[site.layer].heads, _original_bias(model, site) is not None)
+            LockedSite(site.layer, site.name, displacements[site.layer].heads, _original_bias(site) is not None)
             for site in sites
         ),
         original_config=earlier.original_config if earlier else None,

@@ -11,6 +11,9 @@ from torch import nn
 from fastlock.errors import FastlockError
 from fastlock.lock import Lock
 
+# The dtypes of weights that can be folded, by the names that receipts give them.
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -50,6 +53,11 @@ class Site:
         """W, [hidden, num_heads * head_dim]: a view, whichever way the module keeps it."""
         weight: torch.Tensor = self.module.weight.detach()
         return weight if isinstance(self.module, nn.Linear) else weight.t()
+
+    @property
+    def dtype_name(self) -> str:
+        """The weight's dtype, as a receipt names it: "bfloat16"."""
+        return str(self.module.weight.dtype).removeprefix("torch.")
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -314,7 +322,7 @@ def check_foldable(site: Site) -> None:
             f"{site.name}.weight is a {type(parameter).__name__}, not a plain tensor (sharded or quantised). "
             "Gather it, or load the checkpoint unquantised, then relock."
         )
-    if site.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if site.weight.dtype not in DTYPES.values():
         raise FastlockError(
             f"{site.name}.weight has dtype {site.weight.dtype}; fastlock folds float16, bfloat16, float32 and float64. "
             "Quantised models can't be relocked yet: load the checkpoint unquantised."

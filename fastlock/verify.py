@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from fastlock.checkpoint import load_model
-from fastlock.errors import FastlockError
 from fastlock.loaded import is_loaded, original_biases, receipt_of, unchanged
-from fastlock.lock import Displacement, Lock
+from fastlock.lock import Displacement, Lock, check_lock
 from fastlock.receipt import Receipt
 from fastlock.reference import error_bound, exact_fold
 from fastlock.sites import Site, sites_for, unwrapped
@@ -55,8 +54,7 @@ def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -
     Raises:
         FastlockError: the lock does not fit the model, or the directory can't be loaded.
     """
-    if not isinstance(lock, Lock):
-        raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
+    check_lock(lock)
     given = model_or_directory
     model = unwrapped(given if isinstance(given, nn.Module) else load_model(given, exact=False))
     sites = sites_for(model, lock)
