@@ -313,3 +313,14 @@ def test_saving_takes_positional_arguments_as_transformers_does(tmp_path) -> Non
     fastlock.relock(model, lock)
     model.save_pretrained(tmp_path, True, model.state_dict())
     assert fastlock.verify(tmp_path, lock)
+
+
+def test_a_model_converted_after_relocking_is_saved_in_its_new_dtype(tmp_path) -> None:
+    """Its original biases too, which the receipt holds as bytes."""
+    model, plain = tiny_model("gpt2"), tiny_model("gpt2").to(torch.bfloat16)
+    fastlock.relock(model, random_lock(model))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["fastlock"]["dtype"] == "bfloat16"
+    loaded = reload(tmp_path)
+    fastlock.unlock(loaded)
+    assert same_state(state(loaded), state(plain))
