@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import os
-from collections.abc import Callable
-from dataclasses import replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,10 @@ from torch import nn
 
 from fastlock.errors import FastlockError
 from fastlock.receipt import Receipt, raw_bytes
-from fastlock.sites import Site, family_of
+from fastlock.sites import ATTENTION, Site, family_of, head_geometry
 from fastlock.sites import sites as every_site
+from fastlock.stacks import STACKS, acts, native_flag, needs
+from fastlock.stored import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +37,16 @@ ORIGINAL_BIAS = "fastlock_original_bias"
 PLACED_BIAS = "fastlock_placed_bias"
 CONFIG_KEY = "fastlock"
 
+# The families that can be written as a Llama, and the class that can.
+LLAMA_FORM = {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 # What a Llama's config does not share with that of a Mistral or Qwen2 which has no sliding window.
 _NOT_OF_LLAMA = (
     "model_type architectures sliding_window use_sliding_window max_window_layers layer_types head_dim"
 ).split()
+_LLAMA_TENSOR = re.compile(
+    r"(model\.embed_tokens|model\.norm|lm_head)\.weight|model\.layers\.\d+\.("
+    r"self_attn\.[qkvo]_proj\.(weight|bias)|mlp\.(gate|up|down)_proj\.weight|(input|post_attention)_layernorm\.weight)"
+)
 
 
 class _Swapped:
@@ -171,7 +181,7 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     if receipt.original_config is not None:
         note |= {"form": "llama", "original_config": receipt.original_config}
     note["original_biases"] = {
-        site.name: base64.b64encode(raw_bytes(getattr(site.module, ORIGINAL_BIAS))).decode()
+        str(site.layer): base64.b64encode(raw_bytes(getattr(site.module, ORIGINAL_BIAS))).decode()
         for site in sites
         if hasattr(site.module, ORIGINAL_BIAS)
     }
@@ -182,7 +192,10 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
 def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
     """The sites that a receipt names."""
     by_layer = {site.layer: site for site in every_site(model)}
-    missing = [site for site in receipt.sites if site.layer not in by_layer or by_layer[site.layer].name != site.name]
+    tail = f"{family_of(model).layers}.{{}}.{family_of(model).projection}"  # a file may have other names above it
+    missing = [
+        site for site in receipt.sites if site.layer not in by_layer or not site.name.endswith(tail.format(site.layer))
+    ]
     if missing:
         raise FastlockError(
             f"the receipt names {missing[0].name}, which {type(model).__name__} does not have. "
@@ -192,15 +205,30 @@ def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
 
 
 def _llama_form(model: PreTrainedModel, config: Any) -> tuple[Any, Callable[[Any], PreTrainedModel]]:
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+    from transformers import LlamaForCausalLM
 
-    kind, name = config.model_type, type(model).__name__
-    lost = f"{name}: transformers has no place for an output projection bias in a {kind} checkpoint"
     works = (
         "Nothing was saved. What works: unlock(model), save as before, and relock again after loading, "
         "with the lock shipped beside the checkpoint."
     )
-    if not isinstance(model, (MistralForCausalLM, Qwen2ForCausalLM)):
+    return llama_config(config, type(model).__name__, works), LlamaForCausalLM
+
+
+def llama_config(config: Any, name: str, works: str) -> Any:
+    """The config under which a Mistral or Qwen2 is computed by Llama's code, with a place for the bias.
+
+    Args:
+        config: the model's own.
+        name: its class, for messages.
+        works: what would work instead, for messages.
+
+    Raises:
+        FastlockError: it would not be the same model, to the bit.
+    """
+    from transformers import LlamaConfig
+
+    lost = f"{name}: transformers has no place for an output projection bias in a {config.model_type} checkpoint"
+    if LLAMA_FORM.get(config.model_type) != name:
         raise FastlockError(f"{lost} and would drop the lock in silence when loading it. {works}")
     if (window := active_window(config)) is not None:
         raise FastlockError(
@@ -208,13 +236,13 @@ def _llama_form(model: PreTrainedModel, config: Any) -> tuple[Any, Callable[[Any
             "is never run beyond that window, set config.sliding_window = None and save again."
         )
     keys = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_LLAMA}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _, head_dim = head_geometry(config)
     try:
         llama = LlamaConfig(**keys | {"head_dim": head_dim, "mlp_bias": False, "attention_bias": True})
     except (ValueError, TypeError) as error:
         raise FastlockError(f"{lost}, and a Llama can't have this config ({error}). {works}") from None
     llama.dtype = config.dtype
-    return llama, LlamaForCausalLM
+    return llama
 
 
 def active_window(config: Any) -> int | None:
@@ -223,3 +251,102 @@ def active_window(config: Any) -> int | None:
     if config.model_type == "qwen2" and "sliding_attention" not in config.layer_types:
         return None
     return window
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """How a checkpoint on disk brings the biases to the stacks that are asked for.
+
+    Attributes:
+        form: "native", or "llama".
+        flag: the config key that switches the biases on; "" where they always are.
+        was: whether it was on before.
+        config: the new config.json, without a receipt.
+        switched: the modules of a layer that then need a bias, zeros included; "lm_head" is the model's.
+    """
+
+    form: str
+    flag: str
+    was: bool
+    config: dict[str, Any]
+    switched: tuple[str, ...]
+
+
+def check_stacks(stacks: Sequence[str]) -> tuple[str, ...]:
+    """The stacks asked for, each once.
+
+    Raises:
+        FastlockError: there are none, or one is unknown.
+    """
+    if isinstance(stacks, str) or not stacks or any(stack not in STACKS for stack in stacks):
+        raise FastlockError(f"stacks {stacks!r}: give a list of serving stacks, of {', '.join(STACKS)}.")
+    return tuple(dict.fromkeys(stacks))
+
+
+def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
+    """The carrier that acts in every one of these stacks: the family's own bias, else the Llama form.
+
+    Raises:
+        FastlockError: there is none; it names the stack that would lose the lock, and what would work.
+    """
+    kind, asked = checkpoint.kind, set(stacks)
+    native = acts(kind)
+    if "transformers" in native and asked <= native:
+        return _native(checkpoint, stacks, checkpoint.family.bias_flag or "")
+    if kind in LLAMA_FORM and asked <= acts("llama"):
+        architecture = (checkpoint.raw.get("architectures") or [LLAMA_FORM[kind]])[0]
+        try:
+            return _as_llama(checkpoint, str(architecture))
+        except FastlockError:
+            if not asked <= native:
+                raise
+    if asked <= native:
+        flags = {native_flag(kind, stack) for stack in stacks}
+        if len(flags) == 1:
+            return _native(checkpoint, stacks, flags.pop() or "")
+    losing = ", ".join(stack for stack in stacks if stack not in native)
+    raise FastlockError(
+        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {kind} checkpoint, in silence. "
+        f"{_what_works(native, asked)} Nothing was written."
+    )
+
+
+def _what_works(native: frozenset[str], asked: set[str]) -> str:
+    if not native:
+        return "No stack has a place for it: relock in memory after loading (fastlock.relock)."
+    works = f"What works: --for {','.join(stack for stack in STACKS if stack in native)}."
+    if "transformers" in native and asked - native == {"vllm"}:
+        works += " vLLM keeps it too when it runs the model by transformers' code: --for transformers, and serve it "
+        works += "with `vllm serve --model-impl transformers`."
+    return works
+
+
+def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carrier:
+    config = copy.deepcopy(checkpoint.raw)
+    text = config if checkpoint.text_key is None else config.setdefault(checkpoint.text_key, {})
+    was = not flag or bool(getattr(checkpoint.text_config, flag, False))
+    switched = checkpoint.family.switched if flag and flag == checkpoint.family.bias_flag else ()
+    switched += tuple(name for stack in stacks for name in needs(checkpoint.kind, stack))
+    if flag:
+        text[flag] = True
+    _drop_remote_code(config)
+    return Carrier("native", flag, was, config, tuple(dict.fromkeys(switched)))
+
+
+def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
+    works = "What works: relock in memory after loading (fastlock.relock). Nothing was written."
+    llama = llama_config(checkpoint.config, architecture, works)
+    if foreign := [name for name in checkpoint.shards.tensors if not _LLAMA_TENSOR.fullmatch(name)]:
+        raise FastlockError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
+    config = json.loads(llama.to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
+    return Carrier("llama", "attention_bias", checkpoint.kind == "qwen2", config, ATTENTION)
+
+
+def _drop_remote_code(config: dict[str, Any]) -> None:
+    """Code of the checkpoint's own may have no place for the bias; without it, transformers' own class is used."""
+    mapped = config.get("auto_map")
+    if isinstance(mapped, dict):
+        kept = {key: value for key, value in mapped.items() if key.startswith("AutoTokenizer")}
+        config.pop("auto_map")
+        if kept:
+            config["auto_map"] = kept

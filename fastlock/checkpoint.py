@@ -1,133 +1,143 @@
-"""One checkpoint on disk: relocked or unlocked into a new directory."""
+"""One checkpoint on disk: relocked or unlocked into a new directory, from its locked columns alone.
+
+A relocked directory holds links to the files that did not change, one new small shard with the biases, and, under
+`fastlock/original/`, links to what it holds in another form now (config, index) or would bypass the lock (weights in
+other formats). `original_files` is the way back.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import base64
+import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 
-from fastlock.carrier import CONFIG_KEY, in_class
+from fastlock.card import CARD, with_section, without_section
+from fastlock.carrier import CONFIG_KEY, Carrier, check_stacks, choose_carrier
 from fastlock.errors import FastlockError
-from fastlock.files import as_path, read_bounded
-from fastlock.lock import Lock
-from fastlock.receipt import Receipt
+from fastlock.files import as_path
+from fastlock.fold import fold
+from fastlock.folders import LocalFile, NewFolder, Text, check_absent, local_files, new_folder
+from fastlock.lock import Displacement, Lock, check_lock, check_strength
+from fastlock.pretrained import load_model, out_of_llama_form
+from fastlock.receipt import LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
 from fastlock.relock import relock, unlock
+from fastlock.shards import INDEX, SINGLE, File, Stored, read_all
+from fastlock.sites import DTYPES
+from fastlock.stored import CONFIG, Checkpoint, StoredSite, in_threads, read_config
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+DEFAULT_STACKS = ("transformers", "vllm")
+NEW_SHARD = "model-fastlock.safetensors"
+# transformers reads `model.safetensors` alone wherever there is one, so beside a new shard it needs another name.
+RENAMED = "model-00001-of-00001.safetensors"
+ASIDE = "fastlock/original/"
+MAX_FEATURES = 2**24
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_CONFIG_BYTES = 64 * 1024 * 1024
-# Weights are written anew, and in other formats would be without the lock; so are the configs beside them. Every other
-# file of a checkpoint is carried along.
-_WEIGHTS = shutil.ignore_patterns(
-    *"*.safetensors *.safetensors.index.json *.bin *.bin.index.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx".split()
-)
-_CONFIGS = {"config.json", "generation_config.json"}
+# Out of the way, but not lost: weights in other formats, which are without the lock and which some stacks prefer; and
+# signatures, which are of the original (a new one written over the link would overwrite the source's).
+_SET_ASIDE = (
+    "*.bin *.bin.index.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx *.ot "
+    "consolidated*.safetensors consolidated.safetensors.index.json *.sig"
+).split()
+
+Folds = dict[tuple[Any, ...], tuple[bytes, bytes]]
+_Files = dict[str, LocalFile | Text]
 
 
-def load_model(directory: str | os.PathLike[str], exact: bool = True) -> PreTrainedModel:
-    """The causal language model in a directory, every tensor as it is there: safetensors only, no remote code.
+@dataclass(frozen=True)
+class _Folded:
+    """One site's new bias, what was there before, and the digest of the columns read."""
+
+    site: StoredSite
+    heads: tuple[int, ...]
+    bias: torch.Tensor
+    original: torch.Tensor | None
+    digest: bytes
+
+
+def relock_checkpoint(
+    source: str | os.PathLike[str],
+    lock: Lock,
+    out: str | os.PathLike[str],
+    strength: float = 6.0,
+    *,
+    stacks: Sequence[str] = DEFAULT_STACKS,
+    copy: bool = False,
+    in_place: bool = False,
+    folds: Folds | None = None,
+) -> Receipt:
+    """Relock a checkpoint into a new directory that is complete, reading its headers and locked columns only.
+
+    Unchanged files are linked (shared blocks where the file system has them, else hard links, else symbolic links).
+    A checkpoint that is relocked already gets this lock instead of the earlier one.
 
     Args:
-        directory: the checkpoint.
-        exact: refuse what saving the model again would change. Without it, missing biases (which transformers fills
-            with zeros) and tensors loaded in a wider dtype are let through: `verify` only looks.
+        source: the checkpoint's directory (a Hugging Face cache snapshot is one), which is only read.
+        lock: the lock of its aligned base.
+        out: the directory to make; it must not exist yet, unless `in_place`.
+        strength: the paper's α, 0 or more.
+        stacks: the serving stacks in which the lock must act, of `fastlock.stacks.STACKS`.
+        copy: copy the files instead of linking them.
+        in_place: `out` is `source`; the new directory takes its place in one step, and `unlock_checkpoint` undoes it.
+        folds: folds of this lock and strength that were made before, by projection; looked up and added to, for
+            checkpoints that share files.
+
+    Returns:
+        What was done.
 
     Raises:
-        FastlockError: there is none, or loading it would add, drop or change a tensor.
+        FastlockError: the checkpoint is damaged or of another geometry, no carrier acts in all stacks, or `out` can't
+            be written. `out` is then not there; in place, it is as it was.
     """
-    from transformers import AutoModelForCausalLM
-
-    if not as_path(directory).is_dir():
-        raise FastlockError(
-            f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
-        )
-    dtypes = _stored_dtypes(Path(directory))
-    common = Counter(dtypes.values()).most_common(1)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=common[0][0] if common else "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise FastlockError(
-            f"{directory}: can't be loaded ({type(error).__name__}: {error}). It should hold config.json and "
-            "*.safetensors; convert older .bin files with transformers' save_pretrained."
-        ) from error
-    if not exact:
-        report["missing_keys"] = [name for name in report["missing_keys"] if not name.endswith(".bias")]
-    _check_nothing_lost(directory, model, report, dtypes, exact)
-    loaded: PreTrainedModel = model
-    return loaded
+    check_lock(lock)
+    strength, stacks = check_strength(strength), check_stacks(stacks)
+    source, out = _check_paths(source, out, in_place)
+    files = original_files(local_files(source), str(source))
+    checkpoint = Checkpoint(files, str(source))
+    if CONFIG_KEY in checkpoint.raw:
+        return _relock_saved(source, lock, out, strength, in_place)
+    sites = checkpoint.sites_for(lock)
+    carrier = choose_carrier(checkpoint, stacks)
+    folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
+    receipt = _receipt(checkpoint, lock, strength, folded)
+    with new_folder(out, source, in_place) as new:
+        _write_relocked(new, checkpoint, carrier, receipt, folded, stacks, copy)
+        checkpoint.check_unchanged()
+    return receipt
 
 
-def _stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
-    """The dtype of every floating-point tensor in a checkpoint's files, by name; of a damaged file, nothing."""
-    found: dict[str, torch.dtype] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with contextlib.suppress(safetensors.SafetensorError, OSError), safetensors.safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                dtype = _DTYPES.get(file.get_slice(name).get_dtype())
-                if dtype is not None:
-                    found[name] = dtype
-    return found
-
-
-def _check_nothing_lost(
-    directory: str | os.PathLike[str], model: PreTrainedModel, report: Any, dtypes: dict[str, torch.dtype], exact: bool
+def unlock_checkpoint(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], *, copy: bool = False, in_place: bool = False
 ) -> None:
-    named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
-    if named != type(model).__name__:
-        raise FastlockError(
-            f"{directory}: a {named}, which would be loaded as a {type(model).__name__}. fastlock reads causal "
-            "language models from disk; load others yourself and relock them in memory."
-        )
-    wrong = {"missing_keys": "lacks", "unexpected_keys": "has no place for", "mismatched_keys": "has another shape of"}
-    for key, what in wrong.items():
-        if names := sorted(map(str, report[key])):
-            raise FastlockError(
-                f"{directory}: {type(model).__name__} {what} {names[0]} ({len(names)} in all), so that loading it "
-                "would change the checkpoint. Get it again, or load it yourself and relock it in memory."
-            )
-    for name, tensor in model.state_dict().items():
-        stored = dtypes.get(name, tensor.dtype)
-        wider = not exact and torch.promote_types(stored, tensor.dtype) == tensor.dtype
-        if stored != tensor.dtype and not wider:
-            raise FastlockError(
-                f"{directory}: {name} is {stored}, and would be loaded as {tensor.dtype}. Convert the checkpoint "
-                "to one dtype, or load it yourself and relock it in memory."
-            )
+    """Write the checkpoint as it was before relocking into a new directory: every file, byte for byte.
 
+    A checkpoint that transformers saved from a relocked model comes back tensor for tensor, bit for bit.
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a directory, without remote code.
+    Args:
+        source, out, copy, in_place: as for `relock_checkpoint`.
 
     Raises:
-        FastlockError: there is none, or it can't be loaded.
+        FastlockError: it is not relocked, or was changed since; `out` is then not there (in place: as it was).
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise FastlockError(
-            f"{directory}: its tokenizer can't be loaded ({type(error).__name__}: {error}). "
-            "Copy the tokenizer's files beside the weights."
-        ) from error
+    source, out = _check_paths(source, out, in_place)
+    files = local_files(source)
+    if not _was_relocked_here(files):
+        _unlock_saved(source, out, in_place)
+        return
+    originals = original_files(files, str(source))
+    with new_folder(out, source, in_place) as new:
+        for name, file in originals.items():
+            _carry(new, name, file, copy)
+        for file in originals.values():
+            file.check_unchanged()
 
 
 def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
@@ -136,116 +146,314 @@ def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
     Raises:
         FastlockError: there is no config.json, or the receipt in it is damaged.
     """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(read_bounded(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise FastlockError(f"{path}: not JSON ({error}). Get the checkpoint again.") from None
-    if not isinstance(config, dict) or CONFIG_KEY not in config:
-        return None
-    return Receipt.from_dict(config[CONFIG_KEY], str(path))
+    path = as_path(directory)
+    files = {CONFIG: LocalFile(path / CONFIG)} if (path / CONFIG).is_file() else {}
+    return receipt_in(files, str(path))[0]
 
 
-def relock_checkpoint(
-    source: str | os.PathLike[str], lock: Lock, out: str | os.PathLike[str], strength: float = 6.0
-) -> Receipt:
-    """Relock a checkpoint into a new directory that is complete: tokenizer and all other files come along.
+def _was_relocked_here(files: Mapping[str, Any]) -> bool:
+    """Whether `relock_checkpoint` wrote this directory (transformers keeps the receipt, but not what is set aside)."""
+    return ASIDE + CONFIG in files
 
-    Args:
-        source: the checkpoint's directory, which is only read.
-        lock: the lock of its aligned base.
-        out: the directory to make; it must not exist yet.
-        strength: the paper's α.
 
-    Returns:
-        What was done.
+def original_files(files: Mapping[str, LocalFile], where: str) -> _Files:
+    """The files of a relocked directory as they were before; those of any other as they are.
 
     Raises:
-        FastlockError: as for `relock` and saving; `out` is then not there.
+        FastlockError: it was changed since it was relocked.
     """
-    _check_absent(source, out)
+    if not _was_relocked_here(files):
+        return dict(files)
+    patches = _original_bytes(Checkpoint(dict(files), where))
+    view: _Files = {name: file for name, file in files.items() if not _of_relocking(name)}
+    view |= {name.removeprefix(ASIDE): file for name, file in files.items() if name.startswith(ASIDE)}
+    if NEW_SHARD not in files and INDEX in files:
+        view[INDEX] = files[INDEX]
+    if RENAMED in view and (INDEX not in view or RENAMED.encode() not in read_all(view[INDEX], INDEX)):
+        view[SINGLE] = view.pop(RENAMED)
+    if CARD in files:
+        card = without_section(read_all(files[CARD], CARD))
+        if card is None:
+            view.pop(CARD)
+        else:
+            view[CARD] = Text(card)
+    view |= {name: files[_new_name(name, NEW_SHARD in files)].patched(patch) for name, patch in patches.items()}
+    return dict(sorted(view.items()))
+
+
+def _of_relocking(name: str) -> bool:
+    """Whether a file of a relocked directory is no file of the original: new, changed, or a signature of the new."""
+    return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith("fastlock/") or name.endswith(".sig")
+
+
+def _check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_place: bool) -> tuple[Path, Path]:
+    given, place = as_path(source), as_path(out)
+    try:
+        given, resolved = given.resolve(), place.resolve()
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{out}: is no usable path ({error}).") from None
+    if in_place:
+        if given != resolved:
+            raise FastlockError(
+                f"{out}: in place means into the checkpoint itself, {source}. Leave one of the two out."
+            )
+        return given, given
+    check_absent(place)
+    if given in resolved.parents:
+        raise FastlockError(f"{place}: is inside the checkpoint itself. Give a directory outside it.")
+    return given, place.parent.resolve() / place.name
+
+
+def _fold(checkpoint: Checkpoint, sites: list[StoredSite], lock: Lock, strength: float, folds: Folds) -> list[_Folded]:
+    displacements = lock.displacement(strength)
+
+    def one(site: StoredSite) -> _Folded:
+        return _fold_site(checkpoint, site, displacements[site.layer], (lock.digest, strength), folds)
+
+    return in_threads(one, sites)
+
+
+def _fold_site(
+    checkpoint: Checkpoint, site: StoredSite, displacement: Displacement, of_lock: tuple[str, float], folds: Folds
+) -> _Folded:
+    original = None if site.bias is None else checkpoint.read_vector(site.bias)
+    before = None if original is None else raw_bytes(original)
+    key = (checkpoint.files[site.weight.file].identity, site.weight.start, before, *of_lock)
+    if key not in folds:
+        columns = checkpoint.read_columns(site, displacement.heads)
+        compact = Displacement(tuple(range(len(displacement.heads))), displacement.values)
+        (bias,) = fold([columns.weight], [compact], [original], [f"{checkpoint.where}: {site.name}"])
+        folds[key] = raw_bytes(bias), columns.digest
+    data, digest = folds[key]
+    return _Folded(site, displacement.heads, torch.frombuffer(bytearray(data), dtype=site.dtype), original, digest)
+
+
+def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_Folded]) -> Receipt:
+    receipt = Receipt(
+        lock_digest=lock.digest,
+        strength=strength,
+        model_type=checkpoint.kind,
+        dtype=str(folded[0].site.dtype).removeprefix("torch."),
+        sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded),
+    )
+    return receipt.with_digests(weights_digest(f.digest for f in folded), biases_digest(f.bias for f in folded))
+
+
+def _write_relocked(
+    new: NewFolder,
+    checkpoint: Checkpoint,
+    carrier: Carrier,
+    receipt: Receipt,
+    folded: list[_Folded],
+    stacks: tuple[str, ...],
+    copy: bool,
+) -> None:
+    added = _added_biases(checkpoint, carrier, folded)
+    patches: dict[str, list[tuple[int, bytes]]] = {}
+    for f in folded:
+        if f.site.bias is not None:
+            patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
+    for name, file in checkpoint.files.items():
+        if name != CARD:
+            changed = file.patched(patches[name]) if isinstance(file, LocalFile) and name in patches else file
+            _carry(new, _new_name(name, bool(added)), changed, copy)
+    if added:
+        new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
+        new.write(INDEX, _json(_new_index(checkpoint, added)))
+    card = checkpoint.files.get(CARD)
+    new.write(CARD, with_section(None if card is None else read_all(card, CARD), receipt, stacks))
+    data = receipt.to_dict() | {"carrier": _note(carrier, checkpoint, folded, stacks)}
+    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: data}))
+
+
+def _carry(new: NewFolder, name: str, file: LocalFile | Text, copy: bool) -> None:
+    if isinstance(file, Text):
+        new.write(name, file.data)
+    elif copy or file.patches:
+        new.copy(name, file)
+    else:
+        new.link(name, file)
+
+
+def _new_name(name: str, with_new_shard: bool) -> str:
+    """The name of an unchanged file in a relocked directory."""
+    plain = name.rpartition("/")[2]
+    if name == CONFIG or any(fnmatch(plain, pattern) for pattern in _SET_ASIDE):
+        return ASIDE + name
+    if with_new_shard and name == INDEX:
+        return ASIDE + name
+    return RENAMED if with_new_shard and name == SINGLE else name
+
+
+def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded]) -> dict[str, torch.Tensor]:
+    """The biases that the checkpoint lacks: the folds, and zeros wherever the carrier's flag asks for one.
+
+    vLLM leaves biases that it does not find uninitialised.
+    """
+    tensors, dtype = checkpoint.shards.tensors, folded[0].site.dtype
+    added = {f"{f.site.name}.bias": f.bias for f in folded if f.site.bias is None}
+    lengths = {path: _out_features(stored, checkpoint) for path, stored in checkpoint.modules(carrier.switched).items()}
+    if "lm_head" in carrier.switched:
+        lengths["lm_head"] = checkpoint.text_config.vocab_size
+    for path, length in lengths.items():
+        if f"{path}.bias" not in tensors:
+            added.setdefault(f"{path}.bias", torch.zeros(length, dtype=dtype, device="cpu"))
+    return added
+
+
+def _out_features(stored: Stored, checkpoint: Checkpoint) -> int:
+    length = stored.shape[0] if len(stored.shape) == 2 else 0
+    if not 0 < length <= min(stored.length, MAX_FEATURES):
+        raise FastlockError(
+            f"{checkpoint.where}: a projection in {stored.file} has the shape {list(stored.shape)}. Get it again."
+        )
+    return length
+
+
+def _new_index(checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> dict[str, Any]:
+    tensors = checkpoint.shards.tensors
+    shard = {file: _new_name(file, True) for file in {stored.file for stored in tensors.values()}}
+    weight_map = {name: shard[stored.file] for name, stored in tensors.items()}
+    size = sum(stored.length for stored in tensors.values()) + sum(bias.nbytes for bias in added.values())
+    index = checkpoint.shards.index or {}
+    metadata = index.get("metadata")
+    return index | {
+        "metadata": (metadata if isinstance(metadata, dict) else {}) | {"total_size": size},
+        "weight_map": dict(sorted((weight_map | dict.fromkeys(added, NEW_SHARD)).items())),
+    }
+
+
+def _note(carrier: Carrier, checkpoint: Checkpoint, folded: list[_Folded], stacks: tuple[str, ...]) -> dict[str, Any]:
+    """What the receipt says of the carrier: enough to take the lock out again, in memory and on disk."""
+    note: dict[str, Any] = {"form": carrier.form, "flag": carrier.flag, "was": carrier.was, "stacks": list(stacks)}
+    if carrier.form == "llama":
+        note["original_config"] = checkpoint.raw
+    note["original_biases"] = {
+        str(f.site.layer): base64.b64encode(raw_bytes(f.original)).decode() for f in folded if f.original is not None
+    }
+    return note | {"config_digest": config_digest(carrier.config)}
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """SHA-256 of a config.json without its receipt, however it is laid out."""
+    bare = {key: value for key, value in config.items() if key != CONFIG_KEY}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+
+
+def receipt_in(files: Mapping[str, File], where: str) -> tuple[Receipt | None, dict[str, Any]]:
+    """The receipt in a checkpoint's config.json, None where it has none, and the whole of that.
+
+    Raises:
+        FastlockError: there is no config.json, or the receipt in it is damaged.
+    """
+    raw = read_config(files, where)
+    return (Receipt.from_dict(raw[CONFIG_KEY], f"{where}/{CONFIG}") if CONFIG_KEY in raw else None), raw
+
+
+def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
+    """Where in which of the original files which original bias goes; it checks that nothing was changed since.
+
+    Raises:
+        FastlockError: the biases or the config are not those that fastlock wrote.
+    """
+    receipt, raw = receipt_in(checkpoint.files, checkpoint.where)
+    if receipt is None:
+        raise _changed(checkpoint.where, f"{CONFIG} holds no receipt any more")
+    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+        raise _changed(checkpoint.where, "the locked biases are not those that fastlock wrote")
+    if _carrier_note(raw).get("config_digest") != config_digest(raw):
+        raise _changed(checkpoint.where, f"{CONFIG} is not the one that fastlock wrote")
+    patches: dict[str, list[tuple[int, bytes]]] = {}
+    for layer, original in original_biases_on_disk(checkpoint, receipt, raw).items():
+        stored = checkpoint.sites[layer].bias
+        if original is not None and stored is not None:
+            name = SINGLE if stored.file == RENAMED else stored.file
+            patches.setdefault(name, []).append((stored.start, raw_bytes(original)))
+    return patches
+
+
+def original_biases_on_disk(
+    checkpoint: Checkpoint, receipt: Receipt, raw: dict[str, Any]
+) -> dict[int, torch.Tensor | None]:
+    """The bias that each locked layer had before, None where it had none, out of the receipt.
+
+    Raises:
+        FastlockError: the receipt does not hold them.
+    """
+    originals: dict[int, torch.Tensor | None] = {}
+    for locked, bias in zip(receipt.sites, stored_biases(checkpoint, receipt), strict=True):
+        originals[locked.layer] = None
+        if locked.had_bias:
+            try:
+                data = bytearray(
+                    base64.b64decode(_carrier_note(raw)["original_biases"][str(locked.layer)], validate=True)
+                )
+                original = torch.frombuffer(data, dtype=DTYPES[receipt.dtype])
+            except (KeyError, TypeError, ValueError):
+                original = None
+            if original is None or bias is None or original.shape != bias.shape:
+                raise FastlockError(
+                    f"{checkpoint.where}: the receipt does not hold the original bias of layer {locked.layer}, so "
+                    "that it can't be put back. Get the checkpoint again, or start from the original one."
+                )
+            originals[locked.layer] = original
+    return originals
+
+
+def _carrier_note(raw: dict[str, Any]) -> dict[str, Any]:
+    note = raw[CONFIG_KEY].get("carrier")
+    return note if isinstance(note, dict) else {}
+
+
+def stored_biases(checkpoint: Checkpoint, receipt: Receipt) -> list[torch.Tensor | None]:
+    """The biases that are at a receipt's sites now, None where there is none.
+
+    Raises:
+        FastlockError: the receipt names a layer that the checkpoint lacks.
+    """
+    if any(locked.layer >= len(checkpoint.sites) for locked in receipt.sites):
+        raise _changed(checkpoint.where, "its receipt names layers that it does not have")
+    stored = [checkpoint.sites[locked.layer].bias for locked in receipt.sites]
+    return [None if bias is None or bias.torch_dtype is None else checkpoint.read_vector(bias) for bias in stored]
+
+
+def _changed(where: str, what: str) -> FastlockError:
+    return FastlockError(
+        f"{where}: {what}: it was changed since it was relocked, and putting the original back would lose that. "
+        "Start from the original checkpoint."
+    )
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _relock_saved(source: Path, lock: Lock, out: Path, strength: float, in_place: bool) -> Receipt:
+    """Relock a checkpoint that transformers saved from a relocked model: its biases are among its other weights."""
     model = load_model(source)
     receipt = relock(model, lock, strength)
-    _write(model, Path(source), Path(out))
+    _save(model, source, out, in_place)
     receipt.to_dict()  # takes its digests while the model is there
     return receipt
 
 
-def unlock_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Write the checkpoint as it was before relocking, every tensor bit for bit, into a new directory.
-
-    Raises:
-        FastlockError: it is not relocked, or was altered since; `out` is then not there.
-    """
-    _check_absent(source, out)
+def _unlock_saved(source: Path, out: Path, in_place: bool) -> None:
     model = load_model(source)
     receipt = getattr(model.config, CONFIG_KEY, None)
     unlock(model)
     carrier = receipt.get("carrier", {}) if isinstance(receipt, dict) else {}
     if carrier.get("form") == "llama":
-        model = _out_of_llama_form(model, carrier.get("original_config"), source)
-    _write(model, Path(source), Path(out))
+        model = out_of_llama_form(model, carrier.get("original_config"), source)
+    _save(model, source, out, in_place)
 
 
-def _out_of_llama_form(model: PreTrainedModel, original: Any, source: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model in the class that it had before it was saved as a Llama."""
-    from transformers import AutoConfig, MistralForCausalLM, Qwen2ForCausalLM
-
-    classes: dict[str, Callable[[Any], PreTrainedModel]] = {"mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
-    try:
-        kind = original["model_type"]
-        config = AutoConfig.for_model(**original)
-        state = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if not (name.endswith(".self_attn.o_proj.bias") and not tensor.count_nonzero())
-        }
-        restored = in_class(classes[kind], config, state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FastlockError(
-            f"{source}: the receipt does not say rightly what the model was before ({error}). "
-            "Start from the original checkpoint."
-        ) from None
-    restored.generation_config = model.generation_config
-    return restored
-
-
-def _check_absent(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    path = as_path(out)
-    try:
-        there = path.exists() or path.is_symlink()
-        inside = as_path(source).resolve() in path.resolve().parents
-    except (OSError, ValueError) as error:
-        raise FastlockError(f"{out}: is no usable path ({error}).") from None
-    if there:
-        raise FastlockError(f"{path}: exists already. Give a directory that does not, or remove it first.")
-    if inside:
-        raise FastlockError(f"{path}: is inside the checkpoint itself. Give a directory outside it.")
-
-
-def _write(model: PreTrainedModel, source: Path, out: Path) -> None:
-    """Save beside `out` and rename: the directory appears whole, or not at all."""
-
-    def not_carried(folder: str, names: list[str]) -> set[str]:
-        return _WEIGHTS(folder, names) | (_CONFIGS if Path(folder) == source else set())
-
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except (OSError, ValueError) as error:
-        raise FastlockError(f"{out}: can't be made ({error}). Choose another place.") from None
-    try:
-        shutil.copytree(
-            source,
-            temporary,
-            ignore=not_carried,
-            dirs_exist_ok=True,
-            ignore_dangling_symlinks=True,
-        )
-        model.save_pretrained(temporary)
-        temporary.chmod(source.stat().st_mode & 0o777)
-        temporary.rename(out)
-    except (OSError, shutil.Error, safetensors.SafetensorError) as error:
-        raise FastlockError(f"{out}: can't be written ({error}); nothing is left of it.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _save(model: Any, source: Path, out: Path, in_place: bool) -> None:
+    with new_folder(out, source, in_place) as new:
+        try:
+            model.save_pretrained(new.path)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from None
+        new.sync()
+        for name, file in local_files(source).items():
+            if not name.endswith((".safetensors", ".safetensors.index.json")) and not (new.path / name).exists():
+                new.link(_new_name(name, False), file)

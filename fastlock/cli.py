@@ -1,6 +1,7 @@
 """The `fastlock` command.
 
-Exit codes: 0 done (for `verify`: locked); 1 `verify` found the lock missing or altered; 2 wrong arguments;
+Exit codes: 0 done (for `verify`: locked; for `doctor`: it acts); 1 `verify` found the lock missing or altered, or
+`doctor` that it does not act; 2 wrong arguments;
 3 refused or failed, with the reason on standard error; 4 a fault of fastlock's own; 130 stopped by Ctrl-C.
 """
 
@@ -21,12 +22,16 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fastlock.checkpoint import load_model, load_tokenizer, read_receipt, relock_checkpoint, unlock_checkpoint
+from fastlock import zoo_cli
+from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
+from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
 from fastlock.extract import extract as make_lock
 from fastlock.lock import Lock
 from fastlock.pairs import load_pairs, shipped_pairs
+from fastlock.pretrained import load_model, load_tokenizer
 from fastlock.receipt import Receipt
+from fastlock.stacks import STACKS
 from fastlock.verify import verify
 from fastlock.version import __version__
 
@@ -40,12 +45,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Bring the refusals back in every fine-tune of an aligned language model.",
 )
+app.add_typer(zoo_cli.app, name="zoo")
 _out = Console()
 _err = Console(stderr=True)
 
 _Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
 _Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint's directory: config.json and *.safetensors.")]
-_Out = Annotated[Path, typer.Option("--out", help="The directory to make; it must not exist yet.")]
+_Out = Annotated[Path | None, typer.Option("--out", help="The directory to make; it must not exist yet.")]
+_InPlace = Annotated[
+    bool, typer.Option("--in-place", help="Change the checkpoint itself, in one step; asks first. `unlock` undoes it.")
+]
+_Yes = Annotated[bool, typer.Option("--yes", help="With --in-place: don't ask.")]
+_Copy = Annotated[bool, typer.Option("--copy", help="Copy the files that don't change, instead of linking them.")]
+_For = Annotated[
+    list[str] | None,
+    typer.Option("--for", help=f"Stacks in which the lock must act: {', '.join(STACKS)}. Default: transformers, vllm."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -123,31 +138,74 @@ def extract(
 def relock(
     checkpoint: _Checkpoint,
     lock: _Lock,
-    out: _Out,
+    out: _Out = None,
     strength: Annotated[float, typer.Option("--strength", help="How hard the lock pulls (the paper's α).")] = 6.0,
+    stacks: _For = None,
+    copy: _Copy = False,
+    in_place: _InPlace = False,
+    yes: _Yes = False,
     as_json: _Json = False,
 ) -> None:
-    """Relock a checkpoint into a new directory. The source is only read."""
+    """Relock a checkpoint into a new directory, which links the files that don't change."""
+    target = _target(checkpoint, out, in_place, yes)
     loaded = Lock.load(lock)
     start = time.perf_counter()
     with _working(f"relocking {checkpoint}", as_json):
-        receipt = relock_checkpoint(checkpoint, loaded, out, strength)
+        receipt = relock_checkpoint(
+            checkpoint, loaded, target, strength, stacks=_stacks(stacks), copy=copy, in_place=in_place
+        )
     if as_json:
-        _print_json({"out": str(out), "receipt": receipt.to_dict()})
+        _print_json({"out": str(target), "receipt": receipt.to_dict()})
     else:
         seconds = time.perf_counter() - start
-        _say(f"{out}: {len(receipt.layers)} layers relocked at strength {strength:g} ({seconds:.1f} s)")
+        _say(f"{target}: {len(receipt.layers)} layers relocked at strength {strength:g} ({seconds:.1f} s)")
 
 
 @app.command()
-def unlock(checkpoint: _Checkpoint, out: _Out, as_json: _Json = False) -> None:
-    """Write a relocked checkpoint as it was before, every tensor bit for bit, into a new directory."""
+def unlock(
+    checkpoint: _Checkpoint,
+    out: _Out = None,
+    copy: _Copy = False,
+    in_place: _InPlace = False,
+    yes: _Yes = False,
+    as_json: _Json = False,
+) -> None:
+    """Write a relocked checkpoint as it was before, every file byte for byte, into a new directory."""
+    target = _target(checkpoint, out, in_place, yes)
     with _working(f"unlocking {checkpoint}", as_json):
-        unlock_checkpoint(checkpoint, out)
+        unlock_checkpoint(checkpoint, target, copy=copy, in_place=in_place)
     if as_json:
-        _print_json({"out": str(out)})
+        _print_json({"out": str(target)})
     else:
-        _say(f"{out}: unlocked")
+        _say(f"{target}: unlocked")
+
+
+def _target(checkpoint: Path, out: Path | None, in_place: bool, yes: bool) -> Path:
+    """Where the result goes: `--out`, or the checkpoint itself once the user has said so twice."""
+    if in_place == (out is not None):
+        raise typer.BadParameter("give either --out DIR or --in-place.")
+    if out is not None:
+        return out
+    if not yes and not (sys.stdin.isatty() and typer.confirm(f"Change {checkpoint} itself?", err=True)):
+        raise typer.BadParameter("--in-place was not confirmed; nothing was changed. --yes confirms without asking.")
+    return checkpoint
+
+
+def _stacks(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(name for part in given or [",".join(DEFAULT_STACKS)] for name in part.split(","))
+
+
+@app.command(name="doctor")
+def doctor_command(checkpoint: _Checkpoint, stacks: _For = None, as_json: _Json = False) -> None:
+    """Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not."""
+    found = doctor(checkpoint, _stacks(stacks))
+    if as_json:
+        _print_json({"checkpoint": str(checkpoint), "stacks": [finding.to_dict() for finding in found]})
+    else:
+        for finding in found:
+            _say(f"{finding.stack}: {finding.reason}", "green" if finding.acts else "red")
+    if not all(finding.acts for finding in found):
+        raise typer.Exit(NOT_LOCKED)
 
 
 @app.command(name="verify")

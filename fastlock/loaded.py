@@ -55,7 +55,7 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
         return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
     kept = _carrier(model)["original_biases"]
     return {
-        site.name: _decoded(model, kept.get(site.name), site, receipt.dtype) if locked.had_bias else None
+        site.name: _decoded(model, kept.get(str(site.layer)), site, receipt.dtype) if locked.had_bias else None
         for locked, site in zip(receipt.sites, sites, strict=True)
     }
 
@@ -69,8 +69,10 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
     if not is_loaded(model):
         return
     receipt = Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
-    for site in locked_sites(model, receipt):
+    here = locked_sites(model, receipt)
+    for site in here:
         check_foldable(site)
+    receipt = receipt.renamed([site.name for site in here])  # in the files they may have had other names
     if not unchanged(model, receipt):
         raise FastlockError(
             f"{_where(model)}: the locked biases are not those that fastlock wrote (trained since, or loaded in part); "

@@ -59,18 +59,17 @@ class Receipt:
 
     @cached_property
     def weights_digest(self) -> str:
-        """SHA-256 of the weights read: the locked head columns, [hidden, head_dim] each, by layer and head.
+        """SHA-256 over the SHA-256 of each site's weights read, by layer: its locked columns, row by row.
 
         Computed when first asked for, from the model as relock left it: hashing costs more than relocking.
 
         Raises:
             FastlockError: the model is gone, or its weights were changed since.
         """
-        sha = hashlib.sha256()
-        for locked, site in zip(self.sites, self._read(), strict=True):
-            for head in locked.heads:
-                sha.update(raw_bytes(site.weight[:, head * site.head_dim : (head + 1) * site.head_dim]))
-        return sha.hexdigest()
+        return weights_digest(
+            hashlib.sha256(raw_bytes(locked_columns(site.weight, locked.heads, site.head_dim))).digest()
+            for locked, site in zip(self.sites, self._read(), strict=True)
+        )
 
     @cached_property
     def biases_digest(self) -> str:
@@ -121,8 +120,18 @@ class Receipt:
                 f"{where}: the receipt is damaged ({type(error).__name__}: {error}). Get the checkpoint again, "
                 "or relock its original."
             ) from None
-        receipt.__dict__.update(digests)
-        return receipt
+        return receipt.with_digests(**digests)
+
+    def renamed(self, names: list[str]) -> Receipt:
+        """The same receipt, its sites called by these names."""
+        sites = tuple(replace(site, name=name) for site, name in zip(self.sites, names, strict=True))
+        return replace(self, sites=sites).with_digests(self.weights_digest, self.biases_digest)
+
+    def with_digests(self, weights_digest: str, biases_digest: str) -> Receipt:
+        """The same receipt with its digests known already."""
+        known = replace(self)
+        known.__dict__.update(weights_digest=weights_digest, biases_digest=biases_digest)
+        return known
 
     def of(self, sites: list[Site]) -> Receipt:
         """The same receipt, its digests to be taken from these sites."""
@@ -172,6 +181,16 @@ def version_of(tensor: torch.Tensor | None) -> int:
         return 0 if tensor is None else tensor._version
     except RuntimeError:  # made in inference mode
         return 0
+
+
+def locked_columns(weight: torch.Tensor, heads: Iterable[int], head_dim: int) -> torch.Tensor:
+    """The columns of W that the lock reads, [hidden, len(heads) * head_dim]."""
+    return torch.cat([weight[:, head * head_dim : (head + 1) * head_dim] for head in heads], dim=1)
+
+
+def weights_digest(of_sites: Iterable[bytes]) -> str:
+    """SHA-256 over the SHA-256 of each site's locked columns."""
+    return hashlib.sha256(b"".join(of_sites)).hexdigest()
 
 
 def biases_digest(biases: Iterable[torch.Tensor | None]) -> str:

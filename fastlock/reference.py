@@ -14,6 +14,9 @@ from torch import nn
 from fastlock.lock import Displacement, Lock
 from fastlock.sites import sites_for
 
+# On a CPU, rows are widened to float64 in blocks that stay in the cache.
+_CACHED_ROWS = 512
+
 
 def fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
     """b = W d + c over the locked head columns only, in float64, rounded once.
@@ -47,8 +50,11 @@ def exact_fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Ten
     """The fold before rounding: b, [hidden] float64, on the weight's device where that has float64, else the CPU."""
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     b = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
+    block = _CACHED_ROWS if device.type == "cpu" else max(1, len(b))
     for columns, value in _locked_columns(weight, displacement):
-        b += columns.to(device).double() @ value.to(device)
+        for first in range(0, len(b), block):
+            rows = slice(first, first + block)
+            b[rows] += columns[rows].to(device).double() @ value.to(device)
     return b if bias is None else b + bias.detach().to(device).double()
 
 
@@ -59,12 +65,21 @@ def error_bound(weight: torch.Tensor, displacement: Displacement, bias: torch.Te
     float32 products in any order (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5).
     """
     b = exact_fold(weight, displacement, bias)
-    magnitude = torch.zeros_like(b) if bias is None else bias.detach().to(b.device).double().abs()
-    for columns, value in _locked_columns(weight, displacement):
-        magnitude += columns.to(b.device).double().abs() @ value.to(b.device).abs()
-    info = torch.finfo(weight.dtype)
+    size = magnitude(weight, displacement) + (0 if bias is None else bias.detach().to(b.device).double().abs())
+    return bound(b, size, displacement.values.numel() + 1, weight.dtype)
+
+
+def magnitude(weight: torch.Tensor, displacement: Displacement) -> torch.Tensor:
+    """|W||d|, [hidden] float64, where `exact_fold` is."""
+    absolute = Displacement(displacement.heads, displacement.values.abs())
+    return exact_fold(weight.detach().abs(), absolute)
+
+
+def bound(b: torch.Tensor, size: torch.Tensor, terms: int, dtype: torch.dtype) -> torch.Tensor:
+    """The bound of `error_bound` from its parts: the exact fold b, |W||d| + |c|, and the number of terms."""
+    info = torch.finfo(dtype)
     unit = torch.exp2(torch.floor(torch.log2(b.abs().clamp(min=info.tiny)))) * info.eps
-    return unit + (displacement.values.numel() + 1) * 2.0**-24 * magnitude
+    return unit + terms * 2.0**-24 * size
 
 
 def _locked_columns(weight: torch.Tensor, displacement: Displacement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

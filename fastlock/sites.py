@@ -15,6 +15,10 @@ from fastlock.lock import Lock
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
+# The modules of a layer to which most families' flag gives a bias.
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+
 @dataclass(frozen=True)
 class Family:
     """How one model family of transformers keeps its attention output projection.
@@ -24,11 +28,15 @@ class Family:
         projection: path of the output projection inside a layer.
         bias_flag: the config key that gives the projection a bias; "" where it always has one; None where the
             family can't have one, so that transformers drops it, in silence, when a checkpoint is loaded.
+        switched: the modules of a layer to which that key gives a bias; "lm_head" is the model's.
+        transposed: whether its weight is kept as [num_heads * head_dim, hidden] (GPT-2's Conv1D).
     """
 
     layers: str = "layers"
     projection: str = "self_attn.o_proj"
     bias_flag: str | None = "attention_bias"
+    switched: tuple[str, ...] = ATTENTION
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +75,8 @@ class Site:
 
 
 _NEVER = Family(bias_flag=None)
-_USE_BIAS = Family(bias_flag="use_bias")
-_GPT2 = Family("h", "attn.c_proj", "")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
 
 FAMILIES = {
     "apertus": Family(),
@@ -78,20 +86,25 @@ FAMILIES = {
     "cohere": Family(),
     "cohere2": Family(),
     "dots1": Family(),
-    "ernie4_5": _USE_BIAS,
-    "ernie4_5_moe": _USE_BIAS,
+    "ernie4_5": Family(bias_flag="use_bias", switched=ATTENTION + _MLP),
+    "ernie4_5_moe": Family(bias_flag="use_bias", switched=ATTENTION + _MLP + _SHARED_EXPERTS + ("lm_head",)),
     "exaone4": _NEVER,
-    "falcon": Family("h", "self_attention.dense", "bias"),
+    "falcon": Family(
+        "h",
+        "self_attention.dense",
+        "bias",
+        ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
     "gemma": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),
     "glm": _NEVER,
     "glm4": _NEVER,
     "glm4_moe": _NEVER,
-    "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2,
+    "gpt2": Family("h", "attn.c_proj", "", transposed=True),
+    "gpt_bigcode": Family("h", "attn.c_proj", ""),
     "gpt_neo": Family("h", "attn.attention.out_proj", ""),
-    "gpt_neox": Family(projection="attention.dense"),
+    "gpt_neox": Family(projection="attention.dense", switched=("attention.query_key_value", "attention.dense")),
     "gpt_oss": Family(),
     "gptj": Family("h", "attn.out_proj", None),
     "granite": Family(),
@@ -108,7 +121,11 @@ FAMILIES = {
     "olmo2": Family(),
     "olmo3": Family(),
     "olmoe": Family(),
-    "opt": Family(projection="self_attn.out_proj", bias_flag="enable_bias"),
+    "opt": Family(
+        projection="self_attn.out_proj",
+        bias_flag="enable_bias",
+        switched=(*ATTENTION[:3], "self_attn.out_proj", "fc1", "fc2"),
+    ),
     "phi": Family(projection="self_attn.dense", bias_flag=""),
     "phi3": _NEVER,
     "phimoe": Family(),
@@ -116,10 +133,10 @@ FAMILIES = {
     "qwen2_moe": _NEVER,
     "qwen3": Family(),
     "qwen3_moe": Family(),
-    "seed_oss": Family(bias_flag="attention_out_bias"),
+    "seed_oss": Family(bias_flag="attention_out_bias", switched=("self_attn.o_proj",)),
     "smollm3": Family(),
     "stablelm": _NEVER,
-    "starcoder2": _USE_BIAS,
+    "starcoder2": Family(bias_flag="use_bias", switched=(*ATTENTION, "mlp.c_fc", "mlp.c_proj")),
 }
 
 _REASONS = {
@@ -182,21 +199,31 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         FastlockError: the fold would not be exact in it, or nobody has checked that it is.
     """
-    config = text_config(model)
+    return family_of_config(text_config(model), type(model).__name__)
+
+
+def family_of_config(config: Any, name: str) -> Family:
+    """The family of a decoder's config; `name` says whose it is, for messages. Raises as `family_of`."""
     kind = config.model_type
     if kind in REFUSED:
-        raise FastlockError(f"{type(model).__name__} ({kind}) {REFUSED[kind]}. It can't be relocked exactly.")
+        raise FastlockError(f"{name} ({kind}) {REFUSED[kind]}. It can't be relocked exactly.")
     if kind not in FAMILIES:
         raise FastlockError(
-            f"{type(model).__name__} ({kind}) is a family that fastlock does not know: nobody has checked that its "
+            f"{name} ({kind}) is a family that fastlock does not know: nobody has checked that its "
             f"output projection takes plain concatenated head outputs. Known: {', '.join(sorted(FAMILIES))}."
         )
     if kind == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
         raise FastlockError(
-            f"{type(model).__name__}: with slow_but_exact it leaves out the output projection's bias. "
+            f"{name}: with slow_but_exact it leaves out the output projection's bias. "
             "Load it with slow_but_exact=False, then relock."
         )
     return FAMILIES[kind]
+
+
+def head_geometry(config: Any) -> tuple[int, int]:
+    """num_heads and head_dim of a decoder's config."""
+    num_heads: int = config.num_attention_heads
+    return num_heads, getattr(config, "head_dim", None) or config.hidden_size // num_heads
 
 
 def text_config(model: nn.Module) -> Any:
@@ -213,8 +240,7 @@ def sites(model: nn.Module) -> list[Site]:
     """
     model = unwrapped(model)
     family, config = family_of(model), text_config(model)
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_heads, head_dim = head_geometry(config)
     path, layers = _layers(model, family, config)
     return [
         Site(index, f"{path}.{index}.{family.projection}", layer.get_submodule(family.projection), num_heads, head_dim)
@@ -266,7 +292,8 @@ def sites_for(model: nn.Module, lock: Lock) -> list[Site]:
             device, sharded, shared between layers).
     """
     all_sites = sites(model)
-    _check_lock_fits(lock, all_sites, unwrapped(model))
+    inner = unwrapped(model)
+    check_lock_fits(lock, len(all_sites), text_config(inner), type(inner).__name__)
     wanted = set(lock.layers.tolist())
     locked = [site for site in all_sites if site.layer in wanted]
     owners: dict[int, Site] = {}
@@ -282,10 +309,14 @@ def sites_for(model: nn.Module, lock: Lock) -> list[Site]:
     return locked
 
 
-def _check_lock_fits(lock: Lock, all_sites: list[Site], model: nn.Module) -> None:
-    where, name = lock.source or "the lock", type(model).__name__
-    num_layers, num_heads, head_dim = len(all_sites), all_sites[0].num_heads, all_sites[0].head_dim
-    hidden_size = text_config(model).hidden_size
+def check_lock_fits(lock: Lock, num_layers: int, config: Any, name: str) -> None:
+    """The lock is of the geometry of a decoder's config; `name` says whose it is, for messages.
+
+    Raises:
+        FastlockError: it is of another.
+    """
+    where = lock.source or "the lock"
+    num_heads, head_dim = head_geometry(config)
     remedy = "Use the lock that was extracted from this model's own aligned base."
     if lock.head_dim != head_dim:
         raise FastlockError(f"{where}: directions of head_dim {lock.head_dim}, but {name} has {head_dim}. {remedy}")
@@ -295,7 +326,7 @@ def _check_lock_fits(lock: Lock, all_sites: list[Site], model: nn.Module) -> Non
                 f"{where}: row {row} is layer {layer}, head {head}, but {name} has {num_layers} layers of "
                 f"{num_heads} heads. {remedy}"
             )
-    geometry = {"num_layers": num_layers, "num_heads": num_heads, "hidden_size": hidden_size}
+    geometry = {"num_layers": num_layers, "num_heads": num_heads, "hidden_size": config.hidden_size}
     for key, value in geometry.items():
         known = getattr(lock, key)
         if known not in (None, value):

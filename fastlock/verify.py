@@ -1,21 +1,27 @@
-"""Checking a lock: recompute every fold from the model's own weights, and compare."""
+"""Checking a lock: recompute every fold from the model's or checkpoint's own weights, and compare."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlock.checkpoint import load_model
+from fastlock.carrier import CONFIG_KEY
+from fastlock.checkpoint import config_digest, original_biases_on_disk, receipt_in, stored_biases
+from fastlock.files import as_path
+from fastlock.folders import local_files
 from fastlock.loaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.lock import Displacement, Lock, check_lock
-from fastlock.receipt import Receipt
-from fastlock.reference import error_bound, exact_fold
-from fastlock.sites import Site, sites_for, unwrapped
+from fastlock.receipt import Receipt, biases_digest
+from fastlock.reference import bound, exact_fold, magnitude
+from fastlock.sites import sites_for, unwrapped
+from fastlock.stacks import native_flag
+from fastlock.stored import Checkpoint, StoredSite, in_threads
 
 
 @dataclass(frozen=True)
@@ -44,75 +50,150 @@ class Verification:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Evidence:
+    """What one site holds, and what it would hold at strength 1: all that a judgement needs.
+
+    Attributes:
+        layer: the decoder layer.
+        fold: W d at strength 1, [hidden] float64.
+        magnitude: |W||d| at strength 1, [hidden] float64.
+        terms: the length of the sums in it.
+        dtype: of the weight.
+        bias: what is there, [hidden], or None.
+    """
+
+    layer: int
+    fold: torch.Tensor
+    magnitude: torch.Tensor
+    terms: int
+    dtype: torch.dtype
+    bias: torch.Tensor | None
+
+    def is_fold(self, strength: float, original: torch.Tensor | None) -> bool:
+        """Whether the bias is the fold at this strength on top of the original, within the bound of a right one."""
+        if self.bias is None or self.bias.shape != self.fold.shape:
+            return False
+        before = torch.zeros_like(self.fold) if original is None else original.detach().to(self.fold)
+        expected = strength * self.fold + before
+        size = strength * self.magnitude + before.abs()
+        error = (self.bias.detach().to(expected) - expected).abs()
+        return bool((error <= bound(expected, size, self.terms, self.dtype)).all())
+
+
 def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification:
-    """Whether this lock is in place: every fold recomputed in float64 from the model's own weights, and compared.
+    """Whether this lock is in place: every fold recomputed in float64 from the weights that are there, and compared.
 
     A bias counts as right within one unit in the last place of its dtype and the rounding of a float32 sum
-    (`reference.error_bound`). A directory is loaded as `AutoModelForCausalLM` loads it, so that the answer is about
-    what really runs. A model without a receipt is recognised too, where its family has no biases of its own.
+    (`reference.error_bound`). Of a directory, headers, configs and the locked columns are read, and it must carry the
+    biases to the stacks that its receipt names. A lock without a receipt is recognised too, where the layers have no
+    biases of their own.
 
     Raises:
-        FastlockError: the lock does not fit the model, or the directory can't be loaded.
+        FastlockError: the lock does not fit, or the checkpoint is damaged.
     """
     check_lock(lock)
-    given = model_or_directory
-    model = unwrapped(given if isinstance(given, nn.Module) else load_model(given, exact=False))
-    sites = sites_for(model, lock)
-    receipt = receipt_of(model)
+    if isinstance(model_or_directory, nn.Module):
+        return _verify_model(unwrapped(model_or_directory), lock)
+    return _verify_checkpoint(model_or_directory, lock)
+
+
+def _verify_model(model: nn.Module, lock: Lock) -> Verification:
+    sites, receipt = sites_for(model, lock), receipt_of(model)
+    unit = lock.displacement(1.0)
+    evidence = [_evidence(site.layer, site.weight, unit[site.layer], site.bias) for site in sites]
+
+    def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
+        by_name = original_biases(model, known)
+        return {site.layer: by_name.get(site.name) for site in sites}
+
+    def problem(known: Receipt) -> str | None:
+        if is_loaded(model) and not unchanged(model, known):
+            return "the biases do not match the receipt's digest"
+        return None
+
+    return _judge(evidence, lock, receipt, originals, problem)
+
+
+def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verification:
+    where = str(directory)
+    files = local_files(as_path(directory))
+    receipt, raw = receipt_in(files, where)
+    checkpoint = Checkpoint(files, where)
+    sites, unit = checkpoint.sites_for(lock), lock.displacement(1.0)
+    evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer]), sites)
+
+    def problem(known: Receipt) -> str | None:
+        return _problem_on_disk(checkpoint, known, raw[CONFIG_KEY].get("carrier"))
+
+    def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
+        return original_biases_on_disk(checkpoint, known, raw)
+
+    checkpoint.check_unchanged()
+    return _judge(evidence, lock, receipt, originals, problem)
+
+
+def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> str | None:
+    carrier = carrier if isinstance(carrier, dict) else {}
+    stacks = carrier.get("stacks", ["transformers"])
+    for stack in stacks if isinstance(stacks, list) else []:
+        flag = native_flag(checkpoint.kind, str(stack))
+        if flag is None or (flag and not getattr(checkpoint.text_config, flag, False)):
+            return f"its config does not switch the biases on for {str(stack)[:40]}, which would drop them in silence"
+    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+        return "the biases do not match the receipt's digest"
+    if "config_digest" in carrier and carrier["config_digest"] != config_digest(checkpoint.raw):
+        return "config.json was changed since it was relocked"
+    return None
+
+
+def _evidence(layer: int, weight: torch.Tensor, unit: Displacement, bias: torch.Tensor | None) -> _Evidence:
+    fold, size = exact_fold(weight, unit).cpu(), magnitude(weight, unit).cpu()
+    return _Evidence(layer, fold, size, unit.values.numel() + 1, weight.dtype, bias)
+
+
+def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> _Evidence:
+    columns = checkpoint.read_columns(site, unit.heads).weight
+    bias = None if site.bias is None else checkpoint.read_vector(site.bias)
+    return _evidence(site.layer, columns, Displacement(tuple(range(len(unit.heads))), unit.values), bias)
+
+
+def _judge(
+    evidence: list[_Evidence],
+    lock: Lock,
+    receipt: Receipt | None,
+    originals: Callable[[Receipt], dict[int, torch.Tensor | None]],
+    problem: Callable[[Receipt], str | None],
+) -> Verification:
     if receipt is None:
-        return _without_receipt(sites, lock)
-    layers = tuple(site.layer for site in sites)
+        return _without_receipt(evidence)
+    layers = tuple(e.layer for e in evidence)
     if receipt.lock_digest != lock.digest:
         other = f"it is relocked with another lock (sha256 {receipt.lock_digest[:12]}…, not {lock.digest[:12]}…)"
         return Verification("not locked", None, layers, (), other)
-    return _with_receipt(model, receipt, sites, lock)
-
-
-def _with_receipt(model: nn.Module, receipt: Receipt, sites: list[Site], lock: Lock) -> Verification:
-    layers = tuple(site.layer for site in sites)
     if receipt.strength == 0:
         return Verification("not locked", 0.0, layers, (), "it is relocked at strength 0, which changes nothing")
-    originals = original_biases(model, receipt)
-    displacements = lock.displacement(receipt.strength)
-    altered = tuple(
-        site.layer for site in sites if not _is_fold(site, displacements[site.layer], originals.get(site.name))
-    )
-    if not altered and is_loaded(model) and not unchanged(model, receipt):
-        return Verification("altered", receipt.strength, layers, layers, "the biases do not match the receipt's digest")
+    before = originals(receipt)
+    altered = tuple(e.layer for e in evidence if not e.is_fold(receipt.strength, before.get(e.layer)))
     if altered:
         reason = f"{len(altered)} of {len(layers)} layers hold a bias that their own weights do not give"
         return Verification("altered", receipt.strength, layers, altered, reason)
+    if (found := problem(receipt)) is not None:
+        return Verification("altered", receipt.strength, layers, layers, found)
     return Verification("locked", receipt.strength, layers, (), f"all {len(layers)} layers hold their fold")
 
 
-def _is_fold(site: Site, displacement: Displacement, original: torch.Tensor | None) -> bool:
-    if site.bias is None:
-        return False
-    expected = exact_fold(site.weight, displacement, original)
-    error = (site.bias.detach().to(expected.device).double() - expected).abs()
-    return bool((error <= error_bound(site.weight, displacement, original)).all())
-
-
-def _without_receipt(sites: list[Site], lock: Lock) -> Verification:
+def _without_receipt(evidence: list[_Evidence]) -> Verification:
     """Recognise a lock by its biases alone: b = s·W d with one s for all layers, by least squares."""
-    layers = tuple(site.layer for site in sites)
-    if all(site.bias is None or not site.bias.count_nonzero() for site in sites):
+    layers = tuple(e.layer for e in evidence)
+    if all(e.bias is None or not e.bias.count_nonzero() for e in evidence):
         return Verification("not locked", None, layers, (), "there is no receipt, and no bias at the locked layers")
-    unit = lock.displacement(1.0)
-    folds = torch.cat([exact_fold(site.weight, unit[site.layer]).cpu() for site in sites])
-    biases = torch.cat(
-        [
-            torch.zeros(len(s.weight), dtype=torch.float64, device="cpu")
-            if s.bias is None
-            else s.bias.detach().cpu().double()
-            for s in sites
-        ]
-    )
+    folds = torch.cat([e.fold for e in evidence])
+    biases = torch.cat([torch.zeros_like(e.fold) if e.bias is None else e.bias.detach().to(e.fold) for e in evidence])
     estimate = float(folds @ biases / (folds @ folds))
-    for strength in (round(estimate, 3), estimate):
-        if 0 < strength < math.inf:
-            displacements = lock.displacement(strength)
-            if all(_is_fold(site, displacements[site.layer], None) for site in sites):
-                return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")
+    # People choose round strengths: the roundest one that the biases allow.
+    for strength in (*(round(estimate, digits) for digits in range(4)), estimate):
+        if 0 < strength < math.inf and all(e.is_fold(strength, None) for e in evidence):
+            return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")
     reason = "there is no receipt, and the biases are not folds of this lock alone"
     return Verification("not locked", None, layers, (), reason)

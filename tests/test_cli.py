@@ -94,7 +94,46 @@ def test_defaults_and_json(files, run, monkeypatch) -> None:
     assert asked == [(fastlock.shipped_pairs(), 24, 5), (fastlock.shipped_pairs(), 24, 2)]
     for text in ("{", "[1]"):
         (files / "base" / "config.json").write_text(text)
-        run("inspect", files / "base", code=cli.REFUSED if text == "{" else 0)
+        assert "not JSON" in run("inspect", files / "base", code=cli.REFUSED)
+
+
+def test_in_place_asks_and_can_be_undone(files, run, monkeypatch) -> None:
+    base, lock = files / "base", files / "lock.safetensors"
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    arguments = ["relock", base, "--lock", lock, "--in-place"]
+    assert "not confirmed" in run(*arguments, code=2)
+    assert "either --out DIR or --in-place" in run(*arguments, "--out", files / "out", code=2)
+    assert "either --out DIR or --in-place" in run("unlock", base, code=2)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked = []
+    monkeypatch.setattr(cli.typer, "confirm", lambda text, err: asked.append(text) or len(asked) > 1)
+    assert "not confirmed" in run(*arguments, code=2)
+    run(*arguments)
+    assert asked == [f"Change {base} itself?"] * 2
+    run("verify", base, "--lock", lock)
+    run("unlock", base, "--in-place", "--yes")
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_copies_and_stacks(files, run) -> None:
+    base, lock, out = files / "base", files / "lock.safetensors", files / "out"
+    given = ["--for", "transformers", "--for", "vllm,sglang", "--copy", "--json"]
+    receipt = json.loads(run("relock", base, "--lock", lock, "--out", out, *given))["receipt"]
+    assert receipt["lock_digest"] == fastlock.Lock.load(lock).digest
+    note = json.loads((out / "config.json").read_text())["fastlock"]["carrier"]
+    assert note["stacks"] == ["transformers", "vllm", "sglang"]
+    assert not (out / "model-00001-of-00001.safetensors").samefile(base / "model.safetensors")
+    assert "stacks" in run("relock", base, "--lock", lock, "--out", files / "b", "--for", "tgi", code=cli.REFUSED)
+
+
+def test_doctor(files, run) -> None:
+    base, lock, out = files / "base", files / "lock.safetensors", files / "out"
+    assert "not relocked" in run("doctor", base, "--for", "vllm", code=cli.NOT_LOCKED)
+    run("relock", base, "--lock", lock, "--out", out)
+    assert "vllm uses the biases of all 2 locked layers" in run("doctor", out, "--for", "vllm")
+    found = json.loads(run("doctor", out, "--json"))["stacks"]
+    assert [(finding["stack"], finding["acts"]) for finding in found] == [("transformers", True), ("vllm", True)]
 
 
 def test_negative_strength_is_refused(files, run) -> None:

@@ -107,7 +107,7 @@ def test_the_original_biases_are_kept_in_the_receipt(tmp_path) -> None:
 def test_damaged_original_biases_are_refused(tmp_path, damage: object) -> None:
     _, lock, directory = saved(tmp_path, "gpt2")
     config = json.loads((directory / "config.json").read_text())
-    config["fastlock"]["carrier"]["original_biases"]["transformer.h.0.attn.c_proj"] = damage
+    config["fastlock"]["carrier"]["original_biases"]["0"] = damage
     (directory / "config.json").write_text(json.dumps(config))
     loaded = reload(directory)
     before = state(loaded)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import random_lock, same_state, state, tiny_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlock
@@ -140,7 +141,7 @@ def test_a_directory_that_is_none(tmp_path) -> None:
     lock = random_lock(tiny_model("llama"))
     with pytest.raises(fastlock.FastlockError, match="no such directory"):
         fastlock.verify(tmp_path / "nowhere", lock)
-    with pytest.raises(fastlock.FastlockError, match="can't be loaded"):
+    with pytest.raises(fastlock.FastlockError, match="holds no config.json"):
         fastlock.verify(tmp_path, lock)
 
 
@@ -170,3 +171,59 @@ def test_an_infinite_bias_without_a_receipt() -> None:
     model = tiny_model("llama")
     sites(model)[0].module.bias = nn.Parameter(torch.full((64,), float("inf")))
     assert fastlock.verify(model, random_lock(model)).state == "not locked"
+
+
+def relocked_on_disk(tmp_path, kind: str = "llama", strength: float = 2.5):
+    model = tiny_model(kind, torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    lock = random_lock(model)
+    fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out", strength, stacks=["transformers"])
+    return lock, tmp_path / "out"
+
+
+def rewrite_config(directory, **changes) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_on_disk_without_the_receipt(tmp_path) -> None:
+    lock, out = relocked_on_disk(tmp_path)
+    rewrite_config(out, fastlock=None)
+    found = fastlock.verify(out, lock)
+    assert (found.state, found.strength) == ("locked", 2.5)
+    other = random_lock(tiny_model("llama"), rows=[(0, 0), (1, 1)], seed=5)
+    assert fastlock.verify(out, other).state == "not locked"
+
+
+def test_on_disk_with_the_bias_switched_off(tmp_path) -> None:
+    """The numbers are all there, and every stack would drop them."""
+    lock, out = relocked_on_disk(tmp_path)
+    rewrite_config(out, attention_bias=False)
+    found = fastlock.verify(out, lock)
+    assert (found.state, found.altered) == ("altered", (0, 2))
+    assert "does not switch the biases on for transformers" in found.reason
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_on_disk_one_altered_layer_is_named(kind: str, tmp_path) -> None:
+    """By a few units in the last place of bfloat16, in one number."""
+    lock, out = relocked_on_disk(tmp_path, kind)
+    name = "model.layers.2.self_attn.o_proj.bias" if kind == "llama" else "transformer.h.2.attn.c_proj.bias"
+    (path,) = [path for path in out.glob("*.safetensors") if name in load_file(path)]
+    tensors = load_file(path)
+    tensors[name][5] *= 1 + 2.0**-5
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = fastlock.verify(out, lock)
+    assert (found.state, found.altered) == ("altered", (2,))
+
+
+def test_on_disk_weights_trained_since(tmp_path) -> None:
+    lock, out = relocked_on_disk(tmp_path)
+    path = out / "model-00001-of-00001.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= 1.25
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert fastlock.verify(out, lock).altered == (0,)

@@ -1,0 +1,81 @@
+"""Whether a checkpoint's lock really acts in a given serving stack, read off its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastlock.carrier import check_stacks, choose_carrier
+from fastlock.checkpoint import DEFAULT_STACKS, receipt_in, stored_biases
+from fastlock.errors import FastlockError
+from fastlock.files import as_path
+from fastlock.folders import local_files
+from fastlock.receipt import Receipt
+from fastlock.stacks import acts, native_flag, needs
+from fastlock.stored import Checkpoint
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one stack makes of a checkpoint.
+
+    Attributes:
+        stack: the serving stack.
+        acts: whether a lock is there and acts.
+        reason: one sentence for people.
+    """
+
+    stack: str
+    acts: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as data that JSON can hold."""
+        return asdict(self)
+
+
+def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_STACKS) -> list[Finding]:
+    """What each stack makes of a checkpoint's lock; of one without, how it would be carried there.
+
+    No weights are read: whether the biases are right is `verify`'s question.
+
+    Raises:
+        FastlockError: the checkpoint is damaged, of a family without an exact fold, or a stack is unknown.
+    """
+    files, where = local_files(as_path(directory)), str(directory)
+    receipt, _ = receipt_in(files, where)
+    checkpoint = Checkpoint(files, where)
+    return [
+        _of_unlocked(checkpoint, stack) if receipt is None else _of_relocked(checkpoint, receipt, stack)
+        for stack in check_stacks(stacks)
+    ]
+
+
+def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
+    try:
+        form = choose_carrier(checkpoint, (stack,)).form
+    except FastlockError as error:
+        return Finding(stack, False, f"not relocked, and can't be for {stack}: {error}")
+    return Finding(stack, False, f"not relocked; for {stack} the lock would be carried in {form} form")
+
+
+def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
+    kind, flag = checkpoint.kind, native_flag(checkpoint.kind, stack)
+    if stack not in acts(kind):
+        return Finding(stack, False, f"{stack} has no place for the bias in a {kind} model and drops it in silence")
+    if flag and not getattr(checkpoint.text_config, flag, False):
+        return Finding(stack, False, f"config.json does not set {flag}, so that {stack} drops the biases in silence")
+    if any(bias is None for bias in stored_biases(checkpoint, receipt)):
+        return Finding(stack, False, "the files lack a locked layer's bias: run `fastlock verify`")
+    lacking = [
+        f"{path}.bias"
+        for path in checkpoint.modules(needs(kind, stack))
+        if f"{path}.bias" not in checkpoint.shards.tensors
+    ]
+    if lacking:
+        return Finding(
+            stack, False, f"the files lack {lacking[0]} ({len(lacking)} in all), which {stack} leaves undefined"
+        )
+    return Finding(stack, True, f"{stack} uses the biases of all {len(receipt.layers)} locked layers")
