@@ -36,20 +36,25 @@ PARITY = [
     ("tests/test_families.py", [str(TESTS / "test_families.py"), *SPREAD], 60),
 ]
 BENCHMARK_SECONDS = {"cpu": 600, "cuda": 160}
+CHECKPOINT_SECONDS = 600
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="on a GPU only: parity first, then the benchmarks")
+    parser.add_argument("--only", choices=["fold", "checkpoints"], help="one of the benchmarks")
+    parser.add_argument("--big", action="store_true", help="checkpoints: also of 123B parameters, 10 GB on disk")
     options = parser.parse_args()
     kind = machine.device().type
     if options.gpu and kind != "cuda":
         print("run.py --gpu: torch finds no CUDA device here. `make bench` measures on a CPU.", file=sys.stderr)
         return 2
-    return measure(PARITY if options.gpu else [], kind)
+    # `make gpu` measures the device: what checkpoints cost on disk has nothing to do with it.
+    benchmarks = [options.only] if options.only else ["fold"] if options.gpu else ["fold", "checkpoints"]
+    return measure(PARITY if options.gpu else [], benchmarks, kind, options.big)
 
 
-def measure(parity: list[tuple[str, list[str], int]], kind: str) -> int:
+def measure(parity: list[tuple[str, list[str], int]], benchmarks: list[str], kind: str, big: bool) -> int:
     """Run all steps, write the results, print the report; 1 if anything failed."""
     start = time.perf_counter()
     described = machine.describe()
@@ -59,13 +64,21 @@ def measure(parity: list[tuple[str, list[str], int]], kind: str) -> int:
         for name, arguments, limit in parity:
             steps.append(run_pytest(name, arguments, limit, junit))
             errors += report.parity(junit)
-        timing = ["bench_fold.py", f"--benchmark-json={data}"]
-        timing += ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=name"]
-        steps.append(run_pytest("benchmarks", timing, BENCHMARK_SECONDS[kind], junit))
-        written = data.is_file() and data.stat().st_size > 0
-        rows = report.benchmarks(json.loads(data.read_text()) if written else {})
+        rows, checkpoints = [], []
+        if "fold" in benchmarks:
+            timing = ["bench_fold.py", f"--benchmark-json={data}"]
+            timing += ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=name"]
+            steps.append(run_pytest("benchmarks", timing, BENCHMARK_SECONDS[kind], junit))
+            written = data.is_file() and data.stat().st_size > 0
+            rows = report.benchmarks(json.loads(data.read_text()) if written else {})
+        if "checkpoints" in benchmarks:
+            # As the reports of older pytest versions are: the newer ones have no place for what a test records.
+            arguments = ["bench_checkpoint.py", "-o", "junit_family=xunit1", *([] if big else ["-k", "not 123b"])]
+            steps.append(run_pytest("checkpoints", arguments, CHECKPOINT_SECONDS, junit))
+            checkpoints = report.recorded_checkpoints(junit)
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     name = f"{re.sub(r'[^a-z0-9]+', '-', described['device'].lower()).strip('-')}-{date}"
+    name += f"-{benchmarks[0]}" if len(benchmarks) == 1 and not parity else ""
     result: dict[str, Any] = {
         "date": date,
         "command": shlex.join(["python", "bench/run.py", *sys.argv[1:]]),
@@ -75,6 +88,7 @@ def measure(parity: list[tuple[str, list[str], int]], kind: str) -> int:
         "steps": steps,
         "parity": errors,
         "benchmarks": rows,
+        "checkpoints": checkpoints,
     }
     RESULTS.mkdir(exist_ok=True)
     text = report.markdown(result)
