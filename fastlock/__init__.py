@@ -1,6 +1,7 @@
 """Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias."""
 
 from fastlock.checkpoint import relock_checkpoint, unlock_checkpoint
+from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
 from fastlock.extract import extract
 from fastlock.lock import Lock
@@ -17,6 +18,7 @@ __all__ = [
     "Receipt",
     "Verification",
     "__version__",
+    "doctor",
     "extract",
     "load_pairs",
     "relock",

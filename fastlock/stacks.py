@@ -9,21 +9,39 @@ from __future__ import annotations
 from fastlock.sites import ATTENTION, FAMILIES
 
 STACKS = ("transformers", "vllm", "sglang", "llama.cpp")
-CHECKED = {"transformers": "5.23", "vllm": "0.33", "sglang": "0.5.23", "llama.cpp": "in llama-cpp-python 0.3.36"}
+CHECKED = {"transformers": "5.23", "vllm": "0.32", "sglang": "0.5.23", "llama.cpp": "in llama-cpp-python 0.3.36"}
 
-# The stacks beside transformers that use the bias; what transformers does is in `sites.FAMILIES`.
+# The stacks beside transformers that use the bias; what transformers does is in `sites.FAMILIES`. vLLM runs arcee,
+# gpt_bigcode, gpt_neox, hunyuan_v1_dense, olmo*, phi, seed_oss, smollm3 and starcoder2 by transformers' own code.
 _OTHERS = {
+    "apertus": "vllm sglang",
+    "arcee": "vllm sglang",
+    "bloom": "vllm",
+    "falcon": "vllm",
+    "gemma2": "vllm sglang",
+    "gemma3_text": "vllm sglang",
+    "gpt2": "vllm sglang",
+    "gpt_bigcode": "vllm",
+    "gpt_neox": "vllm",
+    "gpt_oss": "vllm sglang llama.cpp",
+    "granite": "vllm llama.cpp",
+    "hunyuan_v1_dense": "vllm",
     "llama": "vllm sglang llama.cpp",
     "mistral": "vllm sglang llama.cpp",
     "mixtral": "llama.cpp",
+    "nemotron": "vllm",
+    "olmo": "vllm sglang",
+    "olmo2": "vllm sglang",
+    "olmo3": "vllm",
+    "opt": "vllm sglang",
+    "phi": "vllm sglang",
+    "phi3": "vllm sglang",
+    "phimoe": "vllm sglang",
     "qwen3": "sglang",
     "qwen3_moe": "sglang",
-    "gemma2": "vllm sglang",
-    "gemma3_text": "vllm sglang",
-    "phi3": "vllm sglang",
-    "olmo2": "vllm sglang",
-    "granite": "vllm llama.cpp",
-    "gpt_oss": "vllm sglang llama.cpp",
+    "seed_oss": "vllm",
+    "smollm3": "vllm",
+    "starcoder2": "vllm sglang",
 }
 
 # The modules that get a bias in vLLM and SGLang with it, where they are not those of transformers' own flag. Every one
