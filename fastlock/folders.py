@@ -37,7 +37,8 @@ class LocalFile:
     def __init__(self, path: Path, patches: Patches = ()) -> None:
         self.path = path
         self.patches = patches
-        status = path.stat()
+        with _reading(path):
+            status = path.stat()
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -49,7 +50,7 @@ class LocalFile:
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes of a range."""
-        with self._open() as fd:
+        with _reading(self.path), self._open() as fd:
             data = os.pread(fd, length, start)
         if len(data) != length:
             raise self.changed()
@@ -62,16 +63,20 @@ class LocalFile:
     def view(self, start: int, length: int) -> Iterator[memoryview]:
         """The bytes of a range, mapped and not copied, and without patches; of a cold file, only the range is read."""
         before = start % mmap.ALLOCATIONGRANULARITY
-        with self._open() as fd:
-            self._check(os.fstat(fd))  # a mapping beyond a file's end kills the process
-            with mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before) as mapped:
+        with contextlib.ExitStack() as opened:
+            with _reading(self.path):
+                fd = opened.enter_context(self._open())
+                self._check(os.fstat(fd))  # a mapping beyond a file's end kills the process
+                mapped = mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before)
+                opened.enter_context(mapped)
                 _read_ahead(mapped, start - before)
-                with memoryview(mapped) as whole, whole[before:] as wanted:
-                    yield wanted
+            with memoryview(mapped) as whole, whole[before:] as wanted:
+                yield wanted
 
     def check_unchanged(self) -> None:
         """Raise if the file is not what it was when it was first looked at."""
-        self._check(self.path.stat())
+        with _reading(self.path):
+            self._check(self.path.stat())
 
     def changed(self) -> FastlockError:
         """The error that says so."""
@@ -98,11 +103,21 @@ def local_files(directory: Path) -> dict[str, LocalFile]:
     Raises:
         FastlockError: there is no such directory, or something in it is neither file nor directory, or a broken link.
     """
-    if not directory.is_dir():
-        raise FastlockError(
-            f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
-        )
-    return dict(_walk(directory, ""))
+    with _reading(directory):
+        if not directory.is_dir():
+            raise FastlockError(
+                f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
+            )
+        return dict(_walk(directory, ""))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of what can't be read what it is."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{path}: can't be read ({error}). Check the path and its permissions.") from None
 
 
 def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
@@ -172,9 +187,10 @@ class NewFolder:
         path: where it is being made.
     """
 
-    def __init__(self, path: Path, mode: int) -> None:
+    def __init__(self, path: Path, mode: int, in_place: bool) -> None:
         self.path = path
         self._mode = mode
+        self._in_place = in_place
 
     def write(self, name: str, data: bytes) -> None:
         """A new file, synced."""
@@ -184,7 +200,10 @@ class NewFolder:
             os.fsync(file.fileno())
 
     def link(self, name: str, source: LocalFile) -> None:
-        """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link."""
+        """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link.
+
+        In place, where neither of the first two can be had, it is a copy.
+        """
         place = self._place(name)
         if _reflink(source.path, place):
             return
@@ -193,7 +212,10 @@ class NewFolder:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
                 raise
-            place.symlink_to(source.path)
+            if self._in_place:
+                self.copy(name, source)  # a symbolic link would point into what is about to be cleared away
+            else:
+                place.symlink_to(source.path)
 
     def copy(self, name: str, source: LocalFile) -> None:
         """A copy, synced, with the file's patches in it."""
@@ -243,7 +265,7 @@ def new_folder(out: Path, source: Path, in_place: bool) -> Iterator[NewFolder]:
         with _claimed(out) as temporary:
             if not in_place:
                 check_absent(out)
-            folder = NewFolder(temporary, mode)
+            folder = NewFolder(temporary, mode, in_place)
             yield folder
             folder._finish()
             if in_place:
