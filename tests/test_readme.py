@@ -43,6 +43,9 @@ def files(tmp_path, monkeypatch):
     rows = {f"model.layers.{layer}.self_attn.head_out": [(np.int64(1), u[layer], np.float16(0.5))] for layer in (1, 4)}
     torch.save(rows, tmp_path / "Meta-Llama-3-8B-Instruct.safelock")
     lines = (Path(fastlock.__file__).with_name("pairs.jsonl")).read_text().splitlines()[:10]
+    (tmp_path / "ZOO").mkdir()
+    for name in "ab":
+        model.save_pretrained(tmp_path / "ZOO" / name)
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -62,7 +65,7 @@ def test_the_python_runs(files) -> None:
 def test_the_commands_run(files, monkeypatch) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fastlock ")]
     assert {shlex.split(command)[1] for command in commands} == {
-        *("extract", "relock", "verify", "unlock", "inspect", "doctor")
+        *("extract", "relock", "verify", "unlock", "inspect", "doctor", "zoo")
     }
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
