@@ -32,7 +32,10 @@ class LocalFile:
         size: in bytes.
         identity: device, inode, size and time of last change.
         patches: offsets, and the bytes that it is to have there instead of its own.
+        viewed: how many bytes of all files this process has mapped.
     """
+
+    viewed = 0
 
     def __init__(self, path: Path, patches: Patches = ()) -> None:
         self.path = path
@@ -70,6 +73,7 @@ class LocalFile:
                 mapped = mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before)
                 opened.enter_context(mapped)
                 _read_ahead(mapped, start - before)
+                LocalFile.viewed += length
             with memoryview(mapped) as whole, whole[before:] as wanted:
                 yield wanted
 

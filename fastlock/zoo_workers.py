@@ -21,8 +21,10 @@ import pebble
 import torch
 
 from fastlock.checkpoint import read_receipt, relock_checkpoint
+from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
 from fastlock.files import as_path, read_bounded
+from fastlock.folders import LocalFile
 from fastlock.lock import Lock
 from fastlock.shards import MAX_JSON_BYTES, parse_json
 from fastlock.sites import head_geometry
@@ -73,7 +75,7 @@ class Result:
             or "failed".
         error: why it was skipped, failed or is not locked; "" otherwise.
         seconds: how long its worker took.
-        bytes_read: what its worker read by system calls; None where the system doesn't say.
+        bytes_read: what its worker read, whole projections included; None where the system doesn't say.
         bytes_written: what its worker wrote.
         time: when it was finished, in seconds since 1970.
     """
@@ -161,6 +163,8 @@ def _already_there(job: Job, out: str) -> tuple[str, str]:
         found = "with another lock"
     elif receipt.strength != job.strength:
         found = f"with the lock at strength {receipt.strength:g}"
+    elif idle := [finding.stack for finding in doctor(out, job.stacks) if not finding.acts]:
+        found = f"in a form that {' and '.join(idle)} would drop"
     else:
         return DONE_ALREADY, ""
     return FAILED, f"{out}: exists already, {found}. Remove it first, or choose another directory for all."
@@ -191,11 +195,11 @@ def _measured(task: Task, work: Callable[[], tuple[str, str]]) -> Result:
 
 
 def _transferred() -> tuple[int, int] | None:
-    """Bytes that this process has read and written by system calls, where the system counts them."""
+    """Bytes that this process has read (mapped ones included) and written, where the system counts them."""
     try:
         with open("/proc/self/io", "rb") as file:
             counts = dict(line.split(b": ") for line in file.read().splitlines())
-        return int(counts[b"rchar"]), int(counts[b"wchar"])
+        return int(counts[b"rchar"]) + LocalFile.viewed, int(counts[b"wchar"])
     except (OSError, ValueError, KeyError):
         return None
 

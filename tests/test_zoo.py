@@ -626,3 +626,14 @@ def test_round_numbers() -> None:
         "1 min 1 s",
         "2 h 2 min",
     ]
+
+
+def test_done_already_but_not_for_this_stack(tmp_path) -> None:
+    model = tiny_model("granite")
+    model.save_pretrained(tmp_path / "zoo" / "a")
+    lock = random_lock(model)
+    first = zoo.relock_zoo([tmp_path / "zoo"], lock, tmp_path / "out", workers=1)
+    again = zoo.relock_zoo([tmp_path / "zoo"], lock, tmp_path / "out", workers=1, stacks=["sglang"])
+    assert first
+    assert not again
+    assert "in a form that sglang would drop" in again.wrong[0].error
