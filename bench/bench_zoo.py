@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import sparse_checkpoint
 
 import machine
+from checkpoints import sparse_checkpoint
 from fastlock import Lock, relock_checkpoint
 from fastlock.zoo import Summary, relock_zoo
 
