@@ -103,6 +103,7 @@ def relock_checkpoint(
     files = original_files(local_files(source), str(source))
     checkpoint = Checkpoint(files, str(source))
     if CONFIG_KEY in checkpoint.raw:
+        choose_carrier(checkpoint, stacks)  # which refuses what a stack would drop
         return _relock_saved(source, lock, out, strength, in_place)
     sites = checkpoint.sites_for(lock)
     carrier = choose_carrier(checkpoint, stacks)
@@ -165,6 +166,7 @@ def original_files(files: Mapping[str, LocalFile], where: str) -> _Files:
     if not _was_relocked_here(files):
         return dict(files)
     patches = _original_bytes(Checkpoint(dict(files), where))
+    files = dict(files) | {name: files[name].patched(patch) for name, patch in patches.items()}
     view: _Files = {name: file for name, file in files.items() if not _of_relocking(name)}
     view |= {name.removeprefix(ASIDE): file for name, file in files.items() if name.startswith(ASIDE)}
     if NEW_SHARD not in files and INDEX in files:
@@ -177,7 +179,6 @@ def original_files(files: Mapping[str, LocalFile], where: str) -> _Files:
             view.pop(CARD)
         else:
             view[CARD] = Text(card)
-    view |= {name: files[_new_name(name, NEW_SHARD in files)].patched(patch) for name, patch in patches.items()}
     return dict(sorted(view.items()))
 
 
@@ -351,7 +352,7 @@ def receipt_in(files: Mapping[str, File], where: str) -> tuple[Receipt | None, d
 
 
 def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
-    """Where in which of the original files which original bias goes; it checks that nothing was changed since.
+    """Where in which file which original bias goes; it checks that nothing was changed since.
 
     Raises:
         FastlockError: the biases or the config are not those that fastlock wrote.
@@ -367,8 +368,7 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
     for layer, original in original_biases_on_disk(checkpoint, receipt, raw).items():
         stored = checkpoint.sites[layer].bias
         if original is not None and stored is not None:
-            name = SINGLE if stored.file == RENAMED else stored.file
-            patches.setdefault(name, []).append((stored.start, raw_bytes(original)))
+            patches.setdefault(stored.file, []).append((stored.start, raw_bytes(original)))
     return patches
 
 

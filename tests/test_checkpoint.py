@@ -151,6 +151,28 @@ def test_a_sharded_checkpoint(kind: str, tmp_path) -> None:
     assert contents(tmp_path / "unlocked") == before
 
 
+def test_a_single_shard_that_has_the_name_already(tmp_path) -> None:
+    """With an index of its own, of a family whose biases are replaced in the shard."""
+    _, lock, source = checkpoint(tmp_path, "gpt2")
+    (source / "model.safetensors").rename(source / RENAMED)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(source / RENAMED), RENAMED)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = contents(source)
+    fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
+    assert fastlock.verify(tmp_path / "locked", lock)
+    fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "back")
+    assert contents(tmp_path / "back") == before
+
+
+def test_a_checkpoint_saved_from_memory_is_refused_for_a_stack_that_drops_it(tmp_path) -> None:
+    model, lock, _ = checkpoint(tmp_path, "qwen3")
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(fastlock.FastlockError, match="vllm would lose the lock"):
+        fastlock.relock_checkpoint(tmp_path / "saved", lock, tmp_path / "out")
+    fastlock.relock_checkpoint(tmp_path / "saved", lock, tmp_path / "out", **TRANSFORMERS)
+
+
 def test_only_headers_configs_and_locked_projections_are_read(tmp_path, monkeypatch) -> None:
     _, lock, source = checkpoint(tmp_path, shard="30KB")
     viewed, read = [], 0
