@@ -419,7 +419,10 @@ def test_workers_that_die_idle_are_replaced(tunes, lock, tmp_path, monkeypatch) 
     monkeypatch.setattr(zoo, "relock_one", killing_all)
     (tunes / "f" / "die").write_text("")
     summary = zoo.relock_zoo([tunes], lock, tmp_path / "out", workers=3)
-    assert statuses(summary) == dict.fromkeys("abcdef", "relocked")
+    # A worker may be killed after its last checkpoint is there and before it has said so: that one is done already.
+    assert statuses(summary).keys() == set("abcdef")
+    assert set(statuses(summary).values()) <= {"relocked", "done already"}
+    assert zoo.verify_zoo([tmp_path / "out"], lock)
 
 
 def failing_start(job: zoo_workers.Job) -> None:
