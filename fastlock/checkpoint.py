@@ -23,16 +23,27 @@ import torch
 from fastlock.card import CARD, with_section, without_section
 from fastlock.carrier import CONFIG_KEY, Carrier, check_stacks, choose_carrier
 from fastlock.errors import FastlockError
-from fastlock.files import as_path
+from fastlock.files import CONFIG, File, Place, as_place, below
 from fastlock.fold import fold
-from fastlock.folders import LocalFile, NewFolder, Text, check_absent, local_files, new_folder
+from fastlock.folders import (
+    LocalFile,
+    NewFolder,
+    Text,
+    check_absent,
+    file_at,
+    files_in,
+    local_files,
+    new_folder,
+    new_local_folder,
+)
 from fastlock.lock import Displacement, Lock, check_lock, check_strength
 from fastlock.pretrained import load_model, out_of_llama_form
 from fastlock.receipt import LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
 from fastlock.relock import relock, unlock
-from fastlock.shards import INDEX, SINGLE, File, Stored, read_all
+from fastlock.remote import RemoteFile, RemoteFolder, normalised
+from fastlock.shards import INDEX, SINGLE, Stored, read_all
 from fastlock.sites import DTYPES
-from fastlock.stored import CONFIG, Checkpoint, StoredSite, in_threads, read_config
+from fastlock.stored import Checkpoint, StoredSite, in_threads, read_config
 
 DEFAULT_STACKS = ("transformers", "vllm")
 NEW_SHARD = "model-fastlock.safetensors"
@@ -49,7 +60,8 @@ _SET_ASIDE = (
 ).split()
 
 Folds = dict[tuple[Any, ...], tuple[bytes, bytes]]
-_Files = dict[str, LocalFile | Text]
+_Files = dict[str, LocalFile | RemoteFile | Text]
+_NewFolder = NewFolder | RemoteFolder
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,9 @@ def relock_checkpoint(
     Unchanged files are linked (shared blocks where the file system has them, else hard links, else symbolic links).
     A checkpoint that is relocked already gets this lock instead of the earlier one.
 
+    Both may be URLs of any fsspec file system ("s3://bucket/model"). Only headers and the locked layers' projections
+    are fetched then; files that stay on one file system are copied by it.
+
     Args:
         source: the checkpoint's directory (a Hugging Face cache snapshot is one), which is only read.
         lock: the lock of its aligned base.
@@ -95,12 +110,12 @@ def relock_checkpoint(
 
     Raises:
         FastlockError: the checkpoint is damaged or of another geometry, no carrier acts in all stacks, or `out` can't
-            be written. `out` is then not there; in place, it is as it was.
+            be written. `out` is then not there (at a URL: holds no config.json); in place, it is as it was.
     """
     check_lock(lock)
     strength, stacks = check_strength(strength), check_stacks(stacks)
     source, out = _check_paths(source, out, in_place)
-    files = original_files(local_files(source), str(source))
+    files = original_files(files_in(source), str(source))
     checkpoint = Checkpoint(files, str(source))
     if CONFIG_KEY in checkpoint.raw:
         choose_carrier(checkpoint, stacks)  # which refuses what a stack would drop
@@ -129,7 +144,7 @@ def unlock_checkpoint(
         FastlockError: it is not relocked, or was changed since; `out` is then not there (in place: as it was).
     """
     source, out = _check_paths(source, out, in_place)
-    files = local_files(source)
+    files = files_in(source)
     if not _was_relocked_here(files):
         _unlock_saved(source, out, in_place)
         return
@@ -147,9 +162,9 @@ def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
     Raises:
         FastlockError: there is no config.json, or the receipt in it is damaged.
     """
-    path = as_path(directory)
-    files = {CONFIG: LocalFile(path / CONFIG)} if (path / CONFIG).is_file() else {}
-    return receipt_in(files, str(path))[0]
+    place = as_place(directory)
+    config = file_at(below(place, CONFIG))
+    return receipt_in({} if config is None else {CONFIG: config}, str(place))[0]
 
 
 def _was_relocked_here(files: Mapping[str, Any]) -> bool:
@@ -157,7 +172,7 @@ def _was_relocked_here(files: Mapping[str, Any]) -> bool:
     return ASIDE + CONFIG in files
 
 
-def original_files(files: Mapping[str, LocalFile], where: str) -> _Files:
+def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> _Files:
     """The files of a relocked directory as they were before; those of any other as they are.
 
     Raises:
@@ -187,22 +202,30 @@ def _of_relocking(name: str) -> bool:
     return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith("fastlock/") or name.endswith(".sig")
 
 
-def _check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_place: bool) -> tuple[Path, Path]:
-    given, place = as_path(source), as_path(out)
-    try:
-        given, resolved = given.resolve(), place.resolve()
-    except (OSError, ValueError) as error:
-        raise FastlockError(f"{out}: is no usable path ({error}).") from None
+def _check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_place: bool) -> tuple[Place, Place]:
+    given, place = _resolved(source), _resolved(out)
     if in_place:
-        if given != resolved:
+        if given != place:
             raise FastlockError(
                 f"{out}: in place means into the checkpoint itself, {source}. Leave one of the two out."
             )
+        if isinstance(given, str):
+            raise FastlockError(f"{given}: can't be changed in place where there is no rename. Give an out of its own.")
         return given, given
-    check_absent(place)
-    if given in resolved.parents:
-        raise FastlockError(f"{place}: is inside the checkpoint itself. Give a directory outside it.")
-    return given, place.parent.resolve() / place.name
+    target = as_place(out)
+    check_absent(target)
+    if f"{place}/".startswith(f"{given}/"):
+        raise FastlockError(f"{target}: is inside the checkpoint itself. Give a directory outside it.")
+    # A link at the target's own name would have been found above.
+    return given, place if isinstance(target, str) else target.parent.resolve() / target.name
+
+
+def _resolved(given: str | os.PathLike[str]) -> Place:
+    place = as_place(given)
+    try:
+        return normalised(place) if isinstance(place, str) else place.resolve()
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{given}: is no usable path ({error}).") from None
 
 
 def _fold(checkpoint: Checkpoint, sites: list[StoredSite], lock: Lock, strength: float, folds: Folds) -> list[_Folded]:
@@ -241,7 +264,7 @@ def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_
 
 
 def _write_relocked(
-    new: NewFolder,
+    new: _NewFolder,
     checkpoint: Checkpoint,
     carrier: Carrier,
     receipt: Receipt,
@@ -256,7 +279,7 @@ def _write_relocked(
             patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
     for name, file in checkpoint.files.items():
         if name != CARD:
-            changed = file.patched(patches[name]) if isinstance(file, LocalFile) and name in patches else file
+            changed = file.patched(patches[name]) if not isinstance(file, Text) and name in patches else file
             _carry(new, _new_name(name, bool(added)), changed, copy)
     if added:
         new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
@@ -267,7 +290,7 @@ def _write_relocked(
     new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: data}))
 
 
-def _carry(new: NewFolder, name: str, file: LocalFile | Text, copy: bool) -> None:
+def _carry(new: _NewFolder, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
     if isinstance(file, Text):
         new.write(name, file.data)
     elif copy or file.patches:
@@ -428,8 +451,9 @@ def _json(data: dict[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def _relock_saved(source: Path, lock: Lock, out: Path, strength: float, in_place: bool) -> Receipt:
+def _relock_saved(source: Place, lock: Lock, out: Place, strength: float, in_place: bool) -> Receipt:
     """Relock a checkpoint that transformers saved from a relocked model: its biases are among its other weights."""
+    source, out = _both_here(source, out)
     model = load_model(source)
     receipt = relock(model, lock, strength)
     _save(model, source, out, in_place)
@@ -437,7 +461,8 @@ def _relock_saved(source: Path, lock: Lock, out: Path, strength: float, in_place
     return receipt
 
 
-def _unlock_saved(source: Path, out: Path, in_place: bool) -> None:
+def _unlock_saved(source: Place, out: Place, in_place: bool) -> None:
+    source, out = _both_here(source, out)
     model = load_model(source)
     receipt = getattr(model.config, CONFIG_KEY, None)
     unlock(model)
@@ -447,8 +472,17 @@ def _unlock_saved(source: Path, out: Path, in_place: bool) -> None:
     _save(model, source, out, in_place)
 
 
+def _both_here(source: Place, out: Place) -> tuple[Path, Path]:
+    if isinstance(source, str) or isinstance(out, str):
+        raise FastlockError(
+            f"{source}: was saved by transformers from a relocked model, so that all of it has to be loaded and "
+            "written anew. Download it, do this on local directories, and upload the result."
+        )
+    return source, out
+
+
 def _save(model: Any, source: Path, out: Path, in_place: bool) -> None:
-    with new_folder(out, source, in_place) as new:
+    with new_local_folder(out, source, in_place) as new:
         try:
             model.save_pretrained(new.path)
         except safetensors.SafetensorError as error:

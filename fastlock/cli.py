@@ -27,6 +27,7 @@ from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint,
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
 from fastlock.extract import extract as make_lock
+from fastlock.files import as_place
 from fastlock.lock import Lock
 from fastlock.pairs import load_pairs, shipped_pairs
 from fastlock.pretrained import load_model, load_tokenizer
@@ -50,8 +51,10 @@ _out = Console()
 _err = Console(stderr=True)
 
 _Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
-_Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint's directory: config.json and *.safetensors.")]
-_Out = Annotated[Path | None, typer.Option("--out", help="The directory to make; it must not exist yet.")]
+_Checkpoint = Annotated[
+    str, typer.Argument(help="A checkpoint's directory (config.json and *.safetensors), or its URL: s3://bucket/model.")
+]
+_Out = Annotated[str | None, typer.Option("--out", help="The directory or URL to make; nothing may be there yet.")]
 _InPlace = Annotated[
     bool, typer.Option("--in-place", help="Change the checkpoint itself, in one step; asks first. `unlock` undoes it.")
 ]
@@ -96,14 +99,15 @@ def _options(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A lock file, or a relocked checkpoint's directory.")],
+    path: Annotated[str, typer.Argument(help="A lock file, or a relocked checkpoint's directory or URL.")],
     as_json: _Json = False,
 ) -> None:
     """Show what a lock holds, or what was done to a checkpoint. Loads no weights."""
-    if path.is_dir():
-        _show_receipt(path, read_receipt(path), as_json)
+    place = as_place(path)
+    if isinstance(place, str) or place.is_dir():
+        _show_receipt(path, read_receipt(place), as_json)
     else:
-        _show_lock(path, Lock.load(path), as_json)
+        _show_lock(path, Lock.load(place), as_json)
 
 
 @app.command()
@@ -155,7 +159,7 @@ def relock(
             checkpoint, loaded, target, strength, stacks=_stacks(stacks), copy=copy, in_place=in_place
         )
     if as_json:
-        _print_json({"out": str(target), "receipt": receipt.to_dict()})
+        _print_json({"out": target, "receipt": receipt.to_dict()})
     else:
         seconds = time.perf_counter() - start
         _say(f"{target}: {len(receipt.layers)} layers relocked at strength {strength:g} ({seconds:.1f} s)")
@@ -175,12 +179,12 @@ def unlock(
     with _working(f"unlocking {checkpoint}", as_json):
         unlock_checkpoint(checkpoint, target, copy=copy, in_place=in_place)
     if as_json:
-        _print_json({"out": str(target)})
+        _print_json({"out": target})
     else:
         _say(f"{target}: unlocked")
 
 
-def _target(checkpoint: Path, out: Path | None, in_place: bool, yes: bool) -> Path:
+def _target(checkpoint: str, out: str | None, in_place: bool, yes: bool) -> str:
     """Where the result goes: `--out`, or the checkpoint itself once the user has said so twice."""
     if in_place == (out is not None):
         raise typer.BadParameter("give either --out DIR or --in-place.")
@@ -200,7 +204,7 @@ def doctor_command(checkpoint: _Checkpoint, stacks: _For = None, as_json: _Json 
     """Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not."""
     found = doctor(checkpoint, _stacks(stacks))
     if as_json:
-        _print_json({"checkpoint": str(checkpoint), "stacks": [finding.to_dict() for finding in found]})
+        _print_json({"checkpoint": checkpoint, "stacks": [finding.to_dict() for finding in found]})
     else:
         for finding in found:
             _say(f"{finding.stack}: {finding.reason}", "green" if finding.acts else "red")
@@ -224,7 +228,7 @@ def verify_command(checkpoint: _Checkpoint, lock: _Lock, as_json: _Json = False)
         raise typer.Exit(NOT_LOCKED)
 
 
-def _show_lock(path: Path, lock: Lock, as_json: bool) -> None:
+def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
     rows = [
         {"layer": int(layer), "head": int(head), "scale": float(scale)}
         for layer, head, scale in zip(lock.layers, lock.heads, lock.scales, strict=True)
@@ -232,9 +236,9 @@ def _show_lock(path: Path, lock: Lock, as_json: bool) -> None:
     known = ("base_model", "num_layers", "num_heads", "head_dim", "hidden_size", "recipe", "extraction_digest")
     facts = {"digest": lock.digest} | {key: getattr(lock, key) for key in known}
     if as_json:
-        _print_json({"path": str(path), **facts, "rows": rows})
+        _print_json({"path": path, **facts, "rows": rows})
         return
-    _facts(str(path), {key: value for key, value in facts.items() if value is not None})
+    _facts(path, {key: value for key, value in facts.items() if value is not None})
     table = Table("layer", "heads", "scales")
     for layer in sorted({row["layer"] for row in rows}):
         of_layer = sorted((row for row in rows if row["layer"] == layer), key=lambda row: row["head"])
@@ -243,16 +247,16 @@ def _show_lock(path: Path, lock: Lock, as_json: bool) -> None:
     _out.print(table)
 
 
-def _show_receipt(path: Path, receipt: Receipt | None, as_json: bool) -> None:
+def _show_receipt(path: str, receipt: Receipt | None, as_json: bool) -> None:
     if as_json:
-        _print_json({"path": str(path), "receipt": receipt.to_dict() if receipt else None})
+        _print_json({"path": path, "receipt": receipt.to_dict() if receipt else None})
         return
     if receipt is None:
         _say(f"{path}: not relocked by fastlock (config.json holds no receipt)")
         return
     data = receipt.to_dict()
     sites = data.pop("sites")
-    _facts(str(path), data)
+    _facts(path, data)
     table = Table("layer", "heads", "output projection", "had a bias")
     for site in sites:
         heads = ", ".join(map(str, site["heads"]))

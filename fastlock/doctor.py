@@ -10,8 +10,8 @@ from typing import Any
 from fastlock.carrier import check_stacks, choose_carrier
 from fastlock.checkpoint import DEFAULT_STACKS, receipt_in, stored_biases
 from fastlock.errors import FastlockError
-from fastlock.files import as_path
-from fastlock.folders import local_files
+from fastlock.files import as_place
+from fastlock.folders import files_in
 from fastlock.receipt import Receipt
 from fastlock.stacks import acts, native_flag, needs
 from fastlock.stored import Checkpoint
@@ -44,7 +44,7 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_ST
     Raises:
         FastlockError: the checkpoint is damaged, of a family without an exact fold, or a stack is unknown.
     """
-    files, where = local_files(as_path(directory)), str(directory)
+    files, where = files_in(as_place(directory)), str(directory)
     receipt, _ = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
     return [

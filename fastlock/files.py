@@ -4,10 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from fastlock.errors import FastlockError
+
+CONFIG = "config.json"  # what makes a directory a checkpoint
+
+Place = Path | str  # here, or the URL of another machine
+Patches = Sequence[tuple[int, bytes]]  # offsets in a file, and other bytes that it is to have there
+
+_SPOILT_URL = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
+
+
+class File(Protocol):
+    """A file of a checkpoint that is read in ranges: here, on another machine, or made up.
+
+    Attributes:
+        size: in bytes.
+        identity: what changes when the file does.
+        patches: what `read` puts in place of the file's own bytes.
+    """
+
+    size: int
+    identity: tuple[Any, ...]
+    patches: Patches
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+
+    def check_unchanged(self) -> None:
+        """Raise if it is not what it was when it was first looked at."""
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
@@ -16,6 +46,21 @@ def as_path(given: str | os.PathLike[str]) -> Path:
         return Path(given)
     except TypeError:
         raise FastlockError(f"{given!r} is no path; give the path of a file or directory.") from None
+
+
+def as_place(given: str | os.PathLike[str]) -> Place:
+    """What a user gave: a path here, or a URL of another machine ("s3://bucket/model"), without a slash at its end."""
+    if isinstance(given, str) and "://" in given:
+        return Path(given.removeprefix("file://")) if given.startswith("file://") else given.rstrip("/")
+    path = as_path(given)
+    if _SPOILT_URL.match(str(path)):
+        raise FastlockError(f"{path}: a URL that went through pathlib has lost a slash. Give it as text.")
+    return path
+
+
+def below(place: Place, name: str) -> Place:
+    """What is at a relative name below a place."""
+    return f"{place}/{name}" if isinstance(place, str) else place / name
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

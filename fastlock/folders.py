@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import errno
 import fcntl
@@ -10,18 +11,26 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastlock.errors import FastlockError
+from fastlock.files import CONFIG, Patches, Place
+from fastlock.remote import (
+    RemoteFile,
+    RemoteFolder,
+    check_absent_there,
+    remote_file,
+    remote_files,
+    remote_folder,
+    with_patches,
+)
 
 _FICLONE = 0x40049409  # ioctl of linux/fs.h: share another file's blocks
 _RENAME_EXCHANGE = 2  # of renameat2(2)
 _AT_FDCWD = -100
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _HUGE, _PIECE = 2 * 1024 * 1024, 128 * 1024
-
-Patches = Sequence[tuple[int, bytes]]
 
 
 class LocalFile:
@@ -37,9 +46,9 @@ class LocalFile:
 
     viewed = 0
 
-    def __init__(self, path: Path, patches: Patches = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.patches = patches
+        self.patches: Patches = ()
         with _reading(path):
             status = path.stat()
         self.size = status.st_size
@@ -47,8 +56,8 @@ class LocalFile:
 
     def patched(self, patches: Patches) -> LocalFile:
         """The same file with other bytes at some offsets."""
-        changed = LocalFile(self.path, (*self.patches, *patches))
-        changed.size, changed.identity = self.size, self.identity
+        changed = copy.copy(self)
+        changed.patches = (*self.patches, *patches)
         return changed
 
     def read(self, start: int, length: int) -> bytes:
@@ -57,10 +66,7 @@ class LocalFile:
             data = os.pread(fd, length, start)
         if len(data) != length:
             raise self.changed()
-        for offset, patch in self.patches:
-            if start <= offset and offset + len(patch) <= start + length:
-                data = data[: offset - start] + patch + data[offset - start + len(patch) :]
-        return data
+        return with_patches(data, start, self.patches)
 
     @contextlib.contextmanager
     def view(self, start: int, length: int) -> Iterator[memoryview]:
@@ -76,6 +82,11 @@ class LocalFile:
                 LocalFile.viewed += length
             with memoryview(mapped) as whole, whole[before:] as wanted:
                 yield wanted
+
+    def copy_to(self, place: Path) -> None:
+        """Make a copy, without patches: of shared blocks where the file system has them."""
+        if not _reflink(self.path, place):
+            shutil.copyfile(self.path, place)
 
     def check_unchanged(self) -> None:
         """Raise if the file is not what it was when it was first looked at."""
@@ -101,12 +112,24 @@ class LocalFile:
             os.close(fd)
 
 
-def local_files(directory: Path) -> dict[str, LocalFile]:
+def files_in(directory: Place) -> dict[str, LocalFile] | dict[str, RemoteFile]:
     """Every file below a directory, by its name there ("original/params.json").
 
     Raises:
         FastlockError: there is no such directory, or something in it is neither file nor directory, or a broken link.
     """
+    return remote_files(directory) if isinstance(directory, str) else local_files(directory)
+
+
+def file_at(place: Place) -> LocalFile | RemoteFile | None:
+    """The file at a place, None where there is none."""
+    if isinstance(place, str):
+        return remote_file(place)
+    with _reading(place):
+        return LocalFile(place) if place.is_file() else None
+
+
+def local_files(directory: Path) -> dict[str, LocalFile]:
     with _reading(directory):
         if not directory.is_dir():
             raise FastlockError(
@@ -147,7 +170,9 @@ def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
 
 
 class Text:
-    """A small file that is not on disk as it is wanted. Attributes: data, size, identity, as of `LocalFile`."""
+    """A small file that is not on disk as it is wanted. Attributes: data; the others as of `LocalFile`."""
+
+    patches: Patches = ()
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -203,11 +228,14 @@ class NewFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def link(self, name: str, source: LocalFile) -> None:
+    def link(self, name: str, source: LocalFile | RemoteFile) -> None:
         """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link.
 
-        In place, where neither of the first two can be had, it is a copy.
+        In place, where neither of the first two can be had, and of what is on another machine, it is a copy.
         """
+        if isinstance(source, RemoteFile):
+            self.copy(name, source)
+            return
         place = self._place(name)
         if _reflink(source.path, place):
             return
@@ -221,11 +249,10 @@ class NewFolder:
             else:
                 place.symlink_to(source.path)
 
-    def copy(self, name: str, source: LocalFile) -> None:
+    def copy(self, name: str, source: LocalFile | RemoteFile) -> None:
         """A copy, synced, with the file's patches in it."""
         place = self._place(name)
-        if not _reflink(source.path, place):
-            shutil.copyfile(source.path, place)
+        source.copy_to(place)
         with place.open("r+b") as file:
             for start, data in source.patches:
                 file.seek(start)
@@ -251,8 +278,10 @@ class NewFolder:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, source: Path, in_place: bool) -> Iterator[NewFolder]:
+def new_folder(out: Place, source: Place, in_place: bool) -> Iterator[NewFolder | RemoteFolder]:
     """Make a directory: it appears at `out` when the block ends, whole and on disk, or not at all.
+
+    On another machine, its config.json appears last: without that, it is no checkpoint.
 
     Args:
         out: its place, where nothing may be; with `in_place` the checkpoint's own, which is then exchanged for the
@@ -263,8 +292,18 @@ def new_folder(out: Path, source: Path, in_place: bool) -> Iterator[NewFolder]:
     Raises:
         FastlockError: there is something at `out`, another process is making it, or it can't be written.
     """
+    if isinstance(out, str):
+        with remote_folder(out) as there:
+            yield there
+    else:
+        with new_local_folder(out, source, in_place) as here:
+            yield here
+
+
+@contextlib.contextmanager
+def new_local_folder(out: Path, source: Place, in_place: bool) -> Iterator[NewFolder]:
     try:
-        mode = source.stat().st_mode & 0o777
+        mode = 0o777 & ~_umask() if isinstance(source, str) else source.stat().st_mode & 0o777
         out.parent.mkdir(parents=True, exist_ok=True)
         with _claimed(out) as temporary:
             if not in_place:
@@ -283,8 +322,16 @@ def new_folder(out: Path, source: Path, in_place: bool) -> Iterator[NewFolder]:
         raise FastlockError(f"{out}: can't be written ({error}); nothing was changed.") from None
 
 
-def check_absent(out: Path) -> None:
+def is_there(place: Place) -> bool:
+    """Whether there is anything at a place; on another machine, whether there is a checkpoint."""
+    return file_at(f"{place}/{CONFIG}") is not None if isinstance(place, str) else os.path.lexists(place)
+
+
+def check_absent(out: Place) -> None:
     """Raise if there is anything at `out`."""
+    if isinstance(out, str):
+        check_absent_there(out)
+        return
     try:
         there = out.exists() or out.is_symlink()
     except (OSError, ValueError) as error:
@@ -323,6 +370,13 @@ def _claimed(out: Path) -> Iterator[Path]:
             return
         finally:
             os.close(fd)
+
+
+def _umask() -> int:
+    """What this process leaves out of new files' permissions; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _is_at(fd: int, path: Path) -> bool:

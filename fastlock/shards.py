@@ -6,11 +6,12 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fastlock.errors import FastlockError
+from fastlock.files import File
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,15 +23,6 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
 _BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4}
 _PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-
-
-class File(Protocol):
-    """A file that can be read in ranges: `folders.LocalFile`, or one on another machine."""
-
-    size: int
-
-    def read(self, start: int, length: int) -> bytes:
-        """The bytes of a range."""
 
 
 @dataclass(frozen=True)

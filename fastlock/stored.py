@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from fastlock.errors import FastlockError
+from fastlock.files import CONFIG, File
 from fastlock.lock import Lock
-from fastlock.shards import File, Stored, parse_json, read_all, read_shards
+from fastlock.shards import Stored, parse_json, read_all, read_shards
 from fastlock.sites import FAMILIES, REFUSED, Family, check_lock_fits, family_of_config, head_geometry
 
-CONFIG = "config.json"
 MAX_THREADS = 8
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**20

@@ -13,8 +13,8 @@ from torch import nn
 
 from fastlock.carrier import CONFIG_KEY
 from fastlock.checkpoint import config_digest, original_biases_on_disk, receipt_in, stored_biases
-from fastlock.files import as_path
-from fastlock.folders import local_files
+from fastlock.files import as_place
+from fastlock.folders import files_in
 from fastlock.loaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.lock import Displacement, Lock, check_lock
 from fastlock.receipt import Receipt, biases_digest
@@ -117,7 +117,7 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
 
 def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verification:
     where = str(directory)
-    files = local_files(as_path(directory))
+    files = files_in(as_place(directory))
     receipt, raw = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
     sites, unit = checkpoint.sites_for(lock), lock.displacement(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -16,10 +17,12 @@ from typing import IO, Any
 from fastlock.carrier import check_stacks
 from fastlock.checkpoint import DEFAULT_STACKS
 from fastlock.errors import FastlockError
-from fastlock.files import as_path
+from fastlock.files import Place, as_place, below, write_atomic
+from fastlock.folders import file_at
 from fastlock.lock import Lock, check_lock, check_strength
+from fastlock.remote import write_remote
 from fastlock.zoo_find import Checkpoint, FileId, check_names, find_checkpoints, shared_files
-from fastlock.zoo_report import write_report
+from fastlock.zoo_report import report_page
 from fastlock.zoo_workers import (
     DONE_ALREADY,
     FAILED,
@@ -54,8 +57,8 @@ class Summary:
 
     results: list[Result] = field(default_factory=list)
     seconds: float = 0.0
-    log: Path | None = None
-    report: Path | None = None
+    log: Place | None = None
+    report: Place | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -106,7 +109,8 @@ def relock_zoo(
     Args:
         sources: what `find_checkpoints` takes: directories, patterns, list files, Hugging Face caches.
         lock: the lock of their aligned base.
-        out: the directory to fill; a log (JSON lines) and a report (HTML) are written there too.
+        out: the directory to fill, or its URL; a log (JSON lines) and a report (HTML) are written there too (at a
+            URL: when the run ends).
         strength: the paper's α.
         stacks: what shall load the relocked checkpoints; see `relock_checkpoint`.
         base: a checkpoint or a config.json: checkpoints of another geometry are skipped.
@@ -122,7 +126,8 @@ def relock_zoo(
     """
     check_lock(lock)
     strength = check_strength(strength)
-    root = as_path(out).expanduser().absolute()
+    place = as_place(out)
+    root = place if isinstance(place, str) else place.expanduser().absolute()
     found = find_checkpoints(sources, root)
     check_names(found)
     checkpoints = _share(found, rank, world_size)
@@ -135,10 +140,11 @@ def relock_zoo(
         base=None if base is None else geometry(base),
     )
     name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
-    summary = Summary(log=root / f"{name}.jsonl", report=root / f"{name}.html")
+    log_place, report_place = below(root, f"{name}.jsonl"), below(root, f"{name}.html")
+    summary = Summary(log=log_place, report=report_place)
     plan = _Plan(checkpoints, shared_files(checkpoints), root)
     pool = _pool(job, workers, ray, len(checkpoints))
-    with _appended(root / f"{name}.jsonl") as log:
+    with _appended(log_place) as log:
 
         def record(result: Result, total: int) -> None:
             log.write(json.dumps(result.to_dict()).encode() + b"\n")
@@ -150,7 +156,7 @@ def relock_zoo(
             _run(pool, plan, summary, record)
         finally:
             facts = {"lock": lock.digest, "strength": f"{strength:g}", "written to": str(root)}
-            write_report(root / f"{name}.html", summary.results, len(checkpoints), summary.seconds, facts)
+            _write(report_place, report_page(summary.results, len(checkpoints), summary.seconds, facts).encode())
     return summary
 
 
@@ -186,8 +192,31 @@ def _share(checkpoints: list[Checkpoint], rank: int | None, world_size: int | No
     return checkpoints[rank::world_size]
 
 
+def _write(place: Place, data: bytes) -> None:
+    if isinstance(place, str):
+        write_remote(place, data)
+    else:
+        write_atomic(place, data)
+
+
 @contextlib.contextmanager
-def _appended(path: Path) -> Iterator[IO[bytes]]:
+def _appended(place: Place) -> Iterator[IO[bytes]]:
+    """A log to append to; at a URL, where nothing can be appended, all of it is written anew at the end."""
+    if not isinstance(place, str):
+        with _appended_here(place) as log:
+            yield log
+        return
+    before = file_at(place)
+    with io.BytesIO() as log:
+        log.write(b"" if before is None else before.read(0, before.size))
+        try:
+            yield log
+        finally:
+            write_remote(place, log.getvalue())
+
+
+@contextlib.contextmanager
+def _appended_here(path: Path) -> Iterator[IO[bytes]]:
     """A log to append to; a last line that was not written to its end is ended first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +279,7 @@ class _Plan:
     was done already), the next one is the first. The very first unfinished checkpoint never waits, so that it ends.
     """
 
-    def __init__(self, checkpoints: list[Checkpoint], files: list[list[FileId]], out: Path | None = None) -> None:
+    def __init__(self, checkpoints: list[Checkpoint], files: list[list[FileId]], out: Place | None = None) -> None:
         self.checkpoints = checkpoints
         self._out = out
         self._files = files
@@ -276,7 +305,7 @@ class _Plan:
             index,
             checkpoint.source,
             checkpoint.name,
-            str(self._out / checkpoint.name) if self._out else "",
+            str(below(self._out, checkpoint.name)) if self._out else "",
             tuple({id(folds): folds for folds in known.values()}.values()),
             returns_folds=len(known) < len(files),
         )

@@ -32,7 +32,7 @@ _err = Console(stderr=True)
 _Sources = Annotated[
     list[str],
     typer.Argument(
-        help="Checkpoints, directories to search, quoted patterns, Hugging Face caches, .txt lists of them."
+        help="Checkpoints, directories to search, quoted patterns, Hugging Face caches, URLs, .txt lists of them."
     ),
 ]
 _Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
@@ -47,13 +47,15 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, a
 def relock(
     sources: _Sources,
     lock: _Lock,
-    out: Annotated[Path, typer.Option("--out", help="The directory to fill, each checkpoint under its own name.")],
+    out: Annotated[
+        str, typer.Option("--out", help="The directory or URL to fill, each checkpoint under its own name.")
+    ],
     strength: Annotated[float, typer.Option("--strength", help="How hard the lock pulls (the paper's α).")] = 6.0,
     stacks: Annotated[
         list[str] | None, typer.Option("--for", help="What shall load them; default: transformers,vllm.")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option("--base", help="The lock's base or its config.json: skip checkpoints unlike it.")
+        str | None, typer.Option("--base", help="The lock's base or its config.json: skip checkpoints unlike it.")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy files that could be linked.")] = False,
     workers: _Workers = None,

@@ -8,9 +8,11 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastlock.errors import FastlockError
-from fastlock.files import as_path, read_bounded
+from fastlock.files import CONFIG, Place, as_place, read_bounded
+from fastlock.remote import normalised, opened, reaching
 
 HUB_PREFIX = "models--"
 MAX_LIST_BYTES = 64 * 1024 * 1024
@@ -33,7 +35,8 @@ def find_checkpoints(
 
     A source is a checkpoint's directory (one with a config.json; its name is its last path component), a directory to
     search (names are relative to it), a Hugging Face cache (names are `org--model`), a pattern like `runs/*/final`, or
-    a .txt file with one of these per line, relative to that file; `#` begins a comment.
+    a .txt file with one of these per line, relative to that file; `#` begins a comment. Directories and patterns may be
+    URLs ("s3://bucket/runs/*/final").
 
     Args:
         sources: where to look.
@@ -43,9 +46,9 @@ def find_checkpoints(
         FastlockError: a source stands for no checkpoint, or two checkpoints would have one name.
     """
     left_out = _identity(out) if out is not None else None
-    found: dict[tuple[str, FileId | None], Checkpoint] = {}
+    found: dict[tuple[str, FileId | str | None], Checkpoint] = {}
     for source in _without_lists(sources):
-        for checkpoint in _of_source(source, left_out):
+        for checkpoint in _of_url(source, left_out) if isinstance(source, str) else _of_source(str(source), left_out):
             found.setdefault((checkpoint.name, _identity(checkpoint.source)), checkpoint)
     if not found:
         raise FastlockError("no sources: give checkpoints, directories to search, patterns, or a list file.")
@@ -107,25 +110,28 @@ def _linked_files(directory: str, directory_is_linked: bool) -> set[FileId]:
     return found
 
 
-def _identity(path: str | os.PathLike[str]) -> FileId | None:
+def _identity(path: str | os.PathLike[str]) -> FileId | str | None:
+    """What is the same exactly for the same directory; None where there is none."""
+    if isinstance(place := as_place(path), str):
+        return normalised(place)
     try:
-        status = os.stat(as_path(path))
+        status = os.stat(place)
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
 
 
-def _without_lists(sources: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+def _without_lists(sources: Iterable[str | os.PathLike[str]]) -> Iterator[Place]:
     """The sources, each list file replaced by what it lists."""
     for source in sources:
-        path = _local(source)
-        if path.suffix == ".txt" and path.is_file():
-            yield from _listed(path)
+        place = _expanded_user(source)
+        if isinstance(place, Path) and place.suffix == ".txt" and place.is_file():
+            yield from _listed(place)
         else:
-            yield str(path)
+            yield place
 
 
-def _listed(path: Path) -> Iterator[str]:
+def _listed(path: Path) -> Iterator[Place]:
     try:
         lines = read_bounded(path, MAX_LIST_BYTES).decode().splitlines()
     except UnicodeDecodeError as error:
@@ -133,21 +139,47 @@ def _listed(path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if text and not text.startswith("#"):
-            listed = path.parent / _local(text)
-            if listed.suffix == ".txt" and listed.is_file():
+            place = _expanded_user(text)
+            listed = place if isinstance(place, str) else path.parent / place
+            if isinstance(listed, Path) and listed.suffix == ".txt" and listed.is_file():
                 raise FastlockError(f"{path}, line {number}: {text} is a list itself. Give it as a source of its own.")
-            yield str(listed)
+            yield listed
 
 
-def _local(source: str | os.PathLike[str]) -> Path:
-    """The path of a source; the one place that says which kinds of paths there are."""
-    path = as_path(source)
-    if "://" in str(source):
-        raise FastlockError(f"{source}: fastlock reads local paths only. Mount or download it first.")
-    return path.expanduser()
+def _expanded_user(source: str | os.PathLike[str]) -> Place:
+    place = as_place(source)
+    return place if isinstance(place, str) else place.expanduser()
 
 
-def _of_source(source: str, left_out: FileId | None) -> list[Checkpoint]:
+def _of_url(url: str, left_out: FileId | str | None) -> list[Checkpoint]:
+    with reaching(url):
+        fs, root = opened(url)
+        tops = sorted(fs.glob(root)) if glob.has_magic(root) else [root]
+        found = [checkpoint for top in tops for checkpoint in _search_there(fs, top.rstrip("/"), left_out)]
+    if not found:
+        raise FastlockError(f"{url}: no checkpoint is there (no {CONFIG}), nor below it. Check the address.")
+    return found
+
+
+def _search_there(fs: Any, top: str, left_out: FileId | str | None) -> list[Checkpoint]:
+    """The checkpoints below a path of a remote file system, found in one listing; none inside of another."""
+    url: str = fs.unstrip_protocol(top)
+    if fs.isfile(f"{top}/{CONFIG}"):
+        return [Checkpoint(url, top.rpartition("/")[2])]
+    listed = set(fs.find(top))
+    directories = {path.removesuffix(f"/{CONFIG}") for path in listed if path.endswith(f"/{CONFIG}")}
+    found = []
+    for directory in sorted(directories):
+        name = directory.removeprefix(f"{top}/")
+        parts = name.split("/")
+        inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
+        of_out = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
+        if not inside and not of_out and not any(part in ("", "..") or part.startswith(".") for part in parts):
+            found.append(Checkpoint(f"{url}/{name}", name))
+    return found
+
+
+def _of_source(source: str, left_out: FileId | str | None) -> list[Checkpoint]:
     try:
         if os.path.lexists(source):
             found = _of_path(source, left_out)
@@ -171,7 +203,7 @@ def _expanded(pattern: str) -> list[str]:
     return sorted(str(m) for m in matches if all(part in parts or not part.startswith(".") for part in m.parts))
 
 
-def _of_path(path: str, left_out: FileId | None) -> list[Checkpoint]:
+def _of_path(path: str, left_out: FileId | str | None) -> list[Checkpoint]:
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         return []
@@ -181,10 +213,10 @@ def _of_path(path: str, left_out: FileId | None) -> list[Checkpoint]:
 
 
 def _is_checkpoint(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "config.json"))
+    return os.path.isfile(os.path.join(path, CONFIG))
 
 
-def _search(top: str, left_out: FileId | None) -> Iterator[Checkpoint]:
+def _search(top: str, left_out: FileId | str | None) -> Iterator[Checkpoint]:
     """The checkpoints below a directory. What lies inside a checkpoint is a part of it, and not searched.
 
     Every directory is searched once, whatever links lead to it: a loop of links ends there.

@@ -7,9 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 
-from fastlock.files import write_atomic
 from fastlock.version import __version__
 from fastlock.zoo_workers import DONE_ALREADY, FAILED, RELOCKED, SKIPPED, Result
 
@@ -48,25 +46,15 @@ td.status { white-space: nowrap } td.name { min-width: 12rem; font-family: ui-mo
 """
 
 
-def write_report(path: Path, results: Sequence[Result], total: int, seconds: float, facts: dict[str, str]) -> None:
-    """Write the page.
+def report_page(results: Sequence[Result], total: int, seconds: float, facts: dict[str, str]) -> str:
+    """The page, as HTML.
 
     Args:
-        path: the HTML file.
         results: what became of each checkpoint that was finished.
         total: how many there are in all.
         seconds: how long it took.
         facts: what else to say at the top.
     """
-    write_atomic(path, _page(results, total, seconds, facts).encode())
-
-
-def shown(text: str | os.PathLike[str]) -> str:
-    """A name from outside, fit to be shown: what can't be printed is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(text))
-
-
-def _page(results: Sequence[Result], total: int, seconds: float, facts: dict[str, str]) -> str:
     failed = [result for result in results if result.status == FAILED]
     left = total - len(results)
     stopped = f"<p class=warning>Stopped early: {left:,} of {total:,} checkpoints are not done. Run it again.</p>"
@@ -85,6 +73,11 @@ def _page(results: Sequence[Result], total: int, seconds: float, facts: dict[str
             "</body></html>",
         ]
     )
+
+
+def shown(text: str | os.PathLike[str]) -> str:
+    """A name from outside, fit to be shown: what can't be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(text))
 
 
 def _facts(results: Sequence[Result], seconds: float, facts: dict[str, str]) -> str:

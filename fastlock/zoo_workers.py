@@ -23,10 +23,11 @@ import torch
 from fastlock.checkpoint import read_receipt, relock_checkpoint
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
-from fastlock.files import as_path, read_bounded
-from fastlock.folders import LocalFile
+from fastlock.files import CONFIG, as_place, below
+from fastlock.folders import LocalFile, file_at, is_there
 from fastlock.lock import Lock
-from fastlock.shards import MAX_JSON_BYTES, parse_json
+from fastlock.remote import RemoteFile, RemoteFolder
+from fastlock.shards import parse_json, read_all
 from fastlock.sites import head_geometry
 from fastlock.stored import transformers_config
 from fastlock.verify import verify
@@ -140,13 +141,15 @@ def geometry(config: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _raw_config(config: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
-    path = as_path(config)
-    path = path / "config.json" if path.is_dir() else path
-    return parse_json(read_bounded(path, MAX_JSON_BYTES), str(path)), str(path)
+    place = as_place(config)
+    file = file_at(place) or file_at(below(place, CONFIG))
+    if file is None:
+        raise FastlockError(f"{place}: no {CONFIG} is there. Give one, or the checkpoint's directory that holds it.")
+    return parse_json(read_all(file, str(place)), str(place)), str(place)
 
 
 def _relock(job: Job, task: Task, folds: dict[Any, Any]) -> tuple[str, str]:
-    if os.path.lexists(task.out):
+    if is_there(as_place(task.out)):
         return _already_there(job, task.out)
     if job.base is not None and (differs := _differs(task.source, job.base)):
         return SKIPPED, differs
@@ -195,11 +198,11 @@ def _measured(task: Task, work: Callable[[], tuple[str, str]]) -> Result:
 
 
 def _transferred() -> tuple[int, int] | None:
-    """Bytes that this process has read (mapped ones included) and written, where the system counts them."""
+    """Bytes that this process has read (mapped and fetched ones included) and written, where the system counts them."""
     try:
         with open("/proc/self/io", "rb") as file:
             counts = dict(line.split(b": ") for line in file.read().splitlines())
-        return int(counts[b"rchar"]) + LocalFile.viewed, int(counts[b"wchar"])
+        return int(counts[b"rchar"]) + LocalFile.viewed + RemoteFile.fetched, int(counts[b"wchar"]) + RemoteFolder.sent
     except (OSError, ValueError, KeyError):
         return None
 

@@ -140,7 +140,7 @@ def test_the_same_checkpoint_given_twice_is_one(tmp_path) -> None:
         (["nested.txt"], "line 2: file.txt is a list itself"),
         (["binary.txt"], "binary.txt: no list"),
         (["wrong.txt"], "missing: does not exist"),
-        (["s3://bucket/zoo"], "local paths only"),
+        (["nowhere://bucket/zoo"], "nowhere://bucket/zoo: can't be reached"),
         (["a\0b"], "a.b"),
         ([], "no sources"),
         ([None], "is no path"),
@@ -549,7 +549,7 @@ def test_the_options_reach_the_function(tunes, made, tmp_path, run, monkeypatch)
         del keywords["on_result"]
     default = {"base": None, "workers": None, "ray": None, "rank": None, "world_size": None, "copy": False}
     assert asked[0] == {**default, "stacks": ["transformers", "vllm"]}
-    stated = {"base": Path("x"), "ray": "auto", "rank": 1, "world_size": 3, "copy": True}
+    stated = {"base": "x", "ray": "auto", "rank": 1, "world_size": 3, "copy": True}
     assert asked[1] == {**default, **stated, "stacks": ["vllm", "a", "b"]}
     for wrong in (["--rank", "1"], ["--world-size", "2"], ["--rank", "2", "--world-size", "2"], ["--workers", "0"]):
         run(*given, *wrong, code=2)
@@ -575,7 +575,7 @@ class Page(HTMLParser):
 
 
 def page(results: list, total: int | None = None, seconds: float = 3.0, **facts: str) -> Page:
-    return Page(zoo_report._page(results, len(results) if total is None else total, seconds, facts))
+    return Page(zoo_report.report_page(results, len(results) if total is None else total, seconds, facts))
 
 
 def result(name: str, status: str = "relocked", error: str = "", at: float = 0.0) -> zoo_workers.Result:
