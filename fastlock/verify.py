@@ -20,7 +20,7 @@ from fastlock.lock import Displacement, Lock, check_lock
 from fastlock.receipt import Receipt, biases_digest
 from fastlock.reference import bound, exact_fold, magnitude
 from fastlock.sites import sites_for, unwrapped
-from fastlock.stacks import native_flag
+from fastlock.stacks import named_architecture, why_lost
 from fastlock.stored import Checkpoint, StoredSite, in_threads
 
 
@@ -137,9 +137,9 @@ def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> 
     carrier = carrier if isinstance(carrier, dict) else {}
     stacks = carrier.get("stacks", ["transformers"])
     for stack in stacks if isinstance(stacks, list) else []:
-        flag = native_flag(checkpoint.kind, str(stack))
-        if flag is None or (flag and not getattr(checkpoint.text_config, flag, False)):
-            return f"its config does not switch the biases on for {str(stack)[:40]}, which would drop them in silence"
+        named = named_architecture(checkpoint.raw)
+        if (lost := why_lost(checkpoint.kind, str(stack)[:40], checkpoint.text_config, named)) is not None:
+            return lost
     if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         return "the biases do not match the receipt's digest"
     if "config_digest" in carrier and carrier["config_digest"] != config_digest(checkpoint.raw):

@@ -313,7 +313,9 @@ class LocalPool:
     def _new_pool(self) -> pebble.ProcessPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        return pebble.ProcessPool(self._workers, initializer=_start_worker, initargs=(self._job,), context=context)
+        return pebble.ProcessPool(
+            self._workers, initializer=_start_worker, initargs=(self._job, dict(os.environ)), context=context
+        )
 
 
 def _died(task: Task, exit_code: int) -> str:
@@ -335,9 +337,10 @@ _job: Job | None = None
 _working = False
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(job: Job, environment: dict[str, str]) -> None:
     global _job  # noqa: PLW0603 - one job for the life of a worker
     _job = job
+    os.environ.update(environment)  # the fork server's is of when it started: credentials may have come since
     signal.signal(signal.SIGTERM, _stop)
     _prepare()
 

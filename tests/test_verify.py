@@ -202,7 +202,7 @@ def test_on_disk_with_the_bias_switched_off(tmp_path) -> None:
     rewrite_config(out, attention_bias=False)
     found = fastlock.verify(out, lock)
     assert (found.state, found.altered) == ("altered", (0, 2))
-    assert "does not switch the biases on for transformers" in found.reason
+    assert "does not set attention_bias, so that transformers drops the biases" in found.reason
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -425,7 +425,7 @@ def test_workers_that_die_idle_are_replaced(tunes, lock, tmp_path, monkeypatch) 
     assert zoo.verify_zoo([tmp_path / "out"], lock)
 
 
-def failing_start(job: zoo_workers.Job) -> None:
+def failing_start(job: zoo_workers.Job, environment: dict[str, str]) -> None:
     os._exit(1)
 
 

@@ -1,0 +1,72 @@
+"""Tiny relocked checkpoints for an engine, and what it must compute on them: the unfolded forward in float64."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from families import logits, random_lock, tiny_model, tokens
+
+import fastlock
+from fastlock.reference import unfolded
+
+STRENGTH = 4.0
+IDS = tokens()
+PROMPT: list[int] = IDS[0].tolist()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A relocked checkpoint.
+
+    Attributes:
+        directory: where it is.
+        plain: the logits without the lock at every position, [tokens, vocab] float64.
+        locked: the logits with it, by a hook that adds d before the output projection.
+    """
+
+    directory: Path
+    plain: np.ndarray
+    locked: np.ndarray
+
+    @property
+    def effect(self) -> float:
+        """How far the lock moves a logit."""
+        return float(np.abs(self.locked - self.plain).max())
+
+
+def prepare(kind: str, directory: Path, stacks: list[str], changes: dict[str, Any], keys: dict[str, Any]) -> Prepared:
+    """Save a tiny model of a family, relock it on disk, and compute what is expected.
+
+    Args:
+        kind: the family.
+        directory: where to put the original and the relocked checkpoint.
+        stacks: for which it is relocked.
+        changes: what its config must have for the engine to run it.
+        keys: what config.json must have beside, in an older transformers' words.
+    """
+    model = tiny_model(kind, **changes)
+    lock, source, out = random_lock(model), directory / kind, directory / f"{kind}-relocked"
+    model.save_pretrained(source)
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | keys))
+    fastlock.relock_checkpoint(source, lock, out, STRENGTH, stacks=stacks)
+    exact = model.double()
+    plain = logits(exact, IDS)[0].numpy()
+    with unfolded(exact, lock, STRENGTH):
+        locked = logits(exact, IDS)[0].numpy()
+    return Prepared(out, plain, locked)
+
+
+def far(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference; NaN if there is one, which is near to nothing."""
+    return float(np.abs(a - b).max())
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """The logarithms of the probabilities that logits stand for."""
+    return torch.from_numpy(logits).log_softmax(dim=-1).numpy()
