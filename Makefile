@@ -13,6 +13,7 @@ TRITONS := 3.6.0 3.9.0
 # The engines of `make test-serving`, as in `fastlock.stacks.CHECKED`.
 VLLM := 0.32.0
 LLAMA_CPP := 0.3.36
+SGLANG := 0.5.23
 
 .PHONY: demo demo-short test test-kernels test-serving lint types bench gpu clean
 
@@ -31,9 +32,9 @@ test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q -n 2 tests/kernels; \
 	done
 
-# Real engines on relocked checkpoints. Each has an environment of its own: some minutes and gigabytes, so that it is no
-# part of `make test`.
-test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready
+# Real engines on relocked checkpoints, and SGLang's source. Each has an environment of its own: some minutes and
+# gigabytes, so that it is no part of `make test`.
+test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready $(VENV)-sglang/ready
 	$(TEST) tests/serving
 
 lint: $(VENV)/ready
@@ -57,7 +58,7 @@ gpu:
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/tests $(PYTHON) bench/run.py --gpu
 
 clean:
-	rm -rf build demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp
+	rm -rf build demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-sglang
 
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -89,6 +90,13 @@ $(VENV)-llama-cpp/ready:
 	  llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp
 	$(VENV)-llama-cpp/bin/pip install --quiet --disable-pip-version-check \
 	  $(VENV)-llama-cpp/llama_cpp_python-$(LLAMA_CPP).tar.gz
+	touch $@
+
+# Only to be read.
+$(VENV)-sglang/ready: $(VENV)/ready
+	mkdir -p $(VENV)-sglang
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)-sglang sglang==$(SGLANG)
+	$(BIN)/python -m zipfile -e $(VENV)-sglang/sglang-$(SGLANG)-*.whl $(VENV)-sglang
 	touch $@
 
 $(VENV)/triton-%: $(VENV)/ready

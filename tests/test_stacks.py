@@ -27,6 +27,7 @@ def test_the_page_shows_the_table() -> None:
 def test_the_engines_that_are_run_are_of_the_versions_in_the_table() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert f"VLLM := {CHECKED['vllm']}." in makefile
+    assert f"SGLANG := {CHECKED['sglang']}\n" in makefile
     assert f"LLAMA_CPP := {CHECKED['llama.cpp'].split()[-1]}\n" in makefile
 
 
