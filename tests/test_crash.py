@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import faulthandler
 import itertools
 import json
 import os
@@ -176,6 +177,64 @@ def test_a_failure_at_every_step(what: str, code: int, tmp_path, monkeypatch) ->
             break
     assert not refused
     assert failures > 10
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of a given size, empty each time; returns its directory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mounted(kilobytes: int) -> Path:
+        subprocess.run(["umount", str(place)], capture_output=True, check=False)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("file systems can't be mounted here")
+        return place
+
+    yield mounted
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("what", ["relock", "relock, copied", "unlock, copied", "gpt2"])
+def test_a_full_disk(what: str, small_disk, tmp_path) -> None:
+    lock, original, locked = prepared(tmp_path, "gpt2" if what == "gpt2" else "llama")
+    source, options = tmp_path / "source", {"copy": "copied" in what}
+    refusals = 0
+    for kilobytes in itertools.count(4, 12):
+        out = small_disk(kilobytes) / "out"
+        try:
+            if what.startswith("unlock"):
+                fastlock.unlock_checkpoint(tmp_path / "locked", out, **options)
+            else:
+                fastlock.relock_checkpoint(source, lock, out, **options)
+        except fastlock.FastlockError as error:
+            assert "No space left on device" in str(error)  # noqa: PT017 - with enough space it is not raised
+            refusals += 1
+            assert not list(out.parent.iterdir())
+            continue
+        break
+    assert refusals
+    assert contents(out) == (original if what.startswith("unlock") else locked)
+    assert contents(source) == original
+    assert contents(tmp_path / "locked") == locked
+
+
+def test_a_source_that_is_cut_short_while_it_is_mapped(tmp_path) -> None:
+    """The system ends the process (SIGBUS), as documented; nothing half is there, and the next run clears up."""
+    lock, original, locked = prepared(tmp_path)
+    shard = tmp_path / "source" / "model.safetensors"
+
+    def work() -> None:
+        faulthandler.disable()
+        folders._read_ahead = lambda mapped, base: os.truncate(shard, 0)
+        fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out")
+
+    assert finished(forked(work)) == -signal.SIGBUS
+    assert not (tmp_path / "out").exists()
+    shard.write_bytes(original["model.safetensors"])
+    fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out")
+    assert contents(tmp_path / "out") == locked
 
 
 def test_two_runs_on_one_target(tmp_path) -> None:

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,39 @@ def test_two_nodes_and_a_worker_killed_in_the_middle(zoo_of, cluster, tmp_path, 
     again = zoo.relock_zoo([source], lock, tmp_path / "out", ray=cluster, workers=2)
     assert again.counts == {"done already": 6, "relocked": 1}
     assert zoo.verify_zoo([tmp_path / "out"], lock, ray=cluster).counts == {"locked": 7}
+
+
+def test_stopped_by_ctrl_c(zoo_of, cluster, tmp_path) -> None:
+    source, lock = zoo_of
+    for number in range(8, 200):
+        shutil.copytree(source / "0", source / str(number))
+    lock.save(tmp_path / "lock.safetensors")
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "fastlock",
+        "zoo",
+        "relock",
+        str(source),
+        "--lock",
+        str(tmp_path / "lock.safetensors"),
+    ]
+    running = subprocess.Popen([*command, "--out", str(out), "--ray", cluster], stderr=subprocess.PIPE, text=True)
+    log = out / "fastlock-zoo.jsonl"
+    while running.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "run the same command again to go on" in said
+    there = [path for path in out.iterdir() if path.is_dir()]
+    assert 0 < len(there) < 200
+    assert not [path.name for path in there if path.name.startswith(".")]  # those at work cleaned up
+    assert zoo.verify_zoo(there, lock, ray=cluster).counts == {"locked": len(there)}
+    again = zoo.relock_zoo([source], lock, out, ray=cluster)
+    assert again.counts["relocked"] + again.counts["done already"] == 200
+    assert again.counts["done already"] >= len(there)
 
 
 def test_no_cluster_there(zoo_of, tmp_path, monkeypatch) -> None:
