@@ -469,7 +469,8 @@ def command(tunes: Path, lock: Path, out: Path) -> subprocess.Popen:
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": path},
     )
-    until(lambda: (out / ".half").exists() and len(list(out.glob("?"))) == 5)
+    log = out / "fastlock-zoo.jsonl"
+    until(lambda: (out / ".half").exists() and log.exists() and len(log.read_text().splitlines()) == 5)
     return process
 
 
