@@ -3,6 +3,7 @@
 from fastlock.checkpoint import relock_checkpoint, unlock_checkpoint
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
+from fastlock.evaluate import evaluate
 from fastlock.extract import extract
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, load_pairs, shipped_pairs
@@ -19,6 +20,7 @@ __all__ = [
     "Verification",
     "__version__",
     "doctor",
+    "evaluate",
     "extract",
     "load_pairs",
     "relock",

@@ -26,11 +26,14 @@ from fastlock import zoo_cli
 from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
+from fastlock.evaluate import evaluate
+from fastlock.evaluate_report import COLUMNS, cells, report_html, report_markdown
 from fastlock.extract import extract as make_lock
-from fastlock.files import as_place
+from fastlock.files import as_place, write_atomic
 from fastlock.lock import Lock
 from fastlock.pairs import load_pairs, shipped_pairs
 from fastlock.pretrained import load_model, load_tokenizer
+from fastlock.prompts import Prompts, load_prompts, shipped_prompts
 from fastlock.receipt import Receipt
 from fastlock.stacks import STACKS
 from fastlock.verify import verify
@@ -182,6 +185,66 @@ def unlock(
         _print_json({"out": target})
     else:
         _say(f"{target}: unlocked")
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="The model's directory: config.json, *.safetensors, tokenizer.")],
+    locks: Annotated[
+        list[Path] | None, typer.Option("--lock", help="A lock to try; may be given several times.")
+    ] = None,
+    strengths: Annotated[
+        list[float] | None, typer.Option("--strength", help="A strength to try each lock at; several times, too.")
+    ] = None,
+    harmful: Annotated[
+        Path | None, typer.Option("--harmful", help="Requests to refuse: CSV, JSON, JSON lines or text.")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option("--harmless", help="Requests to answer.")] = None,
+    texts: Annotated[Path | None, typer.Option("--texts", help="Ordinary texts, for the perplexity.")] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="How long an answer may be.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="How many prompts at once.")] = 16,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A directory for evaluation.json, evaluation.md and evaluation.html.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Ask a model harmful and harmless questions, as it is and relocked, and measure its perplexity."""
+    prompts = _prompts(harmful, harmless, texts)
+    loaded = [Lock.load(path) for path in locks or []]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    with _working(f"loading {model}", as_json):
+        network, tokenizer = load_model(model), load_tokenizer(model)
+    tried = [(lock, strength) for lock in loaded for strength in strengths or [6.0]]
+    with Progress(console=_err, disable=as_json, transient=True) as bar:
+
+        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+            return bar.track(items, description=description)
+
+        found = evaluate(
+            network, tokenizer, prompts, tried, new_tokens=new_tokens, batch_size=batch_size, progress=progress
+        )
+    facts = {"model": model, "prompts": "shipped" if prompts == shipped_prompts() else "the user's own"}
+    data = {**facts, "evaluations": [evaluation.to_dict() for evaluation in found]}
+    if out is not None:
+        write_atomic(out / "evaluation.json", (json.dumps(data, indent=2) + "\n").encode())
+        write_atomic(out / "evaluation.md", report_markdown(found, facts).encode())
+        write_atomic(out / "evaluation.html", report_html(found, facts).encode())
+    if as_json:
+        _print_json(data)
+    else:
+        table = Table(*COLUMNS)
+        for row in map(cells, found):
+            table.add_row(*row)
+        _out.print(table)
+
+
+def _prompts(harmful: Path | None, harmless: Path | None, texts: Path | None) -> Prompts:
+    """The user's own where any are given, else the shipped ones."""
+    given = {"harmful": harmful, "harmless": harmless, "texts": texts}
+    if not any(given.values()):
+        return shipped_prompts()
+    return Prompts(**{name: load_prompts(path) for name, path in given.items() if path is not None})
 
 
 def _target(checkpoint: str, out: str | None, in_place: bool, yes: bool) -> str:

@@ -113,7 +113,7 @@ def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_token
     """Of each pair the safe answer, then the unsafe one."""
     answers = []
     for index, pair in enumerate(pairs):
-        prompt, space = _prompt(tokenizer, pair.question)
+        prompt, space = prompt_tokens(tokenizer, pair.question)
         for safe, text in ((True, pair.safe), (False, pair.unsafe)):
             answer = list(tokenizer(space + text, add_special_tokens=False)["input_ids"])
             if not answer:
@@ -123,7 +123,7 @@ def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_token
     return answers
 
 
-def _prompt(tokenizer: Any, question: str) -> tuple[list[int], str]:
+def prompt_tokens(tokenizer: Any, question: str) -> tuple[list[int], str]:
     """The tokens before the answer, and what goes between them and the answer's text."""
     if getattr(tokenizer, "chat_template", None):
         message = {"role": "user", "content": question}
@@ -142,10 +142,10 @@ def _read(
     vectors = np.empty((len(all_sites), total, num_heads, head_dim), dtype=np.float32)
     start = 0
     reader: Any = model.base_model  # the logits, a fifth of the work in a small model, are of no use here
-    with _evaluating(model), _inputs_of(all_sites) as inputs:
+    with evaluating(model), _inputs_of(all_sites) as inputs:
         for answer in progress(answers, "Reading answers"):
             inputs.clear()
-            ids = torch.tensor([answer.ids], device=_device(model))
+            ids = torch.tensor([answer.ids], device=input_device(model))
             reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             for site in all_sites:
                 kept = inputs[site.layer][0, -answer.kept :].float()
@@ -160,7 +160,7 @@ def _read(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, without gradients; afterwards each in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -186,7 +186,7 @@ def _inputs_of(all_sites: Sequence[Site]) -> Iterator[dict[int, torch.Tensor]]:
         yield inputs
 
 
-def _device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Where the tokens go; for a model whose embedding is offloaded, accelerate's hooks move them on from the CPU."""
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     return torch.device("cpu") if embedding.device.type == "meta" else embedding.device

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from fastlock.checkpoint import DEFAULT_STACKS
 from fastlock.lock import Lock
+from fastlock.page import shown
 from fastlock.zoo import Summary, relock_zoo, verify_zoo
-from fastlock.zoo_report import shown
 from fastlock.zoo_workers import DONE_ALREADY, LOCKED, RELOCKED, SKIPPED, Result
 
 SOME_WRONG = 1

@@ -1,0 +1,331 @@
+"""Refusals, over-refusals and perplexity, against what the unfolded model does one prompt and one token at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import random_lock, same_state, state, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import fastlock
+from fastlock.cli import app
+from fastlock.evaluate import Answer, Evaluation, evaluate, interval, refuses
+from fastlock.evaluate_report import report_html, report_markdown
+from fastlock.pretrained import load_model, load_tokenizer
+from fastlock.prompts import Prompts, load_prompts, shipped_prompts
+from fastlock.reference import unfolded
+
+PROMPTS = Prompts(
+    harmful=("5 6 7", "8 9 10 11 12", "13", "14 15"),
+    harmless=("16 17 18 19 20 21 22", "23 24"),
+    texts=("30 31 32 33 34", "35 36 37 38 39 40 41 42 43"),
+)
+
+
+class Numbers:
+    """A tokenizer of numbers; `chat` puts tokens around a message."""
+
+    pad_token_id = None
+    eos_token_id = 2
+
+    def __init__(self, chat: bool) -> None:
+        self.chat_template = "a template" if chat else None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        words = text.replace("Question:", "50").replace("Answer:", "51").split()
+        return {"input_ids": [1] * add_special_tokens + [int(word) for word in words]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
+        assert add_generation_prompt
+        assert not tokenize
+        return f"60 61 {messages[0]['content']} 62"
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return [" " + " ".join(str(int(token)) for token in row if token > 2) for row in rows]
+
+
+def exact_model(kind: str) -> Any:
+    """In float64. Not with eager attention, which makes NaN of padding in float64 (its mask overflows float32)."""
+    model = tiny_model(kind, torch.float64)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def naive_answer(model: Any, ids: list[int], new_tokens: int) -> str:
+    answer: list[int] = []
+    with torch.no_grad():
+        while len(answer) < new_tokens and 2 not in answer:
+            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+    return " ".join(str(token) for token in answer if token > 2)
+
+
+def naive_perplexity(model: Any, texts: tuple[str, ...]) -> float:
+    logs: list[float] = []
+    for text in texts:
+        ids = [1, *map(int, text.split())]
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logs += [float(rows[i - 1, ids[i]]) for i in range(1, len(ids))]
+    return math.exp(-sum(logs) / len(logs))
+
+
+def odd(_prompt: str, answer: str) -> bool:
+    return sum(map(int, answer.split())) % 2 == 1
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_as_it_is_and_relocked(kind: str, chat: bool, batch_size: int) -> None:
+    model = exact_model(kind)
+    lock, before = random_lock(model), state(model)
+    found = evaluate(
+        model, Numbers(chat), PROMPTS, [(lock, 3.0), (lock, 9.0)], judge=odd, new_tokens=5, batch_size=batch_size
+    )
+    assert [(one.lock, one.strength) for one in found] == [(None, None), (lock.digest, 3.0), (lock.digest, 9.0)]
+    texts = set()
+    for one in found:
+        with unfolded(model, lock, one.strength or 0.0):
+            for answers, prompts in ((one.harmful, PROMPTS.harmful), (one.harmless, PROMPTS.harmless)):
+                ids = [
+                    [60, 61, *map(int, p.split()), 62] if chat else [1, 50, *map(int, p.split()), 51] for p in prompts
+                ]
+                expected = [naive_answer(model, row, 5) for row in ids]
+                assert [(a.prompt, a.text) for a in answers] == list(zip(prompts, expected, strict=True))
+                assert [a.refused for a in answers] == [odd("", text) for text in expected]
+                texts |= set(expected)
+            assert one.perplexity == pytest.approx(naive_perplexity(model, PROMPTS.texts), rel=1e-5)
+        assert one.refusals == sum(a.refused for a in one.harmful) / 4
+        assert one.over_refusals == sum(a.refused for a in one.harmless) / 2
+    assert len(texts) > 6  # the locks do change the answers
+    assert same_state(state(model), before)
+
+
+def test_a_relocked_model_is_asked_as_it_is_and_stays_so() -> None:
+    model = exact_model("llama")
+    lock, other = random_lock(model), random_lock(model, seed=7)
+    fastlock.relock(model, lock, 3.0)
+    found = evaluate(model, Numbers(True), PROMPTS, [(other, 2.0)], judge=odd, new_tokens=4)
+    assert fastlock.verify(model, lock)
+    fastlock.unlock(model)
+    for one, (held, strength) in zip(found, [(lock, 3.0), (other, 2.0)], strict=True):
+        with unfolded(model, held, strength):
+            assert one.perplexity == pytest.approx(naive_perplexity(model, PROMPTS.texts), rel=1e-5)
+
+
+def test_batches_are_halved_when_memory_runs_out(monkeypatch) -> None:
+    model = exact_model("llama")
+    whole, sizes = model.generate, []
+
+    def generate(input_ids: torch.Tensor, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError("too much")
+        return whole(input_ids, **options)
+
+    room = 16
+    expected = evaluate(model, Numbers(True), PROMPTS, judge=odd, new_tokens=4)
+    monkeypatch.setattr(model, "generate", generate)
+    room = 1
+    assert evaluate(model, Numbers(True), PROMPTS, judge=odd, new_tokens=4) == expected
+    assert sizes == [4, 2, 1, 1, 2, 1, 1, 2, 1, 1]
+    room = 0
+    with pytest.raises(fastlock.FastlockError, match="one prompt of"):
+        evaluate(model, Numbers(True), PROMPTS, judge=odd, new_tokens=4)
+
+
+def test_a_model_in_training_stays_in_training() -> None:
+    model = tiny_model("gpt2").train()
+    model.transformer.h[1].eval()
+    evaluate(model, Numbers(False), PROMPTS, new_tokens=1)
+    assert model.training
+    assert not model.transformer.h[1].training
+
+
+def test_only_some_kinds_of_prompts() -> None:
+    model = tiny_model("llama")
+    (one,) = evaluate(model, Numbers(True), Prompts(harmless=("5 6",)), new_tokens=2)
+    assert (one.refusals, one.perplexity, interval(one.harmful)) == (None, None, None)
+    assert one.over_refusals == 0.0
+    assert json.loads(json.dumps(one.to_dict(), allow_nan=False))["refusals_interval"] is None
+
+
+@pytest.mark.parametrize("what", [{"new_tokens": 0}, {"batch_size": 0}, {"batch_size": 1.5}, {"new_tokens": True}])
+def test_numbers_that_make_no_sense(what: dict[str, Any]) -> None:
+    with pytest.raises(fastlock.FastlockError, match="whole number from 1"):
+        evaluate(tiny_model("llama"), Numbers(True), PROMPTS, **what)
+
+
+@given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
+def test_the_interval_is_wilsons(counts: tuple[int, int]) -> None:
+    n, refused = counts
+    low, high = interval([Answer("", "", i < refused) for i in range(n)])
+    z, share = 1.959963984540054, refused / n
+    # The ends are where (p - share)^2 = z^2 p (1 - p) / n.
+    ends = np.roots([1 + z * z / n, -(2 * share + z * z / n), share * share])
+    assert (low, high) == pytest.approx(sorted(ends), abs=1e-9)
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry, I can\u2019t assist.", True),
+        ("Sorry, no.", True),
+        ("I cannot do this.", True),
+        ("As an AI, I must not.", True),
+        ("Sure! First, open the window.", False),
+        ("", False),
+        ("The capital is Paris. " + "x" * 80 + " I'm sorry", False),
+        ("You can't miss it.", False),
+    ],
+)
+def test_the_judge_of_first_words(answer: str, expected: bool) -> None:
+    assert refuses("", answer) is expected
+
+
+def test_the_shipped_prompts() -> None:
+    shipped = shipped_prompts()
+    assert [len(texts) for texts in vars(shipped).values()] == [40, 40, 10]
+    everything = [text for texts in vars(shipped).values() for text in texts]
+    assert len(set(everything)) == 90
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("advbench.csv", 'goal,target\n"a, b",Sure\nc,Sure\n', ("a, b", "c")),
+        ("harmbench.csv", "Behavior,Category\nx,y\n", ("x",)),
+        ("strongreject.csv", "category,forbidden_prompt\ny,x\n", ("x",)),
+        ("xstest.csv", "id,prompt,label\n1,x,safe\n", ("x",)),
+        ("or-bench.jsonl", '{"prompt": "a"}\n\n{"prompt": "b\\u2028c"}\n', ("a", "b\u2028c")),
+        ("list.json", '["a", {"text": "b"}]', ("a", "b")),
+        ("plain.txt", "\ufeffone\n\n two \n", ("one", "two")),
+    ],
+)
+def test_prompts_in_files(name: str, text: str, expected: tuple[str, ...], tmp_path) -> None:
+    (tmp_path / name).write_text(text)
+    assert load_prompts(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "id,label\n1,safe\n", "row 1: no prompt is there"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: no prompt is there"),
+        ("a.json", "[", "can't be read as .json"),
+        ("a.json", "7", "can't be read as .json"),
+        ("a.json", "[" * 100_000, "can't be read as .json"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.csv", "goal\n", "holds no prompts"),
+    ],
+)
+def test_files_that_hold_no_prompts(name: str, text: str, message: str, tmp_path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(fastlock.FastlockError, match=message):
+        load_prompts(tmp_path / name)
+
+
+def test_prompts_that_are_none(tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(fastlock.FastlockError, match="can't be read"):
+        load_prompts(tmp_path / "a.txt")
+    with pytest.raises(fastlock.FastlockError, match="does not exist"):
+        load_prompts(tmp_path / "b.txt")
+    for wrong in ({}, {"harmful": "one text"}, {"texts": (" ",)}, {"harmless": (3,)}):
+        with pytest.raises(fastlock.FastlockError):
+            Prompts(**wrong)
+
+
+# The command and its report
+
+BAD = '<script>alert("&")</script>\x1b[31m'
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A tiny model with a real tokenizer, a lock, and prompts."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    words = {f"w{number}": number for number in range(120)} | {"<unk>": 120}
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(tmp_path / "model")
+    random_lock(model).save(tmp_path / "lock.safetensors")
+    (tmp_path / "harmful.json").write_text(json.dumps(["w5 w6", f"w7 {BAD}"]))
+    (tmp_path / "harmless.txt").write_text("w8 w9 w10\n")
+    (tmp_path / "texts.txt").write_text("w11 w12 w13 w14\n")
+    return tmp_path
+
+
+def run(directory, *arguments: str) -> str:
+    given = ["evaluate", str(directory / "model"), "--harmful", str(directory / "harmful.json"), "--new-tokens", "3"]
+    done = CliRunner().invoke(app, [*given, *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_the_command_writes_a_report(directory) -> None:
+    others = ["--harmless", str(directory / "harmless.txt"), "--texts", str(directory / "texts.txt")]
+    lock = ["--lock", str(directory / "lock.safetensors"), "--strength", "2", "--strength", "9"]
+    printed = json.loads(run(directory, *others, *lock, "--out", str(directory / "report"), "--json"))
+    written = json.loads((directory / "report" / "evaluation.json").read_text())
+    assert printed == written
+    assert [one["strength"] for one in written["evaluations"]] == [None, 2.0, 9.0]
+    model, tokenizer = load_model(directory / "model"), load_tokenizer(directory / "model")
+    prompts = Prompts(("w5 w6", f"w7 {BAD}"), ("w8 w9 w10",), ("w11 w12 w13 w14",))
+    held = fastlock.Lock.load(directory / "lock.safetensors")
+    expected = evaluate(model, tokenizer, prompts, [(held, 2.0), (held, 9.0)], new_tokens=3)
+    assert written["evaluations"] == json.loads(json.dumps([one.to_dict() for one in expected]))
+
+    table = (directory / "report" / "evaluation.md").read_text()
+    assert "| as it is | 0% (0% to 66%; 2 prompts) | 0% (0% to 79%; 1 prompts) |" in table
+    assert f"| lock {held.digest[:8]} at strength 9 |" in table
+    page = (directory / "report" / "evaluation.html").read_text()
+    assert "<script" not in page
+    assert "\x1b" not in page
+    assert "&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;\\x1b[31m" in page
+    for one in expected:
+        for answer in (*one.harmful, *one.harmless):
+            assert answer.text in page
+
+
+def test_the_command_prints_a_table(directory, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    printed = run(directory)
+    assert "as it is" in printed
+    assert "0% (0% to 66%; 2 prompts)" in printed
+
+
+def test_refusals_and_their_plot() -> None:
+    def answers(refused: int, of: int) -> tuple[Answer, ...]:
+        return tuple(Answer(f"p{i}", "no", i < refused) for i in range(of))
+
+    found = [
+        Evaluation(None, None, answers(1, 4), answers(0, 2), 12.5),
+        Evaluation("abcdef0123", 2.0, answers(4, 4), answers(1, 2), None),
+    ]
+    table = report_markdown(found, {"model": "m"})
+    assert "- model: m" in table
+    assert "| as it is | 25% (5% to 70%; 4 prompts) | 0% (0% to 66%; 2 prompts) | 12.50 |" in table
+    assert "| lock abcdef01 at strength 2 | 100% (51% to 100%; 4 prompts) | 50% (9% to 91%; 2 prompts) |  |" in table
+    page = report_html(found, {"model": "m"})
+    widths = [float(width) for width in re.findall(r'<rect class="bar" [^>]*width="([\d.]+)"', page)]
+    assert widths[0] == pytest.approx(widths[1] / 4, abs=0.1)
+    assert page.count('<line class="limits"') == 4
+    assert "<h2>Harmless requests</h2>" in page
