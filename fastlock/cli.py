@@ -121,7 +121,15 @@ def extract(
         Path | None, typer.Option("--pairs", help="Preference pairs, JSON or JSON lines; default: the shipped set.")
     ] = None,
     heads: Annotated[int, typer.Option("--heads", help="How many heads to lock.")] = 24,
-    last_tokens: Annotated[int, typer.Option("--last-tokens", help="Answer tokens to read from each answer.")] = 5,
+    last_tokens: Annotated[
+        int | None, typer.Option("--last-tokens", help="Tokens to read at the end of each text; default: the recipe's.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="safetylock (the paper's), or prompt-end: harmful against harmless prompts.")
+    ] = "safetylock",
+    harmless: Annotated[
+        Path | None, typer.Option("--harmless", help="For prompt-end: harmless prompts; default: the shipped ones.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Make a lock from an aligned base model and preference pairs."""
@@ -133,7 +141,10 @@ def extract(
         def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
             return bar.track(items, description=description)
 
-        lock = make_lock(model, tokenizer, chosen, heads, last_tokens, progress=progress)
+        prompts = None if harmless is None else load_prompts(harmless)
+        lock = make_lock(
+            model, tokenizer, chosen, heads, last_tokens, recipe=recipe, harmless=prompts, progress=progress
+        )
     lock.save(out)
     if as_json:
         _print_json({"out": str(out), "digest": lock.digest, "pairs": len(chosen)})

@@ -1,10 +1,16 @@
-"""Making a lock from an aligned base: the recipe of arXiv 2410.10343, seeded, and split by pair.
+"""Making a lock from an aligned base: the recipe of arXiv 2410.10343, seeded and split by pair; and one of our own.
 
-Over the vectors x of one head (the input of its layer's output projection, at the last tokens of each answer):
+Over the vectors x of one head (the input of its layer's output projection):
 
-    direction  u = (mean x over safe answers − mean x over unsafe answers), normalised
-    scale      σ = standard deviation of x · u over all answers
-    score      mean of train and validation accuracy of a logistic regression that tells safe x from unsafe x
+    direction  u = (mean x of the one kind − mean x of the other), normalised
+    scale      σ = standard deviation of x · u over all of them
+
+The recipes differ in what x is, and in how the heads are chosen:
+
+    safetylock  at the last tokens of safe answers, against those of unsafe ones to the same questions; by the mean of
+                train and validation accuracy of a logistic regression that tells safe x from unsafe x
+    prompt-end  at the last tokens of harmful prompts, before any answer, against those of harmless ones; by the effect
+                size (Cohen's d) of x · u
 """
 
 from __future__ import annotations
@@ -23,11 +29,14 @@ from torch import nn
 from fastlock.errors import FastlockError
 from fastlock.loaded import receipt_of
 from fastlock.lock import Lock
-from fastlock.pairs import Pair, pair_from, pairs_digest
+from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless
 from fastlock.sites import Site, sites, text_config, unwrapped
 from fastlock.version import __version__
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+# The recipes, and how many tokens each reads by default.
+LAST_TOKENS = {"safetylock": 5, "prompt-end": 1}
 
 
 def extract(
@@ -35,16 +44,19 @@ def extract(
     tokenizer: Any,
     pairs: Iterable[Pair | Mapping[str, str]],
     heads: int = 24,
-    last_tokens: int = 5,
+    last_tokens: int | None = None,
     *,
+    recipe: str = "safetylock",
+    harmless: Iterable[str] | None = None,
     seed: int = 42,
     progress: Progress | None = None,
 ) -> Lock:
     """Extract a lock from an aligned base: the heads that best tell safe from unsafe answers, and their directions.
 
-    The model reads every question with its safe and with its unsafe answer, in the tokenizer's chat template if it
-    has one. Each head is scored by a logistic regression trained on 60 % of the pairs and validated on the others;
-    all the pairs give its direction and scale. The same inputs on the same machine give the same lock.
+    By the recipe "safetylock" the model reads every question with its safe and with its unsafe answer, in the
+    tokenizer's chat template if it has one. Each head is scored by a logistic regression trained on 60 % of the pairs
+    and validated on the others; all the pairs give its direction and scale. By the recipe "prompt-end" it reads the
+    questions alone, and harmless prompts. The same inputs on the same machine give the same lock.
 
     Args:
         model: a transformers model of a family that fastlock knows, on any device; it is left as it was.
@@ -52,8 +64,11 @@ def extract(
         pairs: the extraction set, see `load_pairs` and `shipped_pairs`; dictionaries of the same keys do as well.
             A pair given twice counts once.
         heads: how many heads to lock; the paper takes 24, and 48 for models of 70 billion parameters and more.
-        last_tokens: how many tokens at the end of each answer are read. Of a shorter answer all are, and never
-            any of the prompt, which is the same for both answers.
+        last_tokens: how many tokens at the end are read; by default the paper's 5 of each answer ("safetylock"), 1 of
+            each prompt ("prompt-end"). Of a shorter answer all are, and never any of its prompt, which is the same for
+            both answers.
+        recipe: "safetylock" or "prompt-end".
+        harmless: for "prompt-end", what the questions of the pairs are held against; by default `shipped_harmless()`.
         seed: decides which pairs train and which validate, 0 to 2**32 - 1.
         progress: wraps the two long loops as `progress(items, description)`; `rich.progress.track` fits.
 
@@ -68,13 +83,22 @@ def extract(
     inner = unwrapped(model)
     all_sites = sites(inner)
     _check_base(inner, all_sites)
+    harmless = _checked_harmless(recipe, harmless)
+    last_tokens = LAST_TOKENS[recipe] if last_tokens is None else last_tokens
     _check_numbers(heads, last_tokens, seed, all_sites)
     progress = progress or _no_progress
-    answers = _answers(inner, tokenizer, pairs, last_tokens)
+    if recipe == "prompt-end":
+        answers = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
+    else:
+        answers = _answers(inner, tokenizer, pairs, last_tokens)
     vectors = _read(inner, all_sites, answers, progress)
     safe = np.repeat([answer.safe for answer in answers], [answer.kept for answer in answers])
-    train = np.repeat(_split(len(pairs), seed)[[answer.pair for answer in answers]], [a.kept for a in answers])
-    rows = _best_heads(_scores(vectors, safe, train, seed, progress), heads)
+    if recipe == "prompt-end":
+        scores = _effect_sizes(vectors, safe)
+    else:
+        train = np.repeat(_split(len(pairs), seed)[[answer.pair for answer in answers]], [a.kept for a in answers])
+        scores = _scores(vectors, safe, train, seed, progress)
+    rows = _best_heads(scores, heads)
     directions, scales = zip(*(_direction(vectors, safe, layer, head) for layer, head in rows), strict=True)
     return Lock(
         layers=torch.tensor([layer for layer, _ in rows], device="cpu"),
@@ -86,10 +110,16 @@ def extract(
         head_dim=all_sites[0].head_dim,
         hidden_size=text_config(inner).hidden_size,
         base_model=_base_name(inner),
-        recipe=f"safetylock: last {last_tokens} answer tokens, {heads} heads by logistic regression, seed {seed}",
-        extraction_digest=pairs_digest(pairs),
+        recipe=_description(recipe, heads, last_tokens, seed),
+        extraction_digest=pairs_digest(pairs, harmless),
         fastlock_version=__version__,
     )
+
+
+def _description(recipe: str, heads: int, last_tokens: int, seed: int) -> str:
+    if recipe == "prompt-end":
+        return f"prompt-end: last {last_tokens} prompt tokens, {heads} heads by effect size"
+    return f"safetylock: last {last_tokens} answer tokens, {heads} heads by logistic regression, seed {seed}"
 
 
 def _base_name(model: nn.Module) -> str | None:
@@ -101,7 +131,7 @@ def _base_name(model: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A tokenised question and answer: the tokens, how many at the end are read, and of which pair and kind it is."""
+    """Tokens to read: how many at their end, of which pair, and whether they are of the kind that the lock leads to."""
 
     ids: list[int]
     kept: int
@@ -118,8 +148,21 @@ def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_token
             answer = list(tokenizer(space + text, add_special_tokens=False)["input_ids"])
             if not answer:
                 raise FastlockError(f"pair {index + 1}: the tokenizer makes no token of the answer {text[:80]!r}.")
-            _check_tokens(model, prompt + answer, index)
+            _check_tokens(model, prompt + answer, index, "pair")
             answers.append(_Answer(prompt + answer, min(last_tokens, len(answer)), index, safe))
+    return answers
+
+
+def _prompt_ends(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[str], last_tokens: int
+) -> list[_Answer]:
+    """The questions of the pairs, then the harmless prompts."""
+    kinds = [(pair.question, True) for pair in pairs] + [(prompt, False) for prompt in harmless]
+    answers = []
+    for index, (text, harmful) in enumerate(kinds):
+        ids, _ = prompt_tokens(tokenizer, text)
+        _check_tokens(model, ids, index if harmful else index - len(pairs), "pair" if harmful else "harmless prompt")
+        answers.append(_Answer(ids, min(last_tokens, len(ids)), index, harmful))
     return answers
 
 
@@ -214,6 +257,17 @@ def _scores(
     }
 
 
+def _effect_sizes(vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_]) -> dict[tuple[int, int], float]:
+    """(layer, head) -> Cohen's d of both kinds' projections on the head's direction; 0 where it has none."""
+    x = vectors.astype(np.float64)
+    difference = x[:, safe].mean(axis=1) - x[:, ~safe].mean(axis=1)  # [layers, num_heads, head_dim]
+    projected = np.einsum("lvhd,lhd->lvh", x, difference)
+    spread = np.sqrt((projected[:, safe].var(axis=1) + projected[:, ~safe].var(axis=1)) / 2)
+    gap = projected[:, safe].mean(axis=1) - projected[:, ~safe].mean(axis=1)
+    effect = np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
+    return {(layer, head): float(value) for (layer, head), value in np.ndenumerate(effect)}
+
+
 def _best_heads(scores: dict[tuple[int, int], float], heads: int) -> list[tuple[int, int]]:
     """The (layer, head) of the highest scores, sorted; of equal scores the lower (layer, head) goes first."""
     return sorted(sorted(scores, key=lambda row: (-scores[row], row))[:heads])
@@ -257,6 +311,24 @@ def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
     return distinct
 
 
+def _checked_harmless(recipe: str, harmless: Any) -> tuple[str, ...]:
+    """The distinct harmless prompts; none for a recipe that reads none."""
+    if recipe not in LAST_TOKENS:
+        raise FastlockError(f"recipe {recipe!r}: there is none of that name. Take one of {', '.join(LAST_TOKENS)}.")
+    if recipe != "prompt-end":
+        if harmless is not None:
+            raise FastlockError(f"the recipe {recipe} reads no harmless prompts. Leave them out, or take prompt-end.")
+        return ()
+    if harmless is None:
+        return shipped_harmless()
+    if isinstance(harmless, (str, bytes)) or not isinstance(harmless, Iterable):
+        raise FastlockError(f"harmless is a {type(harmless).__name__}; give a list of texts.")
+    distinct = tuple(dict.fromkeys(harmless))
+    if len(distinct) < 2 or not all(isinstance(text, str) and text.strip() for text in distinct):
+        raise FastlockError("harmless: give at least two different prompts, none of them empty.")
+    return distinct
+
+
 def _check_numbers(heads: int, last_tokens: int, seed: int, all_sites: Sequence[Site]) -> None:
     there = len(all_sites) * all_sites[0].num_heads
     limits = {"heads": (heads, 1, there), "last_tokens": (last_tokens, 1, 2**31), "seed": (seed, 0, 2**32 - 1)}
@@ -279,18 +351,18 @@ def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:
         )
 
 
-def _check_tokens(model: nn.Module, ids: Sequence[int], pair: int) -> None:
+def _check_tokens(model: nn.Module, ids: Sequence[int], index: int, what: str) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if max(ids) >= vocabulary:
         raise FastlockError(
-            f"pair {pair + 1}: the tokenizer gives token {max(ids)}, but {type(model).__name__} has {vocabulary}. "
+            f"{what} {index + 1}: the tokenizer gives token {max(ids)}, but {type(model).__name__} has {vocabulary}. "
             "Give the tokenizer that belongs to this model."
         )
     positions = getattr(text_config(model), "max_position_embeddings", None)
     if positions and len(ids) > positions:
         raise FastlockError(
-            f"pair {pair + 1}: question and answer make {len(ids)} tokens, but {type(model).__name__} reads "
-            f"{positions} at most. Shorten them, or remove the pair."
+            f"{what} {index + 1}: makes {len(ids)} tokens, but {type(model).__name__} reads "
+            f"{positions} at most. Shorten it, or remove it."
         )
 
 

@@ -130,6 +130,7 @@ def file_at(place: Place) -> LocalFile | RemoteFile | None:
 
 
 def local_files(directory: Path) -> dict[str, LocalFile]:
+    """`files_in` of a directory of this machine."""
     with _reading(directory):
         if not directory.is_dir():
             raise FastlockError(
@@ -286,7 +287,8 @@ def new_folder(out: Place, source: Place, in_place: bool) -> Iterator[NewFolder 
     Args:
         out: its place, where nothing may be; with `in_place` the checkpoint's own, which is then exchanged for the
             new one in one step of the file system.
-        source: the checkpoint's directory, whose permissions the new one gets.
+        source: the checkpoint's directory, whose permissions the new one gets; it gets those of the directory above it
+            where the source is on another machine.
         in_place: whether `out` is `source`.
 
     Raises:
@@ -302,9 +304,10 @@ def new_folder(out: Place, source: Place, in_place: bool) -> Iterator[NewFolder 
 
 @contextlib.contextmanager
 def new_local_folder(out: Path, source: Place, in_place: bool) -> Iterator[NewFolder]:
+    """`new_folder` on this machine."""
     try:
-        mode = 0o777 & ~_umask() if isinstance(source, str) else source.stat().st_mode & 0o777
         out.parent.mkdir(parents=True, exist_ok=True)
+        mode = (out.parent if isinstance(source, str) else source).stat().st_mode & 0o777
         with _claimed(out) as temporary:
             if not in_place:
                 check_absent(out)
@@ -370,13 +373,6 @@ def _claimed(out: Path) -> Iterator[Path]:
             return
         finally:
             os.close(fd)
-
-
-def _umask() -> int:
-    """What this process leaves out of new files' permissions; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _is_at(fd: int, path: Path) -> bool:

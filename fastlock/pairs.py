@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,16 @@ def shipped_pairs() -> tuple[Pair, ...]:
     return load_pairs(_SHIPPED)
 
 
-def pairs_digest(pairs: Iterable[Pair]) -> str:
-    """SHA-256 (hex) of the pairs, in order, whatever layout their file had."""
-    return hashlib.sha256(json.dumps([astuple(pair) for pair in pairs], separators=(",", ":")).encode()).hexdigest()
+def shipped_harmless() -> tuple[str, ...]:
+    """The 100 harmless prompts that come with fastlock, none of them in `fastlock.prompts.shipped_prompts`."""
+    return tuple(_SHIPPED.with_name("harmless.txt").read_text().splitlines())
+
+
+def pairs_digest(pairs: Iterable[Pair], harmless: Sequence[str] = ()) -> str:
+    """SHA-256 (hex) of the pairs, and of harmless prompts if there are any, in order, whatever their file's layout."""
+    data: list[Any] = [astuple(pair) for pair in pairs]
+    data += [list(harmless)] if harmless else []
+    return hashlib.sha256(json.dumps(data, separators=(",", ":")).encode()).hexdigest()
 
 
 def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:

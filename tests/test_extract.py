@@ -17,7 +17,8 @@ from sklearn.linear_model import LogisticRegression
 import fastlock
 from fastlock import FastlockError
 from fastlock.extract import extract
-from fastlock.pairs import Pair, load_pairs, shipped_pairs
+from fastlock.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
+from fastlock.prompts import shipped_prompts
 
 extract_module = importlib.import_module("fastlock.extract")  # the attribute fastlock.extract is the function
 
@@ -120,6 +121,76 @@ def test_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int) -> 
         np.testing.assert_allclose(float(scale), expected[row][2], rtol=1e-5)
     num_heads, head_dim = MODELS[kind]
     assert (lock.num_layers, lock.num_heads, lock.head_dim, lock.hidden_size) == (3, num_heads, head_dim, 64)
+
+
+HARMLESS = ("what is this", "where do bees live", "tell me a story", "what is this", "how is bread made")
+
+
+@pytest.mark.parametrize("last_tokens", [None, 2])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prompt_ends_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int | None) -> None:
+    model: Any = tiny_model(kind)
+    texts = [pair.question for pair in PAIRS] + list(dict.fromkeys(HARMLESS))
+    prompts = [ids(f"<user> {t} <end> <assistant>") if chat else [1, *ids(f"Question: {t}\nAnswer:")] for t in texts]
+    vectors = naive_vectors(model, kind, [[] for _ in prompts], prompts, last_tokens or 1)
+    harmful = np.repeat(np.arange(len(texts)) < len(PAIRS), last_tokens or 1)
+    num_heads, head_dim = MODELS[kind]
+    expected = {}
+    for layer in range(3):
+        everything = np.concatenate(vectors[layer]).astype(np.float64)
+        for head in range(num_heads):
+            x = everything[:, head * head_dim : (head + 1) * head_dim]
+            u = x[harmful].mean(axis=0) - x[~harmful].mean(axis=0)
+            u /= np.linalg.norm(u)
+            a, b = x[harmful] @ u, x[~harmful] @ u
+            cohens_d = (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 2)
+            expected[layer, head] = (cohens_d, u, np.concatenate([a, b]).std())
+    tokenizer = ChatWords() if chat else Words()
+    lock = extract(model, tokenizer, PAIRS, 5, last_tokens, recipe="prompt-end", harmless=HARMLESS)
+    best = sorted(sorted(expected, key=lambda row: -expected[row][0])[:5])
+    assert list(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)) == best
+    for row, direction, scale in zip(best, lock.directions, lock.scales, strict=True):
+        np.testing.assert_allclose(direction.numpy(), expected[row][1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(float(scale), expected[row][2], rtol=1e-5)
+    assert lock.recipe == f"prompt-end: last {last_tokens or 1} prompt tokens, 5 heads by effect size"
+    other = extract(model, tokenizer, PAIRS, 5, last_tokens, recipe="prompt-end", harmless=HARMLESS[1:])
+    assert other.extraction_digest != lock.extraction_digest
+
+
+def test_a_head_that_is_the_same_for_all_prompts_has_no_effect() -> None:
+    model: Any = tiny_model("llama")
+    with torch.no_grad():
+        for layer in range(3):
+            model.model.layers[layer].self_attn.v_proj.weight[:32].zero_()  # of heads 0 and 1
+    lock = extract(model, Words(), PAIRS, 6, recipe="prompt-end", harmless=HARMLESS)
+    assert lock.heads.tolist() == [2, 3] * 3
+    with pytest.raises(FastlockError, match="has no direction"):
+        extract(model, Words(), PAIRS, 7, recipe="prompt-end", harmless=HARMLESS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "other"}, "there is none of that name. Take one of safetylock, prompt-end"),
+        ({"harmless": ["a", "b"]}, "the recipe safetylock reads no harmless prompts"),
+        ({"recipe": "prompt-end", "harmless": "text"}, "harmless is a str"),
+        ({"recipe": "prompt-end", "harmless": 3}, "harmless is a int"),
+        ({"recipe": "prompt-end", "harmless": ["a", "a"]}, "at least two different prompts"),
+        ({"recipe": "prompt-end", "harmless": ["a", " "]}, "none of them empty"),
+        ({"recipe": "prompt-end", "harmless": ["a", "b " * 70]}, "harmless prompt 2: makes 7. tokens"),
+    ],
+)
+def test_recipes_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FastlockError, match=message):
+        extract(tiny_model("llama"), Words(), PAIRS, 4, **options)
+
+
+def test_the_shipped_harmless_prompts_are_not_those_that_are_evaluated() -> None:
+    harmless, asked = shipped_harmless(), shipped_prompts()
+    assert len(set(harmless)) == len(harmless) == 100
+    assert not {text.lower() for text in harmless} & {text.lower() for text in (*asked.harmful, *asked.harmless)}
+    assert not {pair.question.lower() for pair in shipped_pairs()} & {text.lower() for text in asked.harmful}
 
 
 def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +414,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"tokenizer": Words(vocabulary=10_000)}, "pair 1: the tokenizer gives token"),
         (
             {"pairs": [*PAIRS, Pair("long " * 70, "no", "yes")]},
-            "pair 7: question and answer make 7. tokens.* 64 at most",
+            "pair 7: makes 7. tokens.* 64 at most",
         ),
         ({"pairs": [*PAIRS, Pair("q", "\u200b\u200b", "yes")], "tokenizer": None}, "pair 7: .*no token"),
         ({"model": torch.nn.Linear(2, 2)}, "not a transformers model"),

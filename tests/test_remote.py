@@ -91,6 +91,7 @@ def test_to_there_and_from_there(s3, tmp_path) -> None:
     bucket.upload(source, "in/m")
     fastlock.relock_checkpoint(f"{S3}/in/m", lock, tmp_path / "down", **TRANSFORMERS)
     assert contents(tmp_path / "down") == locked
+    assert (tmp_path / "down").stat().st_mode == tmp_path.stat().st_mode
     fastlock.unlock_checkpoint(f"{S3}/out/up", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
 
