@@ -88,10 +88,18 @@ def test_defaults_and_json(files, run, monkeypatch) -> None:
     assert json.loads(run("unlock", files / "locked", "--out", files / "back", "--json"))["out"] == str(files / "back")
     asked = []
     monkeypatch.setattr(cli, "load_tokenizer", lambda path: None)
-    monkeypatch.setattr(cli, "make_lock", lambda *given, progress: asked.append(given[2:]) or fastlock.Lock.load(lock))
-    run("extract", files / "base", "--out", files / "new.safetensors")
-    run("extract", files / "base", "--out", files / "new.safetensors", "--last-tokens", "2")
-    assert asked == [(fastlock.shipped_pairs(), 24, 5), (fastlock.shipped_pairs(), 24, 2)]
+
+    def made(_model, _tokenizer, *given, recipe, harmless, progress):
+        asked.append((*given, recipe, harmless))
+        return fastlock.Lock.load(lock)
+
+    monkeypatch.setattr(cli, "make_lock", made)
+    (files / "harmless.txt").write_text("a\nb\n")
+    extract = ["extract", files / "base", "--out", files / "new.safetensors"]
+    run(*extract)
+    run(*extract, "--last-tokens", "2", "--recipe", "prompt-end", "--harmless", files / "harmless.txt")
+    pairs = fastlock.shipped_pairs()
+    assert asked == [(pairs, 24, None, "safetylock", None), (pairs, 24, 2, "prompt-end", ("a", "b"))]
     for text in ("{", "[1]"):
         (files / "base" / "config.json").write_text(text)
         assert "not JSON" in run("inspect", files / "base", code=cli.REFUSED)
@@ -147,12 +155,12 @@ def test_extract(files, run, monkeypatch) -> None:
     made = fastlock.Lock.load(files / "lock.safetensors")
     asked = []
     monkeypatch.setattr(cli, "load_tokenizer", lambda path: "a tokenizer")
-    monkeypatch.setattr(cli, "make_lock", lambda *given, progress: asked.append(given) or made)
+    monkeypatch.setattr(cli, "make_lock", lambda *given, **_: asked.append(given) or made)
     pairs = files / "pairs.jsonl"
     pairs.write_text('{"question": "a?", "safe": "no", "unsafe": "yes"}\n')
     run("extract", files / "base", "--pairs", pairs, "--out", files / "new.safetensors", "--heads", "3", "--json")
     (_, tokenizer, given_pairs, heads, last_tokens) = asked[0]
-    assert (tokenizer, given_pairs, heads, last_tokens) == ("a tokenizer", fastlock.load_pairs(pairs), 3, 5)
+    assert (tokenizer, given_pairs, heads, last_tokens) == ("a tokenizer", fastlock.load_pairs(pairs), 3, None)
     assert fastlock.Lock.load(files / "new.safetensors") == made
 
 
