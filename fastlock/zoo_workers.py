@@ -36,6 +36,7 @@ RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped",
 LOCKED = "locked"
 TASKS_PER_WORKER = 4
 RAY_RETRIES = 2
+RAY_PATIENCE = 15  # seconds
 # What every worker needs: imported once, in the process that the workers are forked from.
 PRELOADED = ["fastlock.zoo_workers", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"]
 
@@ -413,11 +414,17 @@ class RayPool:
         return task, done
 
     def stop(self) -> None:
-        """End all tasks; those at work clean up behind them."""
-        for running in self._running:
-            self._ray.cancel(running, force=False)
-        if self._running:
-            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=30)
+        """End all tasks; those at work finish, or clean up behind them.
+
+        A task that ends in the moment in which it is cancelled brings Ray 2.60 down ("unexpected system state"): only
+        those are cancelled that don't end by themselves.
+        """
+        for timeout in (RAY_PATIENCE, RAY_PATIENCE):
+            if self._running:
+                _, left = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
+                for task in left:
+                    self._ray.cancel(task, force=False)
+                self._running = {task: self._running[task] for task in left}
         if self._started_here:
             self._ray.shutdown()
 
