@@ -39,6 +39,70 @@ Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 LAST_TOKENS = {"safetylock": 5, "prompt-end": 1}
 
 
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Every head of a base with its score, direction and scale: one reading gives locks of any number of heads.
+
+    Attributes:
+        scores: how well each head tells the two kinds apart, [num_layers, num_heads] float64: an accuracy
+            ("safetylock"), or an effect size ("prompt-end"); 0 for a head without a direction.
+        directions: the unit direction of each, [num_layers, num_heads, head_dim] float64; zeros where there is none.
+        scales: [num_layers, num_heads] float64.
+        recipe, last_tokens, seed: as given to `rank_heads`.
+        hidden_size: the base's.
+        base_model: its name, None where unknown.
+        extraction_digest: of the texts that were read.
+    """
+
+    scores: npt.NDArray[np.float64]
+    directions: npt.NDArray[np.float64]
+    scales: npt.NDArray[np.float64]
+    recipe: str
+    last_tokens: int
+    seed: int
+    hidden_size: int
+    base_model: str | None
+    extraction_digest: str
+
+    def lock(self, heads: int) -> Lock:
+        """The lock of the `heads` heads of the highest scores; of equal ones the lower (layer, head) goes first.
+
+        Args:
+            heads: 1 to all of the model's.
+
+        Returns:
+            The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
+
+        Raises:
+            FastlockError: there are fewer heads, or a chosen one is the same for both kinds.
+        """
+        num_layers, num_heads, head_dim = self.directions.shape
+        _check_heads(heads, num_layers, num_heads)
+        best = np.sort(np.argsort(-self.scores, axis=None, kind="stable")[:heads])
+        layers, columns = np.divmod(best, num_heads)
+        directions = self.directions[layers, columns]
+        for layer, head, direction in zip(layers, columns, directions, strict=True):
+            if not direction.any():
+                raise FastlockError(
+                    f"layer {layer}, head {head}: its mean output is the same for both kinds of texts, so it has no "
+                    "direction (a pruned head, or texts that end alike). Ask for fewer heads, or for more last tokens."
+                )
+        return Lock(
+            layers=torch.from_numpy(layers),
+            heads=torch.from_numpy(columns),
+            directions=torch.from_numpy(directions),
+            scales=torch.from_numpy(self.scales[layers, columns]),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            hidden_size=self.hidden_size,
+            base_model=self.base_model,
+            recipe=_description(self.recipe, heads, self.last_tokens, self.seed),
+            extraction_digest=self.extraction_digest,
+            fastlock_version=__version__,
+        )
+
+
 def extract(
     model: nn.Module,
     tokenizer: Any,
@@ -53,17 +117,45 @@ def extract(
 ) -> Lock:
     """Extract a lock from an aligned base: the heads that best tell safe from unsafe answers, and their directions.
 
+    Args:
+        heads: how many heads to lock; the paper takes 24, and 48 for models of 70 billion parameters and more.
+        model, tokenizer, pairs, last_tokens, recipe, harmless, seed, progress: as for `rank_heads`.
+
+    Returns:
+        The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
+
+    Raises:
+        FastlockError: as `rank_heads` and `Ranking.lock` do; too many heads before anything is read.
+    """
+    all_sites = sites(unwrapped(model))
+    _check_heads(heads, len(all_sites), all_sites[0].num_heads)
+    options: dict[str, Any] = {"recipe": recipe, "harmless": harmless, "seed": seed, "progress": progress}
+    return rank_heads(model, tokenizer, pairs, last_tokens, **options).lock(heads)
+
+
+def rank_heads(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Iterable[Pair | Mapping[str, str]],
+    last_tokens: int | None = None,
+    *,
+    recipe: str = "safetylock",
+    harmless: Iterable[str] | None = None,
+    seed: int = 42,
+    progress: Progress | None = None,
+) -> Ranking:
+    """Score every head of an aligned base, and find its direction and scale.
+
     By the recipe "safetylock" the model reads every question with its safe and with its unsafe answer, in the
     tokenizer's chat template if it has one. Each head is scored by a logistic regression trained on 60 % of the pairs
     and validated on the others; all the pairs give its direction and scale. By the recipe "prompt-end" it reads the
-    questions alone, and harmless prompts. The same inputs on the same machine give the same lock.
+    questions alone, and harmless prompts. The same inputs on the same machine give the same ranking.
 
     Args:
         model: a transformers model of a family that fastlock knows, on any device; it is left as it was.
         tokenizer: its tokenizer.
         pairs: the extraction set, see `load_pairs` and `shipped_pairs`; dictionaries of the same keys do as well.
             A pair given twice counts once.
-        heads: how many heads to lock; the paper takes 24, and 48 for models of 70 billion parameters and more.
         last_tokens: how many tokens at the end are read; by default the paper's 5 of each answer ("safetylock"), 1 of
             each prompt ("prompt-end"). Of a shorter answer all are, and never any of its prompt, which is the same for
             both answers.
@@ -72,12 +164,9 @@ def extract(
         seed: decides which pairs train and which validate, 0 to 2**32 - 1.
         progress: wraps the two long loops as `progress(items, description)`; `rich.progress.track` fits.
 
-    Returns:
-        The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
-
     Raises:
         FastlockError: a pair or a number can't be used, the model is relocked or of a family that fastlock refuses,
-            it computes NaN or infinite activations, or a chosen head is the same for both kinds of answers.
+            or it computes NaN or infinite activations.
     """
     pairs = _checked_pairs(pairs)
     inner = unwrapped(model)
@@ -85,7 +174,8 @@ def extract(
     _check_base(inner, all_sites)
     harmless = _checked_harmless(recipe, harmless)
     last_tokens = LAST_TOKENS[recipe] if last_tokens is None else last_tokens
-    _check_numbers(heads, last_tokens, seed, all_sites)
+    _check_number("last_tokens", last_tokens, 1, 2**31)
+    _check_number("seed", seed, 0, 2**32 - 1)
     progress = progress or _no_progress
     if recipe == "prompt-end":
         answers = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
@@ -93,26 +183,22 @@ def extract(
         answers = _answers(inner, tokenizer, pairs, last_tokens)
     vectors = _read(inner, all_sites, answers, progress)
     safe = np.repeat([answer.safe for answer in answers], [answer.kept for answer in answers])
+    directions, scales = _directions(vectors, safe)
     if recipe == "prompt-end":
         scores = _effect_sizes(vectors, safe)
     else:
         train = np.repeat(_split(len(pairs), seed)[[answer.pair for answer in answers]], [a.kept for a in answers])
         scores = _scores(vectors, safe, train, seed, progress)
-    rows = _best_heads(scores, heads)
-    directions, scales = zip(*(_direction(vectors, safe, layer, head) for layer, head in rows), strict=True)
-    return Lock(
-        layers=torch.tensor([layer for layer, _ in rows], device="cpu"),
-        heads=torch.tensor([head for _, head in rows], device="cpu"),
-        directions=torch.from_numpy(np.stack(directions)),
-        scales=torch.tensor(scales, dtype=torch.float64, device="cpu"),
-        num_layers=len(all_sites),
-        num_heads=all_sites[0].num_heads,
-        head_dim=all_sites[0].head_dim,
+    return Ranking(
+        scores=np.where(directions.any(axis=2), scores, 0.0),
+        directions=directions,
+        scales=scales,
+        recipe=recipe,
+        last_tokens=last_tokens,
+        seed=seed,
         hidden_size=text_config(inner).hidden_size,
         base_model=_base_name(inner),
-        recipe=_description(recipe, heads, last_tokens, seed),
         extraction_digest=pairs_digest(pairs, harmless),
-        fastlock_version=__version__,
     )
 
 
@@ -248,29 +334,24 @@ def _scores(
     train: npt.NDArray[np.bool_],
     seed: int,
     progress: Progress,
-) -> dict[tuple[int, int], float]:
-    """(layer, head) -> how well it tells safe from unsafe answers."""
-    every = [(layer, head) for layer in range(vectors.shape[0]) for head in range(vectors.shape[2])]
-    return {
-        (layer, head): _score(vectors[layer, :, head], safe, train, seed)
-        for layer, head in progress(every, "Scoring heads")
-    }
+) -> npt.NDArray[np.float64]:
+    """How well each head tells safe from unsafe answers, [num_layers, num_heads]."""
+    scores = np.empty((vectors.shape[0], vectors.shape[2]))
+    for layer, head in progress(list(np.ndindex(scores.shape)), "Scoring heads"):
+        scores[layer, head] = _score(vectors[layer, :, head], safe, train, seed)
+    return scores
 
 
-def _effect_sizes(vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_]) -> dict[tuple[int, int], float]:
-    """(layer, head) -> Cohen's d of both kinds' projections on the head's direction; 0 where it has none."""
+def _effect_sizes(vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Cohen's d of both kinds' projections on each head's direction, [num_layers, num_heads]; 0 where it has none."""
     x = vectors.astype(np.float64)
     difference = x[:, safe].mean(axis=1) - x[:, ~safe].mean(axis=1)  # [layers, num_heads, head_dim]
     projected = np.einsum("lvhd,lhd->lvh", x, difference)
     spread = np.sqrt((projected[:, safe].var(axis=1) + projected[:, ~safe].var(axis=1)) / 2)
     gap = projected[:, safe].mean(axis=1) - projected[:, ~safe].mean(axis=1)
-    effect = np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
-    return {(layer, head): float(value) for (layer, head), value in np.ndenumerate(effect)}
-
-
-def _best_heads(scores: dict[tuple[int, int], float], heads: int) -> list[tuple[int, int]]:
-    """The (layer, head) of the highest scores, sorted; of equal scores the lower (layer, head) goes first."""
-    return sorted(sorted(scores, key=lambda row: (-scores[row], row))[:heads])
+    effect: npt.NDArray[np.float64] = np.zeros_like(gap)
+    np.divide(gap, spread, out=effect, where=spread > 0)
+    return effect
 
 
 def _score(x: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_], seed: int) -> float:
@@ -282,20 +363,20 @@ def _score(x: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_], train: npt.N
     return float(probe.score(x[train], safe[train]) + probe.score(x[~train], safe[~train])) / 2
 
 
-def _direction(
-    vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_], layer: int, head: int
-) -> tuple[npt.NDArray[np.float64], float]:
-    """The unit direction u, [head_dim], and the scale σ of one head."""
-    x = vectors[layer, :, head].astype(np.float64)
-    difference = x[safe].mean(axis=0) - x[~safe].mean(axis=0)
-    norm = np.linalg.norm(difference)
-    if norm == 0:
-        raise FastlockError(
-            f"layer {layer}, head {head}: its mean output is the same for safe and for unsafe answers, so it has no "
-            "direction (a pruned head, or answers that end alike). Ask for fewer heads, or for more last tokens."
-        )
-    direction = difference / norm
-    return direction, float((x @ direction).std())
+def _directions(
+    vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The unit direction of every head, [num_layers, num_heads, head_dim], and its scale, [num_layers, num_heads]."""
+    num_layers, _, num_heads, head_dim = vectors.shape
+    directions = np.zeros((num_layers, num_heads, head_dim))
+    scales = np.zeros((num_layers, num_heads))
+    for layer, head in np.ndindex(num_layers, num_heads):
+        x = vectors[layer, :, head].astype(np.float64)
+        difference = x[safe].mean(axis=0) - x[~safe].mean(axis=0)
+        if norm := np.linalg.norm(difference):
+            directions[layer, head] = difference / norm
+            scales[layer, head] = (x @ directions[layer, head]).std()
+    return directions, scales
 
 
 def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
@@ -329,13 +410,13 @@ def _checked_harmless(recipe: str, harmless: Any) -> tuple[str, ...]:
     return distinct
 
 
-def _check_numbers(heads: int, last_tokens: int, seed: int, all_sites: Sequence[Site]) -> None:
-    there = len(all_sites) * all_sites[0].num_heads
-    limits = {"heads": (heads, 1, there), "last_tokens": (last_tokens, 1, 2**31), "seed": (seed, 0, 2**32 - 1)}
-    for name, (value, low, high) in limits.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            of = f" (the model has {len(all_sites)} layers of {all_sites[0].num_heads})" if name == "heads" else ""
-            raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}{of}.")
+def _check_number(name: str, value: int, low: int, high: int, of: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}{of}.")
+
+
+def _check_heads(heads: int, num_layers: int, num_heads: int) -> None:
+    _check_number("heads", heads, 1, num_layers * num_heads, f" (the model has {num_layers} layers of {num_heads})")
 
 
 def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:

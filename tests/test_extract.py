@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 import fastlock
 from fastlock import FastlockError
-from fastlock.extract import extract
+from fastlock.extract import extract, rank_heads
 from fastlock.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
 from fastlock.prompts import shipped_prompts
 
@@ -121,6 +121,30 @@ def test_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int) -> 
         np.testing.assert_allclose(float(scale), expected[row][2], rtol=1e-5)
     num_heads, head_dim = MODELS[kind]
     assert (lock.num_layers, lock.num_heads, lock.head_dim, lock.hidden_size) == (3, num_heads, head_dim, 64)
+
+
+@pytest.mark.parametrize("recipe", ["safetylock", "prompt-end"])
+def test_one_ranking_gives_the_locks_of_any_number_of_heads(recipe: str) -> None:
+    model, locks = tiny_model("llama"), {}
+    ranking = rank_heads(model, Words(), PAIRS, 2, recipe=recipe, seed=7)
+    for heads in (1, 5, 12):
+        lock = locks[heads] = ranking.lock(heads)
+        alone = extract(model, Words(), PAIRS, heads, 2, recipe=recipe, seed=7)
+        assert (lock.digest, lock.recipe) == (alone.digest, alone.recipe)
+        assert (lock.extraction_digest, lock.hidden_size) == (alone.extraction_digest, 64)
+        chosen = ranking.scores[lock.layers, lock.heads]
+        assert chosen.min() >= np.sort(ranking.scores, axis=None)[-heads]
+    assert len(locks[12]) == 12
+    for heads in (0, 13, 2.0, True):
+        with pytest.raises(FastlockError, match=r"heads is .*from 1 to 12 \(the model has 3 layers of 4\)"):
+            ranking.lock(heads)
+
+
+def test_too_many_heads_are_refused_before_anything_is_read() -> None:
+    model: Any = tiny_model("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("read"))
+    with pytest.raises(FastlockError, match="heads is 13"):
+        extract(model, Words(), PAIRS, heads=13)
 
 
 HARMLESS = ("what is this", "where do bees live", "tell me a story", "what is this", "how is bread made")
@@ -460,6 +484,10 @@ def test_a_head_without_a_direction_is_refused() -> None:
     model.model.layers[1].self_attn.v_proj.weight.data.zero_()
     with pytest.raises(FastlockError, match="layer 1, head 0: its mean output is the same"):
         extract(model, Words(), PAIRS, heads=12)
+    ranking = rank_heads(model, Words(), PAIRS)
+    assert (ranking.scores[1] == 0).all()
+    assert (ranking.scores[[0, 2]] > 0).all()
+    assert ranking.lock(8).layers.tolist() == [0] * 4 + [2] * 4
 
 
 def test_the_shipped_pairs() -> None:
