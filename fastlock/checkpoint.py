@@ -36,7 +36,7 @@ from fastlock.folders import (
     new_folder,
     new_local_folder,
 )
-from fastlock.lock import Displacement, Lock, check_lock, check_strength
+from fastlock.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.pretrained import load_model, out_of_llama_form
 from fastlock.receipt import LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
 from fastlock.relock import relock, unlock
@@ -80,7 +80,7 @@ def relock_checkpoint(
     source: str | os.PathLike[str],
     lock: Lock,
     out: str | os.PathLike[str],
-    strength: float = 6.0,
+    strength: float | None = None,
     *,
     stacks: Sequence[str] = DEFAULT_STACKS,
     copy: bool = False,
@@ -99,7 +99,7 @@ def relock_checkpoint(
         source: the checkpoint's directory (a Hugging Face cache snapshot is one), which is only read.
         lock: the lock of its aligned base.
         out: the directory to make; it must not exist yet, unless `in_place`.
-        strength: the paper's α, 0 or more.
+        strength: the paper's α, 0 or more; by default as for `fastlock.relock`.
         stacks: the serving stacks in which the lock must act, of `fastlock.stacks.STACKS`.
         copy: copy the files instead of linking them.
         in_place: `out` is `source`; the new directory takes its place in one step, and `unlock_checkpoint` undoes it.
@@ -114,7 +114,7 @@ def relock_checkpoint(
             be written. `out` is then not there (at a URL: holds no config.json); in place, it is as it was.
     """
     check_lock(lock)
-    strength, stacks = check_strength(strength), check_stacks(stacks)
+    strength, stacks = strength_for(lock, strength), check_stacks(stacks)
     source, out = _check_paths(source, out, in_place)
     files = original_files(files_in(source), str(source))
     checkpoint = Checkpoint(files, str(source))

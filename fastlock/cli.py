@@ -23,6 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlock import zoo_cli
+from fastlock.calibrate import calibrate
+from fastlock.calibrate_report import FRONTIER, calibration_html, picture, trial_cells
 from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
@@ -30,7 +32,7 @@ from fastlock.evaluate import evaluate
 from fastlock.evaluate_report import COLUMNS, cells, report_html, report_markdown
 from fastlock.extract import extract as make_lock
 from fastlock.files import as_place, write_atomic
-from fastlock.lock import Lock
+from fastlock.lock import Lock, strength_for
 from fastlock.pairs import load_pairs, shipped_pairs
 from fastlock.pretrained import load_model, load_tokenizer
 from fastlock.prompts import Prompts, load_prompts, shipped_prompts
@@ -54,6 +56,10 @@ _out = Console()
 _err = Console(stderr=True)
 
 _Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
+_Strength = Annotated[
+    float | None,
+    typer.Option("--strength", help="How hard the lock pulls (the paper's α). Default: as calibrated, or else 6."),
+]
 _Checkpoint = Annotated[
     str, typer.Argument(help="A checkpoint's directory (config.json and *.safetensors), or its URL: s3://bucket/model.")
 ]
@@ -157,7 +163,7 @@ def relock(
     checkpoint: _Checkpoint,
     lock: _Lock,
     out: _Out = None,
-    strength: Annotated[float, typer.Option("--strength", help="How hard the lock pulls (the paper's α).")] = 6.0,
+    strength: _Strength = None,
     stacks: _For = None,
     copy: _Copy = False,
     in_place: _InPlace = False,
@@ -176,7 +182,7 @@ def relock(
         _print_json({"out": target, "receipt": receipt.to_dict()})
     else:
         seconds = time.perf_counter() - start
-        _say(f"{target}: {len(receipt.layers)} layers relocked at strength {strength:g} ({seconds:.1f} s)")
+        _say(f"{target}: {len(receipt.layers)} layers relocked at strength {receipt.strength:g} ({seconds:.1f} s)")
 
 
 @app.command()
@@ -226,7 +232,7 @@ def evaluate_command(
         out.mkdir(parents=True, exist_ok=True)
     with _working(f"loading {model}", as_json):
         network, tokenizer = load_model(model), load_tokenizer(model)
-    tried = [(lock, strength) for lock in loaded for strength in strengths or [6.0]]
+    tried = [(lock, strength) for lock in loaded for strength in strengths or [strength_for(lock, None)]]
     with Progress(console=_err, disable=as_json, transient=True) as bar:
 
         def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
@@ -248,6 +254,73 @@ def evaluate_command(
         for row in map(cells, found):
             table.add_row(*row)
         _out.print(table)
+
+
+@app.command(name="calibrate")
+def calibrate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="The model whose refusals are to come back: its directory.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="A directory for the lock, the trials and the picture; a stopped run goes on.")
+    ],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="The aligned base that locks come from; default: the checkpoint.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", help="What locks are extracted from; default: the shipped pairs.")
+    ] = None,
+    harmful: Annotated[
+        Path | None, typer.Option("--harmful", help="Requests to refuse: one half decides, the other is reported.")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option("--harmless", help="Requests to answer, halved too.")] = None,
+    texts: Annotated[Path | None, typer.Option("--texts", help="Ordinary texts, for the perplexity.")] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="How many locks to try.")] = 60,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="How long an answer may be.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="How many prompts at once.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides the halves and the search.")] = 42,
+    as_json: _Json = False,
+) -> None:
+    """Find the recipe, heads and strength that bring refusals back at the least cost; needs fastlock[calibrate]."""
+    prompts = _prompts(harmful, harmless, texts)
+    chosen = None if pairs is None else load_pairs(pairs)
+    out.mkdir(parents=True, exist_ok=True)
+    with _working(f"loading {checkpoint}", as_json):
+        network, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+        aligned = None if base is None else load_model(base)
+    with Progress(console=_err, disable=as_json, transient=True) as bar:
+
+        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+            return bar.track(items, description=description)
+
+        found = calibrate(
+            network,
+            tokenizer,
+            chosen,
+            base=aligned,
+            prompts=prompts,
+            trials=trials,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            journal=out / "journal.jsonl",
+            progress=progress,
+        )
+    facts = {"model": str(checkpoint), "base": str(base or checkpoint), "trials": str(len(found.trials))}
+    data = {**facts, **found.to_dict()}
+    found.lock.save(out / "lock.safetensors")
+    write_atomic(out / "calibration.json", (json.dumps(data, indent=2) + "\n").encode())
+    write_atomic(out / "calibration.html", calibration_html(found, facts).encode())
+    write_atomic(out / "frontier.svg", picture(found).encode())
+    if as_json:
+        _print_json(data)
+        return
+    table = Table(*FRONTIER, title="chosen")
+    table.add_row(*trial_cells(found.chosen))
+    _out.print(table)
+    table = Table(*COLUMNS, title="requests that decided nothing")
+    for evaluation in (found.before, found.after):
+        table.add_row(*cells(evaluation))
+    _out.print(table)
+    _say(f"{out / 'lock.safetensors'}: {found.lock!r}")
 
 
 def _prompts(harmful: Path | None, harmless: Path | None, texts: Path | None) -> Prompts:

@@ -36,7 +36,9 @@ _TENSORS = {"layers": torch.int32, "heads": torch.int32, "directions": torch.flo
 # The tensors as a file holds them: in the order in which the safetensors library lays them out.
 _STORED = {"directions": "F32", "scales": "F32", "heads": "I32", "layers": "I32"}
 _GEOMETRY = ("num_layers", "num_heads", "head_dim", "hidden_size")
-_PROVENANCE = ("base_model", "recipe", "extraction_digest", "fastlock_version")
+_PROVENANCE = ("base_model", "recipe", "extraction_digest", "fastlock_version", "calibration")
+# The paper's α, for locks that were not calibrated.
+PAPER_STRENGTH = 6.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Lock:
         num_layers, num_heads, head_dim, hidden_size: the base's geometry. `head_dim` is always known;
             the others are None for a lock whose file did not record them.
         base_model, recipe, extraction_digest, fastlock_version: where the lock comes from, None where unknown.
+        strength: the strength that calibration chose, which is applied where none is given; None where there was none.
+        calibration: what it measured there, as JSON.
         source: the file it was loaded from, for messages.
 
     Raises:
@@ -90,6 +94,8 @@ class Lock:
     recipe: str | None = None
     extraction_digest: str | None = None
     fastlock_version: str | None = None
+    strength: float | None = None
+    calibration: str | None = None
     source: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +104,8 @@ class Lock:
             object.__setattr__(self, name, _as_tensor(getattr(self, name), dtype, name, where))
         if self.directions.dim() == 2 and self.head_dim is None:
             object.__setattr__(self, "head_dim", self.directions.shape[1])
+        if self.strength is not None:
+            object.__setattr__(self, "strength", _as_strength(self.strength, where))
         _check(self, where)
 
     def __len__(self) -> int:
@@ -184,6 +192,13 @@ def check_lock(lock: object) -> None:
         raise FastlockError(f"lock is a {type(lock).__name__}; load it first: fastlock.Lock.load(path).")
 
 
+def strength_for(lock: Lock, strength: float | None) -> float:
+    """The strength to apply: the one that is given; else the one that the lock was calibrated at; else the paper's."""
+    if strength is not None:
+        return check_strength(strength)
+    return PAPER_STRENGTH if lock.strength is None else lock.strength
+
+
 def check_strength(strength: float) -> float:
     """The strength as a float, if it is one that fastlock applies."""
     try:
@@ -202,6 +217,14 @@ def check_strength(strength: float) -> float:
             "baseline. fastlock exists to restore them and does not do that; use 0 or more, or fastlock.unlock."
         )
     return value
+
+
+def _as_strength(strength: float | str, where: str) -> float:
+    """The calibrated strength, of which a file holds the decimal."""
+    try:
+        return check_strength(float(strength) if isinstance(strength, str) else strength)
+    except (FastlockError, ValueError) as error:
+        raise FastlockError(f"{where}: its calibrated strength can't be used: {str(error)[:200]}") from None
 
 
 def _as_tensor(value: Any, dtype: torch.dtype, name: str, where: str) -> torch.Tensor:
@@ -298,6 +321,8 @@ def _serialize(lock: Lock) -> bytes:
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "lock_digest": lock.digest}
     metadata |= {name: str(getattr(lock, name)) for name in _GEOMETRY + _PROVENANCE if getattr(lock, name) is not None}
     metadata.setdefault("fastlock_version", __version__)
+    if lock.strength is not None:
+        metadata["strength"] = repr(lock.strength)
     header: dict[str, Any] = {"__metadata__": metadata}
     body = b""
     for name, dtype in _STORED.items():
@@ -339,7 +364,7 @@ def _deserialize(data: bytes, where: str) -> Lock:
             )
     fields: dict[str, Any] = tensors | {name: metadata[name] for name in _PROVENANCE if name in metadata}
     fields |= {name: _whole_number(metadata[name], name, where) for name in _GEOMETRY if name in metadata}
-    lock = Lock(**fields, source=where)
+    lock = Lock(**fields, strength=metadata.get("strength"), source=where)
     if metadata.get("lock_digest") not in (None, lock.digest):
         raise FastlockError(f"{where}: its rows do not match its digest. The file is damaged: get it again.")
     return lock

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastlock.lock import Displacement, Lock
+from fastlock.lock import Displacement, Lock, strength_for
 from fastlock.sites import sites_for
 
 # On a CPU, rows are widened to float64 in blocks that stay in the cache.
@@ -90,12 +90,12 @@ def _locked_columns(weight: torch.Tensor, displacement: Displacement) -> Iterato
 
 
 @contextlib.contextmanager
-def unfolded(model: nn.Module, lock: Lock, strength: float = 6.0) -> Iterator[nn.Module]:
+def unfolded(model: nn.Module, lock: Lock, strength: float | None = None) -> Iterator[nn.Module]:
     """Run the model with d added to the input of each locked output projection; nothing is folded.
 
     This is what a relocked model must equal, at every position. It touches no weight.
     """
-    displacements = lock.displacement(strength)
+    displacements = lock.displacement(strength_for(lock, strength))
     handles = []
     try:
         for site in sites_for(model, lock):

@@ -14,12 +14,12 @@ from fastlock.carrier import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
 from fastlock.errors import FastlockError
 from fastlock.fold import fold
 from fastlock.loaded import forget, keep, mark, receipt_of, take_over
-from fastlock.lock import Displacement, Lock, check_lock, check_strength
+from fastlock.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.receipt import LockedSite, Receipt
 from fastlock.sites import Site, sites_for, text_config, unwrapped
 
 
-def relock(model: nn.Module, lock: Lock, strength: float = 6.0) -> Receipt:
+def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Receipt:
     """Fold the lock through the model's own output projections and put the biases in place.
 
     The model then computes what it would with `strength * scale * direction` added to each locked head's output, at
@@ -30,7 +30,7 @@ def relock(model: nn.Module, lock: Lock, strength: float = 6.0) -> Receipt:
     Args:
         model: a transformers model, on any device; `torch.compile`d is fine.
         lock: the lock, extracted from this model's aligned base.
-        strength: the paper's α, 0 or more.
+        strength: the paper's α, 0 or more; by default the one that the lock was calibrated at, or else the paper's 6.
 
     Returns:
         What was done.
@@ -42,7 +42,7 @@ def relock(model: nn.Module, lock: Lock, strength: float = 6.0) -> Receipt:
     return relock_many([model], lock, strength)[0]
 
 
-def relock_many(models: Sequence[nn.Module], lock: Lock, strength: float = 6.0) -> list[Receipt]:
+def relock_many(models: Sequence[nn.Module], lock: Lock, strength: float | None = None) -> list[Receipt]:
     """Relock several models with one lock, all of them, or none: one kernel launch per CUDA device and dtype.
 
     Args, errors: as for `relock`.
@@ -70,7 +70,7 @@ def unlock(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def relocked(model: nn.Module, lock: Lock, strength: float = 6.0) -> Iterator[nn.Module]:
+def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Iterator[nn.Module]:
     """The model relocked inside the `with` block; afterwards as it was before, an earlier lock included.
 
     Raises:
@@ -104,12 +104,12 @@ def _changing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def _relock(models: Sequence[nn.Module], lock: Lock, strength: float, undo: ExitStack) -> list[Receipt]:
+def _relock(models: Sequence[nn.Module], lock: Lock, strength: float | None, undo: ExitStack) -> list[Receipt]:
     """Loaded models are taken over, then all folds are made, then each model is changed; each change can be undone."""
     check_lock(lock)
     if not isinstance(models, Sequence):
         raise FastlockError(f"models is a {type(models).__name__}; give a list of models.")
-    strength = check_strength(strength)
+    strength = strength_for(lock, strength)
     displacements = lock.displacement(strength)
     inner = [unwrapped(model) for model in models]
     if len({id(model) for model in inner}) < len(inner):

@@ -19,7 +19,7 @@ from fastlock.checkpoint import DEFAULT_STACKS
 from fastlock.errors import FastlockError
 from fastlock.files import Place, as_place, below, write_atomic
 from fastlock.folders import file_at
-from fastlock.lock import Lock, check_lock, check_strength
+from fastlock.lock import Lock, check_lock, strength_for
 from fastlock.remote import write_remote
 from fastlock.zoo_find import Checkpoint, FileId, check_names, find_checkpoints, shared_files
 from fastlock.zoo_report import report_page
@@ -89,7 +89,7 @@ def relock_zoo(
     sources: Iterable[str | os.PathLike[str]],
     lock: Lock,
     out: str | os.PathLike[str],
-    strength: float = 6.0,
+    strength: float | None = None,
     *,
     stacks: Sequence[str] = DEFAULT_STACKS,
     base: str | os.PathLike[str] | None = None,
@@ -111,7 +111,7 @@ def relock_zoo(
         lock: the lock of their aligned base.
         out: the directory to fill, or its URL; a log (JSON lines) and a report (HTML) are written there too (at a
             URL: when the run ends).
-        strength: the paper's α.
+        strength: the paper's α; by default as for `fastlock.relock`.
         stacks: what shall load the relocked checkpoints; see `relock_checkpoint`.
         base: a checkpoint or a config.json: checkpoints of another geometry are skipped.
         workers: how many at once; by default one for each CPU, or all that Ray has.
@@ -125,7 +125,7 @@ def relock_zoo(
         FastlockError: nothing can be begun: no such source, two of one name, no workers.
     """
     check_lock(lock)
-    strength = check_strength(strength)
+    strength = strength_for(lock, strength)
     place = as_place(out)
     root = place if isinstance(place, str) else place.expanduser().absolute()
     found = find_checkpoints(sources, root)

@@ -36,6 +36,10 @@ _Sources = Annotated[
     ),
 ]
 _Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
+_Strength = Annotated[
+    float | None,
+    typer.Option("--strength", help="How hard the lock pulls (the paper's α). Default: as calibrated, or else 6."),
+]
 _Workers = Annotated[int | None, typer.Option("--workers", min=1, help="How many at once; default: one for each CPU.")]
 _Ray = Annotated[str | None, typer.Option("--ray", help="A Ray cluster to use: auto, local or host:port.")]
 _Rank = Annotated[int | None, typer.Option("--rank", min=0, help="Which share of the zoo to do, from 0 on.")]
@@ -50,7 +54,7 @@ def relock(
     out: Annotated[
         str, typer.Option("--out", help="The directory or URL to fill, each checkpoint under its own name.")
     ],
-    strength: Annotated[float, typer.Option("--strength", help="How hard the lock pulls (the paper's α).")] = 6.0,
+    strength: _Strength = None,
     stacks: Annotated[
         list[str] | None, typer.Option("--for", help="What shall load them; default: transformers,vllm.")
     ] = None,

@@ -26,7 +26,7 @@ from released import LOCKS, needs_released
 
 from fastlock import lock as lock_module
 from fastlock.errors import FastlockError
-from fastlock.lock import Lock, check_strength
+from fastlock.lock import Lock, check_strength, strength_for
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -658,6 +658,23 @@ def test_the_displacement_of_no_strength_is_zero() -> None:
 def test_strengths_that_are_applied(strength: Any) -> None:
     assert check_strength(strength) == float(strength)
     assert isinstance(check_strength(strength), float)
+
+
+def test_the_calibrated_strength_is_the_default_and_stays_in_the_file(tmp_path: Path) -> None:
+    lock = replace(make(), strength=1 / 3, calibration='{"refusals": 0.99}')
+    lock.save(tmp_path / "l.safetensors")
+    loaded = Lock.load(tmp_path / "l.safetensors")
+    assert (loaded.strength, loaded.calibration) == (1 / 3, '{"refusals": 0.99}')
+    assert loaded == make()  # neither decides the fold
+    assert strength_for(loaded, None) == 1 / 3
+    assert strength_for(loaded, 0) == 0
+    assert strength_for(make(), None) == 6.0
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.nan, "much", "inf", True])
+def test_a_calibrated_strength_that_cannot_be_applied_is_refused(strength: Any) -> None:
+    with pytest.raises(FastlockError, match=r"this lock: its calibrated strength can't be used"):
+        replace(make(), strength=strength)
 
 
 @pytest.mark.parametrize("strength", [-1, -1e-300, np.float16(-2)])
