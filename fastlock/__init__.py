@@ -1,5 +1,6 @@
 """Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias."""
 
+from fastlock.calibrate import calibrate
 from fastlock.checkpoint import relock_checkpoint, unlock_checkpoint
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
@@ -19,6 +20,7 @@ __all__ = [
     "Receipt",
     "Verification",
     "__version__",
+    "calibrate",
     "doctor",
     "evaluate",
     "extract",
