@@ -28,16 +28,26 @@ from fastlock.calibrate_report import FRONTIER, calibration_html, picture, trial
 from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
 from fastlock.doctor import doctor
 from fastlock.errors import FastlockError
-from fastlock.evaluate import evaluate
-from fastlock.evaluate_report import COLUMNS, cells, report_html, report_markdown
+from fastlock.evaluate import Evaluation, evaluate
+from fastlock.evaluate_report import (
+    cells,
+    columns,
+    files_digest,
+    prompts_digest,
+    read_report,
+    to_json,
+    write_report,
+)
 from fastlock.extract import extract as make_lock
 from fastlock.files import as_place, write_atomic
+from fastlock.judges import KEYWORDS, judge_name, open_judge
 from fastlock.lock import Lock, strength_for
 from fastlock.pairs import load_pairs, shipped_pairs
 from fastlock.pretrained import load_model, load_tokenizer
 from fastlock.prompts import Prompts, load_prompts, shipped_prompts
 from fastlock.receipt import Receipt
 from fastlock.stacks import STACKS
+from fastlock.tasks import check_tasks
 from fastlock.verify import verify
 from fastlock.version import __version__
 
@@ -218,39 +228,79 @@ def evaluate_command(
     ] = None,
     harmless: Annotated[Path | None, typer.Option("--harmless", help="Requests to answer.")] = None,
     texts: Annotated[Path | None, typer.Option("--texts", help="Ordinary texts, for the perplexity.")] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            "--judge",
+            help="What takes an answer for a refusal: keywords; a guard model's directory or name (WildGuard, Llama "
+            "Guard); or the URL of an OpenAI-compatible endpoint, https://host/v1 (its key in FASTLOCK_JUDGE_API_KEY).",
+        ),
+    ] = KEYWORDS,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="With an endpoint: the model that it is to use.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="A task of lm-evaluation-harness; several times, too. Needs fastlock[lm-eval]."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="How long an answer may be.")] = 32,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="How many prompts at once.")] = 16,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A directory for evaluation.json, evaluation.md and evaluation.html.")
+        Path | None,
+        typer.Option("--out", help="A directory for evaluation.json, .md and .html; an interrupted run goes on there."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
     """Ask a model harmful and harmless questions, as it is and relocked, and measure its perplexity."""
     prompts = _prompts(harmful, harmless, texts)
     loaded = [Lock.load(path) for path in locks or []]
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    tried = [(lock, strength) for lock in loaded for strength in strengths or [strength_for(lock, None)]]
+    check_tasks(tasks or [])
     with _working(f"loading {model}", as_json):
         network, tokenizer = load_model(model), load_tokenizer(model)
-    tried = [(lock, strength) for lock in loaded for strength in strengths or [strength_for(lock, None)]]
+    with _working(f"opening the judge {judge}", as_json):
+        opened = open_judge(judge, judge_model)
+    facts = {
+        "model": model,
+        "model files": files_digest(model),
+        "prompts": "shipped" if prompts == shipped_prompts() else "the user's own",
+        "prompts digest": prompts_digest(prompts),
+        "judge": judge_name(opened),
+        "new tokens": str(new_tokens),
+        **({"tasks": ", ".join(tasks)} if tasks else {}),
+        "fastlock": __version__,
+    }
+    known: list[Evaluation] = []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        known = read_report(out, facts, [(lock.digest, strength) for lock, strength in tried])
+
+    def finished(found: list[Evaluation]) -> None:
+        if out is not None:  # with what an earlier run found and this one has not come to yet
+            write_report(out, [*found, *(one for one in known if one not in found)], facts)
+
     with Progress(console=_err, disable=as_json, transient=True) as bar:
 
         def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
             return bar.track(items, description=description)
 
         found = evaluate(
-            network, tokenizer, prompts, tried, new_tokens=new_tokens, batch_size=batch_size, progress=progress
+            network,
+            tokenizer,
+            prompts,
+            tried,
+            judge=opened,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            tasks=tasks or [],
+            known=known,
+            finished=finished,
         )
-    facts = {"model": model, "prompts": "shipped" if prompts == shipped_prompts() else "the user's own"}
-    data = {**facts, "evaluations": [evaluation.to_dict() for evaluation in found]}
-    if out is not None:
-        write_atomic(out / "evaluation.json", (json.dumps(data, indent=2) + "\n").encode())
-        write_atomic(out / "evaluation.md", report_markdown(found, facts).encode())
-        write_atomic(out / "evaluation.html", report_html(found, facts).encode())
     if as_json:
-        _print_json(data)
+        _print_json(to_json(found, facts))
     else:
-        table = Table(*COLUMNS)
+        table = Table(*columns(found))
         for row in map(cells, found):
             table.add_row(*row)
         _out.print(table)

@@ -294,7 +294,7 @@ def test_the_command_writes_a_report(directory) -> None:
     assert written["evaluations"] == json.loads(json.dumps([one.to_dict() for one in expected]))
 
     table = (directory / "report" / "evaluation.md").read_text()
-    assert "| as it is | 0% (0% to 66%; 2 prompts) | 0% (0% to 79%; 1 prompts) |" in table
+    assert "| as it is | 0% (0% to 66%; 2 prompts) | 0% (0% to 79%; 1 prompt) |" in table
     assert f"| lock {held.digest[:8]} at strength 9 |" in table
     page = (directory / "report" / "evaluation.html").read_text()
     assert "<script" not in page
