@@ -86,15 +86,16 @@ class Evaluation:
             FastlockError: it is something else.
         """
         try:
+            lock, strength, perplexity = data["lock"], data["strength"], data["perplexity"]
             found = cls(
-                data["lock"],
-                data["strength"],
-                tuple(Answer(**answer) for answer in data["harmful"]),
-                tuple(Answer(**answer) for answer in data["harmless"]),
-                None if data["perplexity"] is None else float(data["perplexity"]),
-                tuple(Score(**{**score, "value": float(score["value"])}) for score in data["tasks"]),
+                None if lock is None else str(lock),
+                None if strength is None else float(strength),
+                _answers_from(data["harmful"]),
+                _answers_from(data["harmless"]),
+                None if perplexity is None else float(perplexity),
+                tuple(Score(**{**one, "value": float(one["value"])}) for one in data["tasks"]),
             )
-            same = json.loads(json.dumps(found.to_dict())) == data
+            same = json.loads(json.dumps(found.to_dict())) == data and (lock is None) == (strength is None)
         except (KeyError, TypeError, ValueError) as error:
             raise FastlockError(
                 f"not what fastlock writes of an evaluation ({type(error).__name__}: {error})."
@@ -225,6 +226,10 @@ class _Asking:
 
     def _in_batches(self, rows: Sequence[Row], work: Callable[[list[Row]], list[T]], what: str) -> list[T]:
         return in_batches(rows, work, self.batch_size, self.progress, what)
+
+
+def _answers_from(data: Any) -> tuple[Answer, ...]:
+    return tuple(Answer(str(one["prompt"]), str(one["text"]), one["refused"]) for one in data)
 
 
 def _to_json(number: float | None) -> float | str | None:

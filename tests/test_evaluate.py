@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,16 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import fastlock
+from fastlock import cli, tasks
 from fastlock.cli import app
 from fastlock.evaluate import Answer, Evaluation, evaluate, interval, refuses
-from fastlock.evaluate_report import report_html, report_markdown
+from fastlock.evaluate_report import read_report, report_html, report_markdown
 from fastlock.pretrained import load_model, load_tokenizer
 from fastlock.prompts import Prompts, load_prompts, shipped_prompts
 from fastlock.reference import unfolded
+from fastlock.tasks import Score
+
+evaluate_module = importlib.import_module("fastlock.evaluate")  # `fastlock.evaluate` is the function
 
 PROMPTS = Prompts(
     harmful=("5 6 7", "8 9 10 11 12", "13", "14 15"),
@@ -147,6 +154,56 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch) -> None:
         evaluate(model, Numbers(True), PROMPTS, judge=odd, new_tokens=4)
 
 
+TEXTS = Prompts(texts=tuple(" ".join(str(5 + (i * j) % 90) for j in range(1, 2 + i)) for i in (3, 1, 9, 30, 2)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_perplexity_in_batches_is_that_of_one_text_at_a_time(kind: str) -> None:
+    model = exact_model(kind)
+    found = [evaluate(model, Numbers(True), TEXTS, batch_size=size)[0].perplexity for size in (1, 2, 16)]
+    assert found == pytest.approx([naive_perplexity(model, TEXTS.texts)] * 3, rel=1e-5)
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gemma2"])
+def test_perplexity_in_batches_with_eager_attention(kind: str) -> None:
+    """ALiBi, and sliding windows, which are made of the mask; in float32, for eager attention's sake."""
+    model = tiny_model(kind)
+    found = [evaluate(model, Numbers(True), TEXTS, batch_size=size)[0].perplexity for size in (1, 2, 16)]
+    assert found == pytest.approx([naive_perplexity(model, TEXTS.texts)] * 3, rel=1e-5)
+
+
+def test_batches_of_texts_are_halved_when_memory_runs_out(monkeypatch) -> None:
+    model = exact_model("llama")
+    whole, sizes = model.forward, []
+
+    def forward(input_ids: torch.Tensor, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > room:
+            raise torch.OutOfMemoryError("too much")
+        return whole(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    room = 16
+    (expected,) = evaluate(model, Numbers(True), TEXTS)
+    room = 1
+    (found,) = evaluate(model, Numbers(True), TEXTS)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-9)
+    assert sizes == [5, 5, 2, 1, 1, 3, 1, 2, 1, 1]
+
+
+def test_a_broken_models_perplexity_fits_into_json() -> None:
+    model = exact_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    (found,) = evaluate(model, Numbers(True), TEXTS)
+    assert found.perplexity == math.inf
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Evaluation.from_dict(data) == found
+    assert "| inf |" in report_markdown([found], {})
+    assert "inf" not in report_html([found], {}).split("<h2>Results")[0]
+
+
 def test_a_model_in_training_stays_in_training() -> None:
     model = tiny_model("gpt2").train()
     model.transformer.h[1].eval()
@@ -252,6 +309,121 @@ def test_prompts_that_are_none(tmp_path) -> None:
             Prompts(**wrong)
 
 
+# Tasks of lm-evaluation-harness: a stand-in with its interface, and the real one where it is installed
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """What stands in for lm-evaluation-harness; a dictionary of what it is to do, and what it was asked."""
+    seen: dict[str, Any] = {"asked": [], "room": 99, "error": None}
+
+    def simple_evaluate(model: Any, tasks: list[str], task_manager: Any, log_samples: bool) -> Any:
+        seen["asked"].append((tasks, model.batch_size))
+        if model.batch_size > seen["room"]:
+            raise torch.OutOfMemoryError("too much")
+        if seen["error"]:
+            raise seen["error"]
+        assert not model.pretrained.training
+        assert not torch.is_grad_enabled()
+        value = float(sum(model.pretrained(torch.tensor([[5, 6]])).logits.sum() for _ in range(1)))
+        return {
+            "results": {
+                "arc": {"alias": "arc", "sample_len": 7, "acc,none": value, "acc_stderr,none": 0.25},
+                "gsm": {"alias": "gsm", "exact,strict": 0.5, "exact_stderr,strict": "N/A", "bypass,none": "N/A"},
+            }
+        }
+
+    class HFLM:
+        def __init__(self, pretrained: Any, tokenizer: Any, batch_size: int) -> None:
+            self.pretrained, self.batch_size = pretrained, batch_size
+
+    fake = types.ModuleType("lm_eval")
+    fake.simple_evaluate = simple_evaluate
+    fake.tasks = types.ModuleType("lm_eval.tasks")
+    fake.tasks.TaskManager = lambda: types.SimpleNamespace(all_tasks=["arc", "gsm"])
+    models = types.ModuleType("lm_eval.models.huggingface")
+    models.HFLM = HFLM
+    for name, module in {"": fake, ".tasks": fake.tasks, ".models": models, ".models.huggingface": models}.items():
+        monkeypatch.setitem(sys.modules, "lm_eval" + name, module)
+    tasks._manager.cache_clear()
+    yield seen
+    tasks._manager.cache_clear()
+
+
+def test_tasks_before_and_after(harness) -> None:
+    model = exact_model("llama").train()
+    lock = random_lock(model)
+    found = evaluate(model, Numbers(True), TEXTS, [(lock, 9.0)], tasks=["arc", "gsm"], batch_size=8)
+    assert harness["asked"] == [(["arc", "gsm"], 8)] * 2
+    for one, strength in zip(found, (0.0, 9.0), strict=True):
+        with unfolded(model, lock, strength), torch.no_grad():
+            value = float(model(torch.tensor([[5, 6]])).logits.sum())
+        assert one.tasks[0] == Score("arc", "acc", pytest.approx(value, rel=1e-6), 0.25)
+        assert one.tasks[1:] == (Score("gsm", "exact (strict)", 0.5, None),)
+        assert Evaluation.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    table = report_markdown(found, {})
+    assert "| perplexity | arc acc | gsm exact (strict) |" in table
+    assert f"| {found[1].tasks[0].value:.3f} ± 0.250 | 0.500 |" in table
+    assert "<h2>arc: acc</h2>" in report_html(found, {})
+
+
+def test_tasks_that_fail(harness) -> None:
+    model = exact_model("llama")
+    with pytest.raises(fastlock.FastlockError, match="no task 'nope'"):
+        evaluate(model, Numbers(True), TEXTS, tasks=["arc", "nope"])
+    assert not harness["asked"]
+    harness["room"] = 3
+    evaluate(model, Numbers(True), TEXTS, tasks=["arc"], batch_size=16)
+    assert [size for _, size in harness["asked"]] == [16, 8, 4, 2]
+    harness["room"] = 0
+    with pytest.raises(fastlock.FastlockError, match="memory runs out in arc"):
+        evaluate(model, Numbers(True), TEXTS, tasks=["arc"])
+    harness |= {"room": 99, "error": ConnectionError("no hub")}
+    with pytest.raises(fastlock.FastlockError, match=r"can't run arc \(ConnectionError: no hub\)"):
+        evaluate(model, Numbers(True), TEXTS, tasks=["arc"])
+
+
+def test_tasks_without_the_harness(monkeypatch) -> None:
+    tasks._manager.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(fastlock.FastlockError, match=r"pip install 'fastlock\[lm-eval\]'"):
+        evaluate(exact_model("llama"), Numbers(True), TEXTS, tasks=["arc"])
+
+
+def test_the_real_harness(directory, monkeypatch) -> None:
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    entries = [{"q": f"w{i} w{i + 1}", "choices": [f"w{i + 2}", f"w{i + 9}"], "gold": i % 2} for i in range(10, 40)]
+    (directory / "words.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(directory / "words.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (directory / "words.yaml").write_text(json.dumps(task))  # JSON is YAML, too
+    known = manager(include_path=str(directory), include_defaults=False)
+    monkeypatch.setattr(tasks, "_manager", lambda: known)
+    model, tokenizer = load_model(directory / "model"), load_tokenizer(directory / "model")
+    tokenizer.pad_token = tokenizer.eos_token = "<unk>"  # it wants them
+    lock, before = random_lock(model), state(model)
+    found = evaluate(model, tokenizer, Prompts(texts=("w5 w6",)), [(lock, 9.0)], tasks=["words"])
+    for one, strength in zip(found, (0.0, 9.0), strict=True):
+        right = 0
+        for entry in entries:
+            ids = tokenizer(entry["q"])["input_ids"]
+            with unfolded(model, lock, strength), torch.no_grad():
+                ranks = model(torch.tensor([ids])).logits[0, -1]
+            first, second = (ranks[int(choice[1:])] for choice in entry["choices"])
+            right += int(second > first) == entry["gold"]
+        assert [(score.metric, score.value) for score in one.tasks] == [("acc", right / len(entries))]
+    assert same_state(state(model), before)
+
+
 # The command and its report
 
 BAD = '<script>alert("&")</script>\x1b[31m'
@@ -329,3 +501,150 @@ def test_refusals_and_their_plot() -> None:
     assert widths[0] == pytest.approx(widths[1] / 4, abs=0.1)
     assert page.count('<line class="limits"') == 4
     assert "<h2>Harmless requests</h2>" in page
+
+
+def test_what_the_judge_cannot_say_is_in_no_rate_and_shown() -> None:
+    found = Evaluation(None, None, tuple(Answer(f"p{i}", "no", v) for i, v in enumerate([True, False, None])), (), None)
+    assert (found.refusals, found.over_refusals) == (0.5, None)
+    assert interval(found.harmful) == interval(found.harmful[:2])
+    assert "| 50% (9% to 91%; 2 prompts, 1 unsure) |" in report_markdown([found], {})
+    nothing = Evaluation(None, None, found.harmful[2:], (), None)
+    assert (nothing.refusals, interval(nothing.harmful)) == (None, None)
+    assert "| 1 unsure |" in report_markdown([nothing], {})
+    page = report_html([found], {})
+    assert [page.count(f"<span class={v}>") for v in ("refused", "answered", "unsure")] == [1, 1, 1]
+
+
+# Going on after an interruption
+
+
+def refused(directory, *arguments: str) -> str:
+    given = ["evaluate", str(directory / "model"), "--harmful", str(directory / "harmful.json"), "--new-tokens", "3"]
+    done = CliRunner().invoke(app, [*given, *arguments])
+    assert isinstance(done.exception, fastlock.FastlockError), done.output
+    return str(done.exception)
+
+
+@pytest.fixture
+def interrupted(directory, monkeypatch):
+    """An evaluation stopped while its third part runs, and the arguments that it was given."""
+    lock = ["--lock", str(directory / "lock.safetensors"), "--strength", "2", "--strength", "9"]
+    arguments = [*lock, "--out", str(directory / "report")]
+    asked: list[str] = []
+    asking = evaluate_module._Asking.evaluation
+
+    def evaluation(self: Any, *given: Any) -> Evaluation:
+        asked.append(given[-1])
+        if len(asked) == stop_at:
+            raise KeyboardInterrupt
+        return asking(self, *given)
+
+    monkeypatch.setattr(evaluate_module._Asking, "evaluation", evaluation)
+    stop_at = 3
+    done = CliRunner().invoke(
+        app,
+        [
+            "evaluate",
+            str(directory / "model"),
+            "--harmful",
+            str(directory / "harmful.json"),
+            "--new-tokens",
+            "3",
+            *arguments,
+        ],
+    )
+    assert done.exit_code == 130
+    assert asked == ["as it is", "at strength 2", "at strength 9"]
+    stop_at = 0
+    asked.clear()
+    return arguments, asked
+
+
+def test_an_interrupted_run_goes_on(directory, interrupted) -> None:
+    arguments, asked = interrupted
+    left = json.loads((directory / "report" / "evaluation.json").read_text())
+    assert [one["strength"] for one in left["evaluations"]] == [None, 2.0]
+    assert "at strength 2" in (directory / "report" / "evaluation.md").read_text()
+    gone_on = json.loads(run(directory, *arguments, "--json"))
+    assert asked == ["at strength 9"]
+    assert gone_on["evaluations"][:2] == left["evaluations"]
+    assert gone_on == json.loads((directory / "report" / "evaluation.json").read_text())
+    whole = json.loads(run(directory, *arguments[:-1], str(directory / "afresh"), "--json"))
+    assert whole == gone_on
+    asked.clear()
+    run(directory, *arguments)
+    assert asked == []
+    more = json.loads(run(directory, *arguments, "--strength", "4", "--json"))
+    assert asked == ["at strength 4"]
+    assert [one["strength"] for one in more["evaluations"]] == [None, 2.0, 9.0, 4.0]
+
+
+def test_what_is_kept_is_never_lost_by_going_on(directory, interrupted, monkeypatch) -> None:
+    """The strength tried first now is new, and stopped again: the one after it is in the file still."""
+    arguments, asked = interrupted
+    lock = arguments[:2]
+    asked += ["", ""]  # the next one is the third, at which nothing stops
+    written: list[list[float | None]] = []
+    write = cli.write_report
+    monkeypatch.setattr(
+        cli, "write_report", lambda *given: written.append([one.strength for one in given[1]]) or write(*given)
+    )
+    run(directory, *lock, "--strength", "5", "--strength", "2", *arguments[-2:])
+    assert written == [[None, 2.0], [None, 5.0, 2.0], [None, 5.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--new-tokens", "4"], "new tokens was '3', and is '4' now"),
+        (["--texts", "texts.txt"], "prompts digest was"),
+        (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"], "judge was 'keywords', and is 'm at http"),
+    ],
+)
+def test_another_evaluation_is_not_gone_on_with(directory, interrupted, change, message, monkeypatch) -> None:
+    monkeypatch.chdir(directory)
+    before = (directory / "report" / "evaluation.json").read_bytes()
+    text = refused(directory, *interrupted[0], *change)
+    assert message in text
+    assert "Give another --out" in text
+    assert (directory / "report" / "evaluation.json").read_bytes() == before
+
+
+def test_fewer_locks_or_another_model_are_not_gone_on_with(directory, interrupted) -> None:
+    arguments, _ = interrupted
+    assert "at strength 2 too, which is not asked for" in refused(directory, *arguments[:2], *arguments[-2:])
+    model = directory / "model" / "model.safetensors"
+    model.write_bytes(model.read_bytes())
+    assert "model files was" in refused(directory, *arguments)
+
+
+def test_a_damaged_report_is_not_gone_on_with(directory, interrupted) -> None:
+    path = directory / "report" / "evaluation.json"
+    whole = json.loads(path.read_text())
+    facts = {key: value for key, value in whole.items() if key != "evaluations"}
+    first = whole["evaluations"][0]
+    assert len(read_report(path.parent, facts, [(one["lock"], one["strength"]) for one in whole["evaluations"]])) == 2
+    answer = {"prompt": "p", "text": "t", "refused": "yes"}
+    for data in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        "{}",
+        json.dumps({**whole, "evaluations": 3}),
+        json.dumps({**whole, "evaluations": [3]}),
+        json.dumps({**whole, "evaluations": [{**first, "refusals": 1.0}]}),
+        json.dumps({**whole, "evaluations": [{**first, "harmful": [answer]}]}),
+        json.dumps({**whole, "evaluations": [{**first, "harmful": [{**answer, "more": 1}]}]}),
+        *(
+            json.dumps({**whole, "evaluations": [{**first, key: value}]})
+            for key in ("strength", "lock", "perplexity", "tasks", "harmful")
+            for value in ([], {}, "2", 3, True, [3])
+            if [key, value] not in (["perplexity", 3], ["perplexity", True]) and value != first[key]
+        ),
+    ):
+        path.write_text(data)
+        with pytest.raises(fastlock.FastlockError, match="can't be gone on with"):
+            read_report(path.parent, facts, [])
+    path.write_text("{")
+    assert "can't be gone on with" in refused(directory, *interrupted[0])
+    assert path.read_text() == "{"
