@@ -19,7 +19,7 @@ COLUMNS = ("model", "refuses harmful", "refuses harmless", "perplexity")
 WIDTH, LEFT, ROW = 960, 210, 30
 MAX_FILE_BYTES = 1024 * 1024 * 1024
 _JSON = "evaluation.json"
-_SCALE = WIDTH - LEFT - 60
+_SCALE = WIDTH - LEFT - 120
 _KINDS = (("Harmful requests", "harmful"), ("Harmless requests", "harmless"))
 
 
@@ -172,7 +172,7 @@ def _plots(evaluations: Sequence[Evaluation]) -> Iterable[str]:
             "Share of requests refused, with 95 % intervals: harmful (blue, should be high) and harmless (red, should "
             "be low)."
         )
-        yield _plot("Refusals", said, rates, [f"{percent} %" for percent in range(0, 101, 25)])
+        yield _plot("Refusals", said, rates, [f"{percent}%" for percent in range(0, 101, 25)])
     known = [(one, one.perplexity) for one in evaluations if one.perplexity is not None]
     yield from _compared(
         "Perplexity",

@@ -295,11 +295,8 @@ class EndpointJudge(ModelJudge):
 
     def replies(self, pairs: Sequence[Pair]) -> list[str]:
         """What the model says on each pair."""
-        pool = ThreadPoolExecutor(self._at_once)
-        try:
-            return list(pool.map(self._reply, pairs))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(self._at_once) as pool:
+            return list(pool.map(self._reply, pairs))  # which, after a failure, begins no more of them
 
     def read(self, reply: str, answer: str) -> bool | None:
         """REFUSED or COMPLIED, if just one of them is said; what a model thinks aloud before does not count."""
