@@ -19,8 +19,9 @@ import numpy as np
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.evaluate import Evaluation, Judge, evaluate, refuses
+from fastlock.evaluate import Evaluation, evaluate
 from fastlock.extract import Progress, Ranking, rank_heads
+from fastlock.judges import Judge, refuses
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs
 from fastlock.prompts import Prompts, shipped_prompts

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastlock.calibrate import Calibration, Trial
-from fastlock.evaluate_report import COLUMNS, cells
-from fastlock.evaluate_report import _table as table
+from fastlock.evaluate_report import cells, columns, table
 from fastlock.page import facts_list, head, html_text
 from fastlock.version import __version__
 
@@ -27,7 +26,7 @@ def calibration_html(calibration: Calibration, facts: dict[str, str]) -> str:
             "<h2>The frontier, and the chosen lock (first)</h2>",
             table(FRONTIER, map(trial_cells, (calibration.chosen, *calibration.frontier))),
             "<h2>Requests that decided nothing</h2>",
-            table(COLUMNS, map(cells, held_out)),
+            table(columns(held_out), map(cells, held_out)),
             "</body></html>",
         ]
     )

@@ -366,8 +366,9 @@ def calibrate_command(
     table = Table(*FRONTIER, title="chosen")
     table.add_row(*trial_cells(found.chosen))
     _out.print(table)
-    table = Table(*COLUMNS, title="requests that decided nothing")
-    for evaluation in (found.before, found.after):
+    held_out = [found.before, found.after]
+    table = Table(*columns(held_out), title="requests that decided nothing")
+    for evaluation in held_out:
         table.add_row(*cells(evaluation))
     _out.print(table)
     _say(f"{out / 'lock.safetensors'}: {found.lock!r}")

@@ -104,7 +104,7 @@ def report_html(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> str
             "<h1>fastlock evaluation</h1>",
             facts_list(facts),
             "<h2>Results</h2>",
-            _table(columns(evaluations), map(cells, evaluations)),
+            table(columns(evaluations), map(cells, evaluations)),
             *_plots(evaluations),
             *(_answers(title, name, evaluations) for title, name in _KINDS),
             "</body></html>",
@@ -238,7 +238,7 @@ def _answer(answer: Answer) -> str:
     return f"<td><span class={verdict}>{verdict}</span> {html_text(answer.text)}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return _scrolled(
         "".join(f"<th>{html_text(name)}" for name in header),
         "".join("<tr>" + "".join(f"<td>{html_text(cell)}" for cell in row) for row in rows),
