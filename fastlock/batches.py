@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
-from fastlock.extract import input_device
+from fastlock.activations import input_device
+from fastlock.memory import in_halves
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 Row = list[int]
@@ -17,34 +17,18 @@ T = TypeVar("T")
 
 
 def in_batches(
-    rows: Sequence[Row], work: Callable[[list[Row]], list[T]], batch_size: int, progress: Progress, what: str
+    rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], batch_size: int, progress: Progress, what: str
 ) -> list[T]:
     """What `work` makes of each row, in the rows' order; batches of like lengths need the least padding."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     done: dict[int, T] = {}
     for start in progress(range(0, len(order), batch_size), what):
         batch = order[start : start + batch_size]
-        done |= zip(batch, halving([rows[i] for i in batch], work), strict=True)
+        done |= zip(batch, in_halves([rows[i] for i in batch], work, _row), strict=True)
     return [done[i] for i in range(len(rows))]
 
 
-def halving(batch: list[Row], work: Callable[[list[Row]], list[T]]) -> list[T]:
-    """What `work` makes of a batch, in halves if memory runs out."""
-    try:
-        return work(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise FastlockError(
-                f"memory runs out with one prompt of {len(batch[0])} tokens. Load the model in fewer bits, or on "
-                "a larger device."
-            ) from None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(batch) // 2
-    return halving(batch[:half], work) + halving(batch[half:], work)
-
-
-def generate(model: nn.Module, tokenizer: Any, batch: list[Row], new_tokens: int) -> list[str]:
+def generate(model: nn.Module, tokenizer: Any, batch: Sequence[Row], new_tokens: int) -> list[str]:
     """The greedy continuation of each row."""
     width, device = max(map(len, batch)), input_device(model)
     pad = tokenizer.pad_token_id
@@ -58,7 +42,7 @@ def generate(model: nn.Module, tokenizer: Any, batch: list[Row], new_tokens: int
     return [text.strip() for text in texts]
 
 
-def losses(model: nn.Module, batch: list[Row]) -> list[float]:
+def losses(model: nn.Module, batch: Sequence[Row]) -> list[float]:
     """The negative log-likelihood of each row after its first token. Padding goes behind, where no token sees it."""
     width, device = max(map(len, batch)), input_device(model)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)
@@ -70,3 +54,7 @@ def losses(model: nn.Module, batch: list[Row]) -> list[float]:
         targets = torch.tensor(row[1:], device=predicted.device)
         found.append(float(nn.functional.cross_entropy(predicted, targets, reduction="sum")))
     return found
+
+
+def _row(row: Row) -> str:
+    return f"one prompt of {len(row)} tokens"

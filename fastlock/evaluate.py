@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastlock.activations import evaluating
 from fastlock.batches import Progress, Row, generate, in_batches, losses
 from fastlock.errors import FastlockError
-from fastlock.extract import evaluating, prompt_tokens
+from fastlock.extract import prompt_tokens
 from fastlock.judges import Judge, judge_all, refuses
 from fastlock.lock import Lock
 from fastlock.prompts import Prompts, shipped_prompts

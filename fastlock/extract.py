@@ -15,8 +15,8 @@ The recipes differ in what x is, and in how the heads are chosen:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,37 +26,31 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fastlock.activations import Progress, Text, activations_of, input_device
 from fastlock.errors import FastlockError
 from fastlock.loaded import receipt_of
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless
 from fastlock.sites import Site, sites, text_config, unwrapped
+from fastlock.statistics import Statistics, statistics
 from fastlock.version import __version__
-
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 # The recipes, and how many tokens each reads by default.
 LAST_TOKENS = {"safetylock": 5, "prompt-end": 1}
 
 
 @dataclass(frozen=True, eq=False)
-class Ranking:
+class Ranking(Statistics):
     """Every head of a base with its score, direction and scale: one reading gives locks of any number of heads.
 
     Attributes:
-        scores: how well each head tells the two kinds apart, [num_layers, num_heads] float64: an accuracy
-            ("safetylock"), or an effect size ("prompt-end"); 0 for a head without a direction.
-        directions: the unit direction of each, [num_layers, num_heads, head_dim] float64; zeros where there is none.
-        scales: [num_layers, num_heads] float64.
+        scores, directions, scales: of all heads, see `Statistics`.
         recipe, last_tokens, seed: as given to `rank_heads`.
         hidden_size: the base's.
         base_model: its name, None where unknown.
         extraction_digest: of the texts that were read.
     """
 
-    scores: npt.NDArray[np.float64]
-    directions: npt.NDArray[np.float64]
-    scales: npt.NDArray[np.float64]
     recipe: str
     last_tokens: int
     seed: int
@@ -114,12 +108,13 @@ def extract(
     harmless: Iterable[str] | None = None,
     seed: int = 42,
     progress: Progress | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Lock:
     """Extract a lock from an aligned base: the heads that best tell safe from unsafe answers, and their directions.
 
     Args:
         heads: how many heads to lock; the paper takes 24, and 48 for models of 70 billion parameters and more.
-        model, tokenizer, pairs, last_tokens, recipe, harmless, seed, progress: as for `rank_heads`.
+        model, tokenizer, pairs, last_tokens, recipe, harmless, seed, progress, work: as for `rank_heads`.
 
     Returns:
         The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
@@ -129,8 +124,10 @@ def extract(
     """
     all_sites = sites(unwrapped(model))
     _check_heads(heads, len(all_sites), all_sites[0].num_heads)
-    options: dict[str, Any] = {"recipe": recipe, "harmless": harmless, "seed": seed, "progress": progress}
-    return rank_heads(model, tokenizer, pairs, last_tokens, **options).lock(heads)
+    ranking = rank_heads(
+        model, tokenizer, pairs, last_tokens, recipe=recipe, harmless=harmless, seed=seed, progress=progress, work=work
+    )
+    return ranking.lock(heads)
 
 
 def rank_heads(
@@ -143,6 +140,7 @@ def rank_heads(
     harmless: Iterable[str] | None = None,
     seed: int = 42,
     progress: Progress | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Ranking:
     """Score every head of an aligned base, and find its direction and scale.
 
@@ -163,10 +161,14 @@ def rank_heads(
         harmless: for "prompt-end", what the questions of the pairs are held against; by default `shipped_harmless()`.
         seed: decides which pairs train and which validate, 0 to 2**32 - 1.
         progress: wraps the two long loops as `progress(items, description)`; `rich.progress.track` fits.
+        work: a directory that keeps the activations: the same call goes on there after an interruption, and ranks
+            again without reading. They take 4 bytes for each number: 0.5 GB for the shipped pairs and a model of 8
+            billion parameters. By default they are in a temporary directory.
 
     Raises:
         FastlockError: a pair or a number can't be used, the model is relocked or of a family that fastlock refuses,
-            or it computes NaN or infinite activations.
+            it computes NaN or infinite activations, memory runs out with a single text, there is too little room on
+            the disk, or `work` is of another call.
     """
     pairs = _checked_pairs(pairs)
     inner = unwrapped(model)
@@ -178,21 +180,17 @@ def rank_heads(
     _check_number("seed", seed, 0, 2**32 - 1)
     progress = progress or _no_progress
     if recipe == "prompt-end":
-        answers = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
+        texts = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
     else:
-        answers = _answers(inner, tokenizer, pairs, last_tokens)
-    vectors = _read(inner, all_sites, answers, progress)
-    safe = np.repeat([answer.safe for answer in answers], [answer.kept for answer in answers])
-    directions, scales = _directions(vectors, safe)
-    if recipe == "prompt-end":
-        scores = _effect_sizes(vectors, safe)
-    else:
-        train = np.repeat(_split(len(pairs), seed)[[answer.pair for answer in answers]], [a.kept for a in answers])
-        scores = _scores(vectors, safe, train, seed, progress)
+        texts = _answers(inner, tokenizer, pairs, last_tokens)
+    texts.sort(key=lambda text: len(text.ids))
+    kept = [text.kept for text in texts]
+    safe = np.repeat([text.safe for text in texts], kept)
+    train = None if recipe == "prompt-end" else np.repeat(_split(len(pairs), seed)[[t.pair for t in texts]], kept)
+    with activations_of(inner, all_sites, texts, progress, work) as activations:
+        found = statistics(activations, safe, train, input_device(inner), progress)
     return Ranking(
-        scores=np.where(directions.any(axis=2), scores, 0.0),
-        directions=directions,
-        scales=scales,
+        **vars(found),
         recipe=recipe,
         last_tokens=last_tokens,
         seed=seed,
@@ -216,11 +214,9 @@ def _base_name(model: nn.Module) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """Tokens to read: how many at their end, of which pair, and whether they are of the kind that the lock leads to."""
+class _Answer(Text):
+    """A text, of which pair it is, and whether it is of the kind that the lock leads to."""
 
-    ids: list[int]
-    kept: int
     pair: int
     safe: bool
 
@@ -230,12 +226,13 @@ def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_token
     answers = []
     for index, pair in enumerate(pairs):
         prompt, space = prompt_tokens(tokenizer, pair.question)
-        for safe, text in ((True, pair.safe), (False, pair.unsafe)):
-            answer = list(tokenizer(space + text, add_special_tokens=False)["input_ids"])
+        for safe, words in ((True, pair.safe), (False, pair.unsafe)):
+            answer = list(tokenizer(space + words, add_special_tokens=False)["input_ids"])
             if not answer:
-                raise FastlockError(f"pair {index + 1}: the tokenizer makes no token of the answer {text[:80]!r}.")
-            _check_tokens(model, prompt + answer, index, "pair")
-            answers.append(_Answer(prompt + answer, min(last_tokens, len(answer)), index, safe))
+                raise FastlockError(f"pair {index + 1}: the tokenizer makes no token of the answer {words[:80]!r}.")
+            text = _Answer(prompt + answer, min(last_tokens, len(answer)), f"pair {index + 1}", index, safe)
+            _check_tokens(model, text)
+            answers.append(text)
     return answers
 
 
@@ -243,13 +240,14 @@ def _prompt_ends(
     model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[str], last_tokens: int
 ) -> list[_Answer]:
     """The questions of the pairs, then the harmless prompts."""
-    kinds = [(pair.question, True) for pair in pairs] + [(prompt, False) for prompt in harmless]
-    answers = []
-    for index, (text, harmful) in enumerate(kinds):
-        ids, _ = prompt_tokens(tokenizer, text)
-        _check_tokens(model, ids, index if harmful else index - len(pairs), "pair" if harmful else "harmless prompt")
-        answers.append(_Answer(ids, min(last_tokens, len(ids)), index, harmful))
-    return answers
+    kinds = [(f"pair {n}", pair.question, True) for n, pair in enumerate(pairs, start=1)]
+    kinds += [(f"harmless prompt {n}", prompt, False) for n, prompt in enumerate(harmless, start=1)]
+    prompts = []
+    for index, (name, words, harmful) in enumerate(kinds):
+        ids, _ = prompt_tokens(tokenizer, words)
+        prompts.append(_Answer(ids, min(last_tokens, len(ids)), name, index, harmful))
+        _check_tokens(model, prompts[-1])
+    return prompts
 
 
 def prompt_tokens(tokenizer: Any, question: str) -> tuple[list[int], str]:
@@ -262,121 +260,11 @@ def prompt_tokens(tokenizer: Any, question: str) -> tuple[list[int], str]:
     return list(tokenizer(f"Question: {question}\nAnswer:")["input_ids"]), " "
 
 
-def _read(
-    model: nn.Module, all_sites: Sequence[Site], answers: Sequence[_Answer], progress: Progress
-) -> npt.NDArray[np.float32]:
-    """What enters each output projection at the kept tokens: [layers, vectors, num_heads, head_dim]."""
-    num_heads, head_dim = all_sites[0].num_heads, all_sites[0].head_dim
-    total = sum(answer.kept for answer in answers)
-    vectors = np.empty((len(all_sites), total, num_heads, head_dim), dtype=np.float32)
-    start = 0
-    reader: Any = model.base_model  # the logits, a fifth of the work in a small model, are of no use here
-    with evaluating(model), _inputs_of(all_sites) as inputs:
-        for answer in progress(answers, "Reading answers"):
-            inputs.clear()
-            ids = torch.tensor([answer.ids], device=input_device(model))
-            reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            for site in all_sites:
-                kept = inputs[site.layer][0, -answer.kept :].float()
-                if not kept.isfinite().all():
-                    raise FastlockError(
-                        f"{site.name}: NaN or infinite activations in reading pair {answer.pair + 1}. The weights are "
-                        "damaged, or overflow in this dtype: load the model in bfloat16 or float32."
-                    )
-                vectors[site.layer, start : start + answer.kept] = kept.cpu().numpy().reshape(-1, num_heads, head_dim)
-            start += answer.kept
-    return vectors
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, without gradients; afterwards each in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _inputs_of(all_sites: Sequence[Site]) -> Iterator[dict[int, torch.Tensor]]:
-    """A dictionary that every forward pass fills: layer -> the input of its output projection."""
-    inputs: dict[int, torch.Tensor] = {}
-    with contextlib.ExitStack() as hooks:
-        for site in all_sites:
-
-            def keep(_module: nn.Module, args: tuple[torch.Tensor, ...], layer: int = site.layer) -> None:
-                inputs[layer] = args[0]
-
-            hooks.callback(site.module.register_forward_pre_hook(keep).remove)
-        yield inputs
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where the tokens go; for a model whose embedding is offloaded, accelerate's hooks move them on from the CPU."""
-    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return torch.device("cpu") if embedding.device.type == "meta" else embedding.device
-
-
 def _split(num_pairs: int, seed: int) -> npt.NDArray[np.bool_]:
     """Which pairs train: 60 %, rounded down. RandomState's stream is the one that NumPy never changes."""
     train = np.zeros(num_pairs, dtype=np.bool_)
     train[np.random.RandomState(seed).permutation(num_pairs)[: num_pairs * 6 // 10]] = True
     return train
-
-
-def _scores(
-    vectors: npt.NDArray[np.float32],
-    safe: npt.NDArray[np.bool_],
-    train: npt.NDArray[np.bool_],
-    seed: int,
-    progress: Progress,
-) -> npt.NDArray[np.float64]:
-    """How well each head tells safe from unsafe answers, [num_layers, num_heads]."""
-    scores = np.empty((vectors.shape[0], vectors.shape[2]))
-    for layer, head in progress(list(np.ndindex(scores.shape)), "Scoring heads"):
-        scores[layer, head] = _score(vectors[layer, :, head], safe, train, seed)
-    return scores
-
-
-def _effect_sizes(vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Cohen's d of both kinds' projections on each head's direction, [num_layers, num_heads]; 0 where it has none."""
-    x = vectors.astype(np.float64)
-    difference = x[:, safe].mean(axis=1) - x[:, ~safe].mean(axis=1)  # [layers, num_heads, head_dim]
-    projected = np.einsum("lvhd,lhd->lvh", x, difference)
-    spread = np.sqrt((projected[:, safe].var(axis=1) + projected[:, ~safe].var(axis=1)) / 2)
-    gap = projected[:, safe].mean(axis=1) - projected[:, ~safe].mean(axis=1)
-    effect: npt.NDArray[np.float64] = np.zeros_like(gap)
-    np.divide(gap, spread, out=effect, where=spread > 0)
-    return effect
-
-
-def _score(x: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_], train: npt.NDArray[np.bool_], seed: int) -> float:
-    """Mean of train and validation accuracy of a logistic regression on x, [vectors, head_dim]."""
-    from sklearn.linear_model import LogisticRegression
-
-    x = x.astype(np.float64)
-    probe = LogisticRegression(random_state=seed, max_iter=1000).fit(x[train], safe[train])
-    return float(probe.score(x[train], safe[train]) + probe.score(x[~train], safe[~train])) / 2
-
-
-def _directions(
-    vectors: npt.NDArray[np.float32], safe: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The unit direction of every head, [num_layers, num_heads, head_dim], and its scale, [num_layers, num_heads]."""
-    num_layers, _, num_heads, head_dim = vectors.shape
-    directions = np.zeros((num_layers, num_heads, head_dim))
-    scales = np.zeros((num_layers, num_heads))
-    for layer, head in np.ndindex(num_layers, num_heads):
-        x = vectors[layer, :, head].astype(np.float64)
-        difference = x[safe].mean(axis=0) - x[~safe].mean(axis=0)
-        if norm := np.linalg.norm(difference):
-            directions[layer, head] = difference / norm
-            scales[layer, head] = (x @ directions[layer, head]).std()
-    return directions, scales
 
 
 def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
@@ -432,18 +320,18 @@ def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:
         )
 
 
-def _check_tokens(model: nn.Module, ids: Sequence[int], index: int, what: str) -> None:
+def _check_tokens(model: nn.Module, text: Text) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if max(ids) >= vocabulary:
+    if max(text.ids) >= vocabulary:
         raise FastlockError(
-            f"{what} {index + 1}: the tokenizer gives token {max(ids)}, but {type(model).__name__} has {vocabulary}. "
+            f"{text.name}: the tokenizer gives token {max(text.ids)}, but {type(model).__name__} has {vocabulary}. "
             "Give the tokenizer that belongs to this model."
         )
     positions = getattr(text_config(model), "max_position_embeddings", None)
-    if positions and len(ids) > positions:
+    if positions and len(text.ids) > positions:
         raise FastlockError(
-            f"{what} {index + 1}: makes {len(ids)} tokens, but {type(model).__name__} reads "
-            f"{positions} at most. Shorten it, or remove it."
+            f"{text.name}: makes {len(text.ids)} tokens, but {type(model).__name__} reads {positions} at most. "
+            "Shorten it, or remove it."
         )
 
 

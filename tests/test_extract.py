@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from sklearn.linear_model import LogisticRegression
 
 import fastlock
 from fastlock import FastlockError
+from fastlock.activations import Activations
 from fastlock.extract import extract, rank_heads
 from fastlock.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
 from fastlock.prompts import shipped_prompts
+from fastlock.statistics import statistics
 
 extract_module = importlib.import_module("fastlock.extract")  # the attribute fastlock.extract is the function
 
@@ -217,18 +221,20 @@ def test_the_shipped_harmless_prompts_are_not_those_that_are_evaluated() -> None
     assert not {pair.question.lower() for pair in shipped_pairs()} & {text.lower() for text in asked.harmful}
 
 
-def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Everything is noise except layer 1, head 2, which is shifted by +u for safe answers and by -u for unsafe ones."""
     model, u = tiny_model("llama"), np.zeros(32)
     u[[3, 7]] = 0.6, -0.8
 
-    def planted(model: Any, all_sites: Any, answers: Any, progress: Any) -> Any:
-        noise = np.random.RandomState(0).standard_normal((3, sum(a.kept for a in answers), 4, 32))
-        signs = np.repeat([1.0 if a.safe else -1.0 for a in answers], [a.kept for a in answers])
-        noise[1, :, 2] = 0.01 * noise[1, :, 2] + 3 * signs[:, None] * u
-        return noise.astype(np.float32)
+    @contextlib.contextmanager
+    def planted(_model: Any, _sites: Any, texts: Any, _progress: Any, _work: Any) -> Iterator[Activations]:
+        noise = np.random.RandomState(0).standard_normal((3, 4, sum(text.kept for text in texts), 32))
+        signs = np.repeat([1.0 if text.safe else -1.0 for text in texts], [text.kept for text in texts])
+        noise[1, 2] = 0.01 * noise[1, 2] + 3 * signs[:, None] * u
+        noise.astype(np.float32).tofile(tmp_path / "planted")
+        yield Activations(tmp_path / "planted", noise.shape)
 
-    monkeypatch.setattr(extract_module, "_read", planted)
+    monkeypatch.setattr(extract_module, "activations_of", planted)
     lock = extract(model, Words(), PAIRS, heads=1)
     assert (lock.layers.tolist(), lock.heads.tolist()) == ([1], [2])
     assert float(lock.directions[0].double() @ torch.from_numpy(u)) > 0.999
@@ -236,14 +242,14 @@ def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest
 
 
 def test_the_split_is_by_pair_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [Pair(f"question {i}", f"no {i} is not for me", f"yes {i} is for me") for i in range(10)]
+    pairs = [Pair(f"question {i}", f"no {i} is for others", f"yes {i} is for me") for i in range(10)]
     seen = []
 
-    def spy(x: Any, safe: Any, train: Any, seed: int) -> float:
+    def spy(activations: Any, safe: Any, train: Any, *others: Any) -> Any:
         seen.append((safe, train))
-        return 0.5
+        return statistics(activations, safe, train, *others)
 
-    monkeypatch.setattr(extract_module, "_score", spy)
+    monkeypatch.setattr(extract_module, "statistics", spy)
     extract(tiny_model("llama"), Words(), pairs, heads=1)
     safe, train = seen[0]
     # 10 vectors a pair: 5 safe, then 5 unsafe, all on one side.
@@ -257,7 +263,7 @@ def test_the_split_is_by_pair_and_seeded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_equal_scores_go_to_the_lower_layer_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_module, "_score", lambda *_: 0.5)
+    monkeypatch.setattr("fastlock.statistics.accuracies", lambda x, *_: torch.full(x.shape[:1], 0.5))
     lock = extract(tiny_model("llama"), Words(), PAIRS, heads=6)
     assert lock.layers.tolist() == [0, 0, 0, 0, 1, 1]
     assert lock.heads.tolist() == [0, 1, 2, 3, 0, 1]
@@ -343,7 +349,7 @@ def test_a_compiled_model_and_progress() -> None:
     compiled: Any = torch.compile(model)
     lock = extract(compiled, Words(), PAIRS, heads=3, progress=progress)
     assert lock.digest == extract(model, Words(), PAIRS, heads=3).digest
-    assert loops == ["Reading answers"] * 2 * len(PAIRS) + ["Scoring heads"] * 12
+    assert loops == ["Reading answers"] + ["Scoring heads"] * 3
 
 
 def test_a_pair_given_twice_counts_once() -> None:
