@@ -146,6 +146,9 @@ def extract(
     harmless: Annotated[
         Path | None, typer.Option("--harmless", help="For prompt-end: harmless prompts; default: the shipped ones.")
     ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Directory for what was read: if stopped, the same command goes on.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Make a lock from an aligned base model and preference pairs."""
@@ -159,7 +162,7 @@ def extract(
 
         prompts = None if harmless is None else load_prompts(harmless)
         lock = make_lock(
-            model, tokenizer, chosen, heads, last_tokens, recipe=recipe, harmless=prompts, progress=progress
+            model, tokenizer, chosen, heads, last_tokens, recipe=recipe, harmless=prompts, progress=progress, work=work
         )
     lock.save(out)
     if as_json:

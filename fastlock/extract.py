@@ -100,7 +100,7 @@ class Ranking(Statistics):
 def extract(
     model: nn.Module,
     tokenizer: Any,
-    pairs: Iterable[Pair | Mapping[str, str]],
+    pairs: Iterable[Pair | Mapping[str, Any]],
     heads: int = 24,
     last_tokens: int | None = None,
     *,
@@ -133,7 +133,7 @@ def extract(
 def rank_heads(
     model: nn.Module,
     tokenizer: Any,
-    pairs: Iterable[Pair | Mapping[str, str]],
+    pairs: Iterable[Pair | Mapping[str, Any]],
     last_tokens: int | None = None,
     *,
     recipe: str = "safetylock",
@@ -152,8 +152,8 @@ def rank_heads(
     Args:
         model: a transformers model of a family that fastlock knows, on any device; it is left as it was.
         tokenizer: its tokenizer.
-        pairs: the extraction set, see `load_pairs` and `shipped_pairs`; dictionaries of the same keys do as well.
-            A pair given twice counts once.
+        pairs: the extraction set, see `load_pairs` and `shipped_pairs`; dictionaries of the same keys do as well, and
+            so does a `datasets.Dataset` of them. A pair given twice counts once.
         last_tokens: how many tokens at the end are read; by default the paper's 5 of each answer ("safetylock"), 1 of
             each prompt ("prompt-end"). Of a shorter answer all are, and never any of its prompt, which is the same for
             both answers.
@@ -271,6 +271,8 @@ def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
     """The distinct pairs, in order: one that is there twice could both train and validate."""
     if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
         raise FastlockError(f"pairs is a {type(pairs).__name__}; read a file with fastlock.load_pairs(path) first.")
+    if isinstance(pairs, Mapping):
+        raise FastlockError(f"pairs is a {type(pairs).__name__} of {', '.join(map(str, pairs))}; give a list of pairs.")
     distinct = tuple(dict.fromkeys(pair_from(entry, f"pair {n}") for n, entry in enumerate(pairs, start=1)))
     if len(distinct) < 2:
         raise FastlockError(

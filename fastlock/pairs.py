@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 
 _KEYS = ("question", "safe", "unsafe")
 _AUTHORS_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
+_PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
 _SHIPPED = Path(__file__).with_name("pairs.jsonl")
 
 
@@ -51,8 +52,11 @@ def load_pairs(path: str | os.PathLike[str]) -> tuple[Pair, ...]:
     """Read pairs from a file: JSON lines, or one JSON array.
 
     Every entry has `question`, `safe` and `unsafe`; or, as in the authors' data (github zhu-minjun/SafetyLock),
-    `question`, `answer_matching_behavior` (the safe answer) and `answer_not_matching_behavior` (the unsafe one).
-    Other keys are ignored.
+    `question`, `answer_matching_behavior` (the safe answer) and `answer_not_matching_behavior` (the unsafe one); or,
+    as in preference data (TRL's format), `prompt`, `chosen` (safe) and `rejected` (unsafe). Other keys are ignored.
+
+    Each is a text, or in chat format: a list of one message, `{"role": "user", "content": "…"}` or of the role
+    "assistant". Answers may bring their question before them; then the prompt may be left out, as TRL does.
 
     Raises:
         FastlockError: the file is missing, too large or not JSON, holds no pair, or an entry is no usable `Pair`; the
@@ -108,26 +112,66 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def pair_from(entry: Any, where: str) -> Pair:
-    """The pair that a JSON object is, in either layout; a `Pair` as it is. `where` names its place in messages."""
+    """The pair that a JSON object is, in any layout; a `Pair` as it is. `where` names its place in messages."""
     if isinstance(entry, Pair):
         return entry
-    if not isinstance(entry, dict):
+    if not isinstance(entry, Mapping):
         raise FastlockError(f"{where}: a {type(entry).__name__}, not an object with {', '.join(_KEYS)}.")
-    for keys in (_KEYS, _AUTHORS_KEYS):
-        if all(key in entry for key in keys):
-            try:
-                return Pair(*(entry[key] for key in keys))
-            except FastlockError as error:
-                raise FastlockError(f"{where}: {error}") from None
-    found = _shortened(", ".join(entry)) if entry else "none"
-    raise FastlockError(
-        f"{where}: a pair has the keys {', '.join(_KEYS)}, or the authors' {', '.join(_AUTHORS_KEYS)}; found {found}."
-    )
+    try:
+        pair = _pair(entry)
+    except FastlockError as error:
+        raise FastlockError(f"{where}: {error}") from None
+    if pair is None:
+        found = _shortened(", ".join(map(str, entry))) if entry else "none"
+        raise FastlockError(
+            f"{where}: a pair has the keys {', '.join(_KEYS)}, or {', '.join(_PREFERENCE_KEYS)}, or the authors' "
+            f"{', '.join(_AUTHORS_KEYS)}; found {found}."
+        )
+    return pair
+
+
+def _pair(entry: Mapping[str, Any]) -> Pair | None:
+    """The pair in an object, whose texts may be messages; None where it has other keys."""
+    for question_key, *answer_keys in (_KEYS, _AUTHORS_KEYS, _PREFERENCE_KEYS):
+        if all(key in entry for key in (question_key, *answer_keys)):
+            question = _content(question_key, entry[question_key], "user")
+            return Pair(question, *(_answer(key, entry[key], question) for key in answer_keys))
+    _, *answer_keys = _PREFERENCE_KEYS
+    if all(isinstance(entry.get(key), (list, tuple)) for key in answer_keys):
+        question = _content("chosen", entry["chosen"][:1], "user")
+        return Pair(question, *(_answer(key, entry[key], question) for key in answer_keys))
+    return None
+
+
+def _answer(name: str, given: Any, question: str) -> Any:
+    """The text of an answer, which in chat format may follow the question."""
+    if isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping):
+        asked = given[0].get("role"), given[0].get("content")
+        given = given[asked == ("user", question) :]
+    return _content(name, given, "assistant")
+
+
+def _content(name: str, given: Any, role: str) -> Any:
+    """What the one message of a list says; anything but a list as it is."""
+    if not isinstance(given, (list, tuple)):
+        return given
+    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in given):
+        raise FastlockError(f"`{name}` is a list, but not of messages with a role and a content.")
+    roles = [str(message["role"]) for message in given]
+    if roles != [role]:
+        raise FastlockError(
+            f"`{name}` holds the messages {_shortened(', '.join(roles))}, where one is read, of the {role}: longer "
+            "conversations and system prompts are not. Leave the other messages out, or remove the pair."
+        )
+    content = given[0]["content"]
+    if not isinstance(content, str):
+        raise FastlockError(f"`{name}`: its message holds a {type(content).__name__}; it must hold one text.")
+    return content
 
 
 def _check_text(name: str, text: Any) -> None:
     if not isinstance(text, str):
-        raise FastlockError(f"`{name}` is a {type(text).__name__}; it must be one text (conversations are not read).")
+        raise FastlockError(f"`{name}` is a {type(text).__name__}; it must be one text, or a list of one message.")
     if not text.strip():
         raise FastlockError(f"`{name}` is empty. Write it, or remove the pair.")
     if any("\ud800" <= character <= "\udfff" for character in text):

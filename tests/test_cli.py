@@ -89,17 +89,21 @@ def test_defaults_and_json(files, run, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(cli, "load_tokenizer", lambda path: None)
 
-    def made(_model, _tokenizer, *given, recipe, harmless, progress):
-        asked.append((*given, recipe, harmless))
+    def made(_model, _tokenizer, *given, recipe, harmless, work, progress):
+        asked.append((*given, recipe, harmless, work))
         return fastlock.Lock.load(lock)
 
     monkeypatch.setattr(cli, "make_lock", made)
     (files / "harmless.txt").write_text("a\nb\n")
     extract = ["extract", files / "base", "--out", files / "new.safetensors"]
     run(*extract)
-    run(*extract, "--last-tokens", "2", "--recipe", "prompt-end", "--harmless", files / "harmless.txt")
+    options = ["--recipe", "prompt-end", "--harmless", files / "harmless.txt", "--work", files / "work"]
+    run(*extract, "--last-tokens", "2", *options)
     pairs = fastlock.shipped_pairs()
-    assert asked == [(pairs, 24, None, "safetylock", None), (pairs, 24, 2, "prompt-end", ("a", "b"))]
+    assert asked == [
+        (pairs, 24, None, "safetylock", None, None),
+        (pairs, 24, 2, "prompt-end", ("a", "b"), files / "work"),
+    ]
     for text in ("{", "[1]"):
         (files / "base" / "config.json").write_text(text)
         assert "not JSON" in run("inspect", files / "base", code=cli.REFUSED)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,93 @@ def test_every_layout_gives_the_same_pairs(tmp_path: Path, keys: tuple[str, ...]
         assert load_pairs(write(tmp_path / "pairs", text)) == tuple(PAIRS)
 
 
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content, "name": ""}
+
+
+def layouts(pair: Pair) -> dict[str, dict[str, Any]]:
+    """The pair in every layout, texts and messages."""
+    question, safe, unsafe = pair.question, pair.safe, pair.unsafe
+    asked, good, bad = [message("user", question)], [message("assistant", safe)], [message("assistant", unsafe)]
+    return {
+        "texts": {"question": question, "safe": safe, "unsafe": unsafe},
+        "authors": dict(zip(AUTHORS_KEYS, (question, safe, unsafe), strict=True)),
+        "messages": {"question": asked, "safe": good, "unsafe": bad},
+        "a message and texts": {"question": asked, "safe": safe, "unsafe": unsafe},
+        "preferences": {"prompt": question, "chosen": safe, "rejected": unsafe},
+        "preferences in messages": {"prompt": asked, "chosen": good, "rejected": bad},
+        "conversations": {"prompt": question, "chosen": asked + good, "rejected": asked + bad, "score": 1.0},
+        "implicit prompt": {"chosen": asked + good, "rejected": asked + bad},
+    }
+
+
+class Dataset:
+    """What `datasets.Dataset` is to one who loops over it: rows, as often as one likes."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("layout", layouts(PAIRS[0]))
+def test_every_layout_and_any_iterable_give_the_same_pairs(tmp_path: Path, layout: str) -> None:
+    rows = [layouts(pair)[layout] for pair in PAIRS]
+    assert load_pairs(write(tmp_path / "pairs", "\n".join(map(json.dumps, rows)))) == tuple(PAIRS)
+    expected = extract(tiny_model("llama"), Words(), PAIRS, heads=3)
+    for given in (Dataset(rows), (types.MappingProxyType(row) for row in rows)):
+        lock = extract(tiny_model("llama"), Words(), given, heads=3)
+        assert (lock.digest, lock.extraction_digest) == (expected.digest, expected.extraction_digest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"prompt": []}, "`prompt` holds the messages ''"),
+        (
+            {"prompt": [message("system", "be good"), message("user", "q")]},
+            "`prompt` holds the messages 'system, user'",
+        ),
+        ({"prompt": [message("assistant", "q")]}, "where one is read, of the user"),
+        (
+            {"chosen": [message("user", "no")]},
+            "`chosen` holds the messages 'user', where one is read, of the assistant",
+        ),
+        ({"chosen": [message("user", "other"), message("assistant", "no")]}, "`chosen` holds the messages 'user, assi"),
+        ({"rejected": [message("assistant", "a")] * 2}, "`rejected` holds the messages 'assistant, assistant'"),
+        ({"rejected": ["yes"]}, "`rejected` is a list, but not of messages"),
+        ({"rejected": [{"role": "assistant"}]}, "`rejected` is a list, but not of messages"),
+        ({"rejected": [{"role": "assistant", "content": [{"type": "text"}]}]}, "`rejected`: its message holds a list"),
+        ({"rejected": [message("assistant", " ")]}, "`unsafe` is empty"),
+        ({"chosen": "", "prompt": "q"}, "`safe` is empty"),
+        ({"chosen": [message("assistant", "yes")], "rejected": "yes"}, "the safe and the unsafe answer to 'q' are the"),
+        ({"prompt": None, "chosen": "a"}, "`question` is a NoneType"),
+    ],
+)
+def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], found: str) -> None:
+    entry = {"prompt": "q", "chosen": "no", "rejected": "yes"} | changes
+    with pytest.raises(FastlockError, match=f"pair 2: .*{found}"):
+        extract(tiny_model("llama"), Words(), [PAIRS[0], entry], heads=3)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"chosen": [], "rejected": []},
+        {"chosen": [message("user", "q"), message("assistant", "a")], "rejected": [message("assistant", "b")] * 2},
+        {"chosen": [message("user", "q"), message("assistant", "a")], "rejected": "b"},
+        {"chosen": "a", "rejected": "b"},
+    ],
+)
+def test_preferences_without_a_prompt_need_the_same_question(entry: dict[str, Any]) -> None:
+    with pytest.raises(FastlockError, match="pair 1: .*(holds the messages|a pair has the keys)"):
+        extract(tiny_model("llama"), Words(), [entry, PAIRS[0]], heads=3)
+
+
 def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path: Path) -> None:
     line = json.dumps({"question": "one\u2028two", "safe": "no", "unsafe": "yes"}, ensure_ascii=False)
     assert load_pairs(write(tmp_path / "pairs", line))[0].question == "one\u2028two"
@@ -433,6 +521,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"pairs": PAIRS[:1] * 2}, "one pair only"),
         ({"pairs": "pairs.jsonl"}, r"pairs is a str; read a file with fastlock.load_pairs"),
         ({"pairs": None}, "pairs is a NoneType"),
+        ({"pairs": {"train": PAIRS, "test": PAIRS}}, "pairs is a dict of train, test; give a list"),
         ({"pairs": [PAIRS[0], {"question": "q"}]}, "pair 2: a pair has the keys"),
         ({"heads": 0}, "heads is 0.*from 1 to 12"),
         ({"heads": 13}, r"heads is 13.*the model has 3 layers of 4"),
