@@ -8,5 +8,5 @@ from setuptools import setup
 setup(
     packages=["fastlock", "fastlock.kernels"],
     package_dir={"fastlock": "fastlock", "fastlock.kernels": "kernels"},
-    package_data={"fastlock": ["py.typed", "pairs.jsonl", "prompts.json", "harmless.txt"]},
+    package_data={"fastlock": ["py.typed", "pairs.jsonl", "prompts.json", "harmless.txt", "texts.txt"]},
 )

@@ -10,6 +10,7 @@ from fastlock.lock import Lock
 from fastlock.pairs import Pair, load_pairs, shipped_pairs
 from fastlock.receipt import Receipt
 from fastlock.relock import relock, relock_many, relocked, unlock
+from fastlock.train import train_lock
 from fastlock.verify import Verification, verify
 from fastlock.version import __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "relock_many",
     "relocked",
     "shipped_pairs",
+    "train_lock",
     "unlock",
     "unlock_checkpoint",
     "verify",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastlock.activations import input_device
+from fastlock.activations import Progress, input_device
 from fastlock.memory import in_halves
 
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 Row = list[int]
 T = TypeVar("T")
 
@@ -24,7 +23,7 @@ def in_batches(
     done: dict[int, T] = {}
     for start in progress(range(0, len(order), batch_size), what):
         batch = order[start : start + batch_size]
-        done |= zip(batch, in_halves([rows[i] for i in batch], work, _row), strict=True)
+        done |= zip(batch, in_halves([rows[i] for i in batch], work, row_name), strict=True)
     return [done[i] for i in range(len(rows))]
 
 
@@ -56,5 +55,6 @@ def losses(model: nn.Module, batch: Sequence[Row]) -> list[float]:
     return found
 
 
-def _row(row: Row) -> str:
+def row_name(row: Row) -> str:
+    """What a row is called in a message."""
     return f"one prompt of {len(row)} tokens"

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastlock.activations import Progress
 from fastlock.errors import FastlockError
 from fastlock.evaluate import Evaluation, evaluate
-from fastlock.extract import Progress, Ranking, rank_heads
+from fastlock.extract import Ranking, rank_heads
 from fastlock.judges import Judge, refuses
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs

@@ -48,6 +48,7 @@ from fastlock.prompts import Prompts, load_prompts, shipped_prompts
 from fastlock.receipt import Receipt
 from fastlock.stacks import STACKS
 from fastlock.tasks import check_tasks
+from fastlock.train import train_lock
 from fastlock.verify import verify
 from fastlock.version import __version__
 
@@ -307,6 +308,33 @@ def evaluate_command(
         for row in map(cells, found):
             table.add_row(*row)
         _out.print(table)
+
+
+@app.command()
+def train(
+    base: Annotated[Path, typer.Argument(help="The aligned base model's directory.")],
+    fine_tunes: Annotated[list[Path], typer.Argument(help="Fine-tunes of it that refuse less: their directories.")],
+    out: Annotated[Path, typer.Option("--out", help="The lock to write, a .safetensors file.")],
+    heads: Annotated[int | None, typer.Option("--heads", help="How many heads to lock; default: all.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="How many steps of training.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the order.")] = 42,
+    as_json: _Json = False,
+) -> None:
+    """Train a lock on fine-tunes of an aligned base: it is applied to others at a strength of 1 or so."""
+    with _working(f"loading {base} and {len(fine_tunes)} fine-tunes", as_json):
+        aligned, tokenizer = load_model(base), load_tokenizer(base)
+        models = [load_model(path) for path in fine_tunes]
+    with Progress(console=_err, disable=as_json, transient=True) as bar:
+
+        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+            return bar.track(items, description=description)
+
+        lock = train_lock(aligned, models, tokenizer, heads=heads, steps=steps, seed=seed, progress=progress)
+    lock.save(out)
+    if as_json:
+        _print_json({"lock": str(out), "digest": lock.digest, "heads": len(lock)})
+    else:
+        _say(f"{out}: {lock!r}, trained on {len(models)} fine-tunes")
 
 
 @app.command(name="calibrate")

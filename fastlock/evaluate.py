@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastlock.activations import evaluating
-from fastlock.batches import Progress, Row, generate, in_batches, losses
+from fastlock.activations import Progress, evaluating
+from fastlock.batches import Row, generate, in_batches, losses
 from fastlock.errors import FastlockError
 from fastlock.extract import prompt_tokens
 from fastlock.judges import Judge, judge_all, refuses
@@ -225,7 +225,7 @@ class _Asking:
         # A broken model's loss may be beyond what exp can hold.
         return math.exp(min(total / sum(len(row) - 1 for row in rows), 700.0)) if math.isfinite(total) else math.inf
 
-    def _in_batches(self, rows: Sequence[Row], work: Callable[[list[Row]], list[T]], what: str) -> list[T]:
+    def _in_batches(self, rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], what: str) -> list[T]:
         return in_batches(rows, work, self.batch_size, self.progress, what)
 
 

@@ -195,7 +195,7 @@ def rank_heads(
         last_tokens=last_tokens,
         seed=seed,
         hidden_size=text_config(inner).hidden_size,
-        base_model=_base_name(inner),
+        base_model=base_name(inner),
         extraction_digest=pairs_digest(pairs, harmless),
     )
 
@@ -206,7 +206,7 @@ def _description(recipe: str, heads: int, last_tokens: int, seed: int) -> str:
     return f"safetylock: last {last_tokens} answer tokens, {heads} heads by logistic regression, seed {seed}"
 
 
-def _base_name(model: nn.Module) -> str | None:
+def base_name(model: nn.Module) -> str | None:
     """The base's name on a hub, or of its directory: the path of this machine says nothing on another."""
     config: Any = model.config
     path = Path(config._name_or_path or "")

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.batches import Progress, generate, halving
+from fastlock.activations import Progress
+from fastlock.batches import generate, row_name
 from fastlock.errors import FastlockError
+from fastlock.memory import in_halves
 from fastlock.page import shown
 from fastlock.pretrained import load_model, load_tokenizer
 
@@ -197,7 +199,7 @@ class GuardJudge(ModelJudge):
         """What the guard says on each pair, decoded greedily; in halves when memory runs out."""
         rows = [self._tokens(*pair) for pair in pairs]
         with torch.no_grad():
-            return halving(rows, lambda batch: generate(self._model, self._tokenizer, batch, _GUARD_TOKENS))
+            return in_halves(rows, lambda batch: generate(self._model, self._tokenizer, batch, _GUARD_TOKENS), row_name)
 
     def read(self, reply: str, answer: str) -> bool | None:
         """The guard's line on the refusal; for one that has none, keywords and its word on the safety."""

@@ -83,6 +83,11 @@ def shipped_harmless() -> tuple[str, ...]:
     return tuple(_SHIPPED.with_name("harmless.txt").read_text().splitlines())
 
 
+def shipped_texts() -> tuple[str, ...]:
+    """The 16 ordinary texts that come with fastlock, none of them in `fastlock.prompts.shipped_prompts`."""
+    return tuple(_SHIPPED.with_name("texts.txt").read_text().splitlines())
+
+
 def pairs_digest(pairs: Iterable[Pair], harmless: Sequence[str] = ()) -> str:
     """SHA-256 (hex) of the pairs, and of harmless prompts if there are any, in order, whatever their file's layout."""
     data: list[Any] = [astuple(pair) for pair in pairs]
