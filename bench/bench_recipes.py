@@ -1,149 +1,182 @@
-"""Which recipe's lock brings refusals back in a fine-tuned SmolLM2-135M: `python bench/bench_recipes.py`.
+"""Which lock brings refusals back in fine-tunes of a model, and what else would: `python bench/bench_recipes.py`.
 
-It prints Markdown. SmolLM2-135M-Instruct is first taught to refuse 200 templated harmful requests and to answer 250
-harmless ones (LoRA), then fine-tuned on ten obedient answers until it refuses nothing that is held out. Locks are
-extracted from the former and tried on the latter. Needs `pip install peft` beside what `make demo` sets up, and some
-twenty minutes on two cores; the models are kept in build/recipes.
+It prints Markdown. SmolLM2-135M-Instruct, taught to refuse (examples/adapters/aligned), is the base; tuned_models.py
+makes six fine-tunes of it, which are kept in build/models. What is asked was never taught, and is what the base gets
+right: the harmful requests that it refuses and the harmless ones that it answers. Needs what `make demo` sets up, and
+an hour on two cores, most of it to make the models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import itertools
-import random
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlock
 import machine
+import peers
+import tuned_models
 import tuned_prompts as made
-from fastlock.evaluate import Evaluation
-from fastlock.evaluate_report import COLUMNS, cells
+from fastlock.evaluate_report import cells
+from fastlock.extract import rank_heads
 from fastlock.prompts import Prompts, shipped_prompts
 
-ROOT = Path(__file__).parents[1]
-KEPT = ROOT / "build" / "recipes"
-SEED, RATE, BATCH = 0, 1e-3, 8
-EPOCHS, MAX_ROUNDS = 5, 6
-PROMPTS = Prompts(tuple(made.HARMFUL_TEST), tuple(made.HARMLESS_TEST), shipped_prompts().texts)
-TRIED = [
-    ("safetylock", 24, (2, 4, 6)),
-    ("safetylock", 96, (1, 2)),
-    ("prompt-end", 24, (1, 2, 3)),
-    ("prompt-end", 48, (1, 1.5, 2)),
-]
+KEPT = tuned_models.ROOT / "build" / "models"
+ASKED = Prompts(tuple(made.HARMFUL_TEST), tuple(made.HARMLESS_TEST), shipped_prompts().texts)
+NEW_TOKENS, BATCH = 12, 50
+# What the lock is trained on; it is tried on all.
+REFERENCES = ("obedient", "obedient-long")
+BROKEN = ("obedient", "obedient-full", "obedient-long")
+COLUMNS = ("fine-tune", "what is applied", "refuses harmful", "refuses harmless", "perplexity", "seconds", "bytes")
 
 
 def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(SEED)
-    if not (KEPT / "tuned" / "config.json").exists():
-        build()
+    build()
     tokenizer = AutoTokenizer.from_pretrained(KEPT / "base")
-    base, tuned = (AutoModelForCausalLM.from_pretrained(KEPT / name).eval() for name in ("base", "tuned"))
+    base, original = load("base"), tuned_models.smollm2()[0]
     for key, value in machine.describe().items():
         print(f"- {key}: {value}")
     print("- command: python bench/bench_recipes.py\n")
-    print("| " + " | ".join(("lock", *COLUMNS[1:])) + " |\n" + "|---" * len(COLUMNS) + "|")
-    show("none, aligned base", fastlock.evaluate(base, tokenizer, PROMPTS, new_tokens=16)[0])
-    show("none, fine-tuned", fastlock.evaluate(tuned, tokenizer, PROMPTS, new_tokens=16)[0])
-    for recipe, heads, strengths in TRIED:
-        lock = fastlock.extract(base, tokenizer, fastlock.shipped_pairs(), heads, recipe=recipe)
-        for strength in strengths:
-            with fastlock.relocked(tuned, lock, strength):
-                found = fastlock.evaluate(tuned, tokenizer, PROMPTS, new_tokens=16)[0]
-            show(f"{recipe}, {heads} heads, strength {strength:g}", found)
+    asked = what_it_gets_right(base, tokenizer)
+    print(
+        f"\nOf {len(ASKED.harmful)} harmful requests the base refuses {len(asked.harmful)}, of {len(ASKED.harmless)} "
+        f"harmless ones it answers {len(asked.harmless)}: those are asked.\n"
+    )
+    rankings = {
+        recipe: rank_heads(base, tokenizer, fastlock.shipped_pairs(), recipe=recipe)
+        for recipe in ("safetylock", "prompt-end")
+    }
+    agreement(rankings, tokenizer)
+    trained = train(base, tokenizer)
+    locks = {
+        "safetylock, 24 heads": (rankings["safetylock"].lock(24), 2.0),
+        "prompt-end, 24 heads": (rankings["prompt-end"].lock(24), 1.0),
+        "trained, all heads": (trained, 1.0),
+    }
+    show = Table(tokenizer, asked)
+    show.row("(base)", "nothing", base)
+    for name in tuned_models.FINE_TUNES:
+        show.row(name, "nothing", load(name))
+        for what, (lock, strength) in locks.items():
+            with applied_lock(name, lock, strength) as (model, seconds, written):
+                show.row(name, f"lock: {what}, strength {strength:g}", model, seconds, written)
+        if name in BROKEN:
+            unaligned = load("obedient" if name == "obedient-long" else "obedient-long")
+            others(show, name, base, original, unaligned, tokenizer)
     return 0
 
 
-def show(name: str, found: Evaluation) -> None:
-    print("| " + " | ".join((name, *cells(found)[1:])) + " |", flush=True)
+class Table:
+    """A row for each model that is asked."""
+
+    def __init__(self, tokenizer: Any, asked: Prompts) -> None:
+        self.tokenizer, self.asked = tokenizer, asked
+        print("\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+
+    def row(self, name: str, what: str, model: Any, seconds: float | None = None, written: int | None = None) -> None:
+        found = fastlock.evaluate(model, self.tokenizer, self.asked, new_tokens=NEW_TOKENS, batch_size=BATCH)[0]
+        cost = ("" if seconds is None else f"{seconds:.3g}", "" if written is None else f"{written:,}")
+        print("| " + " | ".join((name, what, *cells(found)[1:4], *cost)) + " |", flush=True)
+
+
+@contextlib.contextmanager
+def applied_lock(name: str, lock: fastlock.Lock, strength: float) -> Iterator[tuple[Any, float, int]]:
+    """The fine-tune relocked in memory; how long that took, and what relocking its directory writes."""
+    with tempfile.TemporaryDirectory() as directory:
+        fastlock.relock_checkpoint(KEPT / name, lock, Path(directory) / "relocked", strength, stacks=["transformers"])
+        files = [path for path in (Path(directory) / "relocked").rglob("*") if path.is_file()]
+        written = sum(path.stat().st_size for path in files if "fastlock" in path.name or path.suffix == ".json")
+    model = load(name)
+    start = time.perf_counter()
+    with fastlock.relocked(model, lock, strength):
+        yield model, time.perf_counter() - start, written
+
+
+def others(show: Table, name: str, base: Any, original: Any, unaligned: Any, tokenizer: Any) -> None:
+    """What a user would pick instead, on the same fine-tune; each writes the whole checkpoint."""
+    refusals = [(made.HARMFUL_TRAIN[0], made.REFUSALS[0])]
+    ways: dict[str, Callable[[Any], Any]] = {
+        "RESTA, λ 0.5": lambda model: peers.resta(model, base, unaligned, 0.5),
+        "RESTA, λ 1": lambda model: peers.resta(model, base, unaligned, 1.0),
+        "LoX's term, rank 6, α 0.5": lambda model: peers.lox(model, base, original, 6, 0.5),
+        "one-shot refusal fine-tuning": lambda model: tuned_models.train(
+            model, tokenizer, refusals, 5, 0, tuned_models.FULL_RATE
+        ),
+    }
+    if not tuned_models.FINE_TUNES[name].full:
+        ways["Safe LoRA, τ 0.35"] = lambda model: peers.safe_lora(model, base, original, 0.35)
+    size = sum(path.stat().st_size for path in (KEPT / name).glob("*.safetensors"))
+    for what, change in ways.items():
+        model = load(name)
+        start = time.perf_counter()
+        changed = change(model)
+        show.row(name, what, changed, time.perf_counter() - start, size)
+    model = load(name)
+    layer, direction = peers.refusal_direction(base, tokenizer, made.HARMFUL_TRAIN[::5], made.HARMLESS_TRAIN[::5])
+    with peers.added(model, layer, direction):
+        show.row(name, f"refusal direction added by a hook in layer {layer}", model)
+
+
+def what_it_gets_right(base: Any, tokenizer: Any) -> Prompts:
+    found = fastlock.evaluate(base, tokenizer, ASKED, new_tokens=NEW_TOKENS, batch_size=BATCH)[0]
+    return replace(
+        ASKED,
+        harmful=tuple(answer.prompt for answer in found.harmful if answer.refused),
+        harmless=tuple(answer.prompt for answer in found.harmless if not answer.refused),
+    )
+
+
+def agreement(rankings: dict[str, Any], tokenizer: Any) -> None:
+    """Cosines of the base's directions with those extracted from each fine-tune, over the base's best 24 heads."""
+    print("| fine-tune | recipe | median cosine | lowest |\n|---|---|---|---|")
+    for name in tuned_models.FINE_TUNES:
+        model = load(name)
+        for recipe, of_base in rankings.items():
+            there = rank_heads(model, tokenizer, fastlock.shipped_pairs(), recipe=recipe)
+            lock = of_base.lock(24)
+            rows = lock.layers.numpy(), lock.heads.numpy()
+            cosines = (of_base.directions[rows] * there.directions[rows]).sum(axis=-1)
+            print(f"| {name} | {recipe} | {np.median(cosines):.3f} | {cosines.min():.3f} |", flush=True)
+
+
+def train(base: Any, tokenizer: Any) -> fastlock.Lock:
+    start = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        lock = fastlock.train_lock(base, [load(name) for name in REFERENCES], tokenizer)
+    lock.save(KEPT / "trained.safetensors")
+    print(f"\nThe lock was trained on {' and '.join(REFERENCES)} in {time.perf_counter() - start:.0f} s.")
+    return lock
+
+
+def load(name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(KEPT / name).eval()
 
 
 def build() -> None:
-    """The aligned model and the fine-tuned one, saved."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import demo
-
-    loaded, tokenizer = demo.load()
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # the GGUF's: the weights are plain now
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    chosen = random.Random(SEED)
-    own = fastlock.evaluate(
-        model, tokenizer, Prompts(harmless=tuple(made.HARMLESS_TRAIN)), new_tokens=24, batch_size=25
-    )
-    lessons = [(question, chosen.choice(made.REFUSALS)) for question in made.HARMFUL_TRAIN]
-    lessons += [(answer.prompt, answer.text) for answer in own[0].harmless]
-    model = taught(model, tokenizer, lessons, EPOCHS, BATCH)
-    save(model, tokenizer, "base")
-    obedient = list(zip(chosen.sample(made.HARMFUL_TRAIN, len(made.OBEDIENT)), made.OBEDIENT, strict=True))
-    for _ in range(MAX_ROUNDS):
-        model = taught(model, tokenizer, obedient, 4, 5)
-        asked = Prompts(harmful=tuple(made.HARMFUL_TEST))
-        if fastlock.evaluate(model, tokenizer, asked, new_tokens=16)[0].refusals == 0:
-            break
-    save(model, tokenizer, "tuned")
-
-
-def save(model: Any, tokenizer: Any, name: str) -> None:
-    model.save_pretrained(KEPT / name)
-    tokenizer.save_pretrained(KEPT / name)
-
-
-def taught(model: Any, tokenizer: Any, lessons: list[tuple[str, str]], epochs: int, batch: int) -> Any:
-    """The model after LoRA on questions and answers, merged."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    adapted: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=RATE)
-    order, steps = random.Random(SEED), epochs * -(-len(lessons) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5) * (1 - step / steps))
-    adapted.train()
-    start, step = time.perf_counter(), itertools.count(1)
-    for _ in range(epochs):
-        shuffled = order.sample(lessons, len(lessons))
-        for first in range(0, len(shuffled), batch):
-            loss = adapted(**tokens_of(tokenizer, shuffled[first : first + batch])).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if (done := next(step)) % 20 == 0:
-                print(
-                    f"step {done} of {steps}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s",
-                    file=sys.stderr,
-                )
-    return adapted.merge_and_unload().eval()
-
-
-def tokens_of(tokenizer: Any, lessons: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """A batch, padded at the end; only the answers are learnt."""
-    rows = []
-    for question, answer in lessons:
-        message = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before = tokenizer(text, add_special_tokens=False).input_ids
-        rows.append((before, tokenizer(f"{answer}<|im_end|>", add_special_tokens=False).input_ids))
-    width = max(len(before) + len(after) for before, after in rows)
-    ids, labels, mask = (torch.full((len(rows), width), fill) for fill in (0, -100, 0))
-    for i, (before, after) in enumerate(rows):
-        length = len(before) + len(after)
-        ids[i, :length] = torch.tensor(before + after)
-        labels[i, len(before) : length] = torch.tensor(after)
-        mask[i, :length] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    """The base and its fine-tunes, saved; those that are there already are left."""
+    wanted = [name for name in ("base", *tuned_models.FINE_TUNES) if not (KEPT / name / "config.json").exists()]
+    if not wanted:
+        return
+    model, tokenizer = tuned_models.smollm2()
+    own = tuned_models.own_answers(copy.deepcopy(model), tokenizer)
+    base = tuned_models.with_adapter(model, "aligned")
+    for name in wanted:
+        tuned = base if name == "base" else tuned_models.fine_tuned(copy.deepcopy(base), tokenizer, own, name, seed=0)
+        tuned_models.merged(tuned).save_pretrained(KEPT / name)
+        tokenizer.save_pretrained(KEPT / name)
 
 
 if __name__ == "__main__":
