@@ -1,22 +1,29 @@
 """Compile the fold kernel ahead of time, without a GPU, and check the code: wide loads, no spills, rounding.
 
-Run as `python -m fastlock.kernels.build`. It compiles what `fold.launch` would, from the same definitions.
+Run as `python -m fastlock.kernels.build`. It compiles what `jit.launch` would, from the same definitions. With
+`--cubins DIRECTORY` it writes the cubins and their manifest, which `setup.py` puts into the wheel.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold import DTYPES, INTERPRETED, SIGNATURE, Variant, fold_kernel
+from fastlock.kernels import cubins
+from fastlock.kernels.fold import DTYPES, Variant
+from fastlock.kernels.jit import INTERPRETED, SIGNATURE, constants, fold_kernel
 
 ARCHS = (80, 90, 100, 120)
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -36,7 +45,7 @@ class Report:
 
     Attributes:
         arch: compute capability, 90 for sm_90.
-        variant: the name of the variant, see `name_of`.
+        variant: the name of the variant.
         registers: registers of one thread.
         spill_bytes: bytes of spill stores and spill loads.
         local_bytes, stack_bytes: local memory and stack of one thread.
@@ -44,6 +53,8 @@ class Report:
         vector_loads: 16-byte loads in the code.
         problems: what is wrong with it, in words.
         ptx: the code.
+        cubin: what the manifest says of the binary.
+        binary: the binary.
     """
 
     arch: int
@@ -56,6 +67,12 @@ class Report:
     vector_loads: int
     problems: list[str]
     ptx: str = field(repr=False)
+    cubin: cubins.Cubin
+    binary: bytes = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the binary."""
+        return {key: value for key, value in asdict(self).items() if key != "binary"}
 
 
 def variants() -> Iterator[Variant]:
@@ -71,51 +88,117 @@ def in_sample(arch: int, variant: Variant) -> bool:
     return variant.aligned and variant.head_dim in (80, 128, 192)
 
 
-def name_of(variant: Variant) -> str:
-    """The name of a variant, such as bfloat16-rows-128-aligned."""
-    layout = "columns" if variant.transposed else "rows"
-    dtype = str(variant.dtype).removeprefix("torch.")
-    return f"{dtype}-{layout}-{variant.head_dim}-{'aligned' if variant.aligned else 'plain'}"
+def shipped(variant: Variant) -> bool:
+    """Whether the wheel has a cubin of it: of all aligned variants.
+
+    torch's own allocations start at multiples of 512 bytes, and every known model's heads and rows at multiples of
+    16, so that plain loads are for views at odd addresses. They would double the files; Triton's JIT does them.
+    """
+    return variant.aligned
 
 
 def compile_variant(arch: int, variant: Variant) -> Report:
     """Compile the fold kernel for one compute capability, with Triton's own ptxas.
+
+    Of the two that Triton brings, it is the older one, for every architecture: a newer toolkit's cubins need a newer
+    driver. No path of this machine gets into the code, as line numbers are left out.
 
     Raises:
         FastlockError: Triton was imported with TRITON_INTERPRET=1, which can't compile.
     """
     if INTERPRETED:
         raise FastlockError("Triton can't compile under TRITON_INTERPRET=1: unset it and start Python again.")
-    constants = variant.constants()
+    constexprs = constants(variant)
     source = ASTSource(
         fold_kernel,
-        signature=SIGNATURE | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
+        signature=SIGNATURE | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(SIGNATURE))},
     )
-    log = io.StringIO()
+    log, ptxas = io.StringIO(), triton.knobs.nvidia.ptxas
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True  # a kernel from the cache leaves no ptxas log
+        triton.knobs.compilation.disable_line_info = True
         triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.nvidia.ptxas_blackwell = ptxas.path
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options())
-    usage = _resource_usage(kernel.asm["cubin"])
+    elf = _read_elf(kernel.asm["cubin"])
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     if not spills:
         raise FastlockError(f"ptxas said nothing about spills:\n{log.getvalue()}")
     ptx = kernel.asm["ptx"]
-    memory = {"spills": sum(map(int, spills)), "local memory": usage["LOCAL"], "stack": usage["STACK"]}
+    memory = {"spills": sum(map(int, spills)), "local memory": elf.usage["LOCAL"], "stack": elf.usage["STACK"]}
+    cubin = cubins.Cubin(
+        variant=variant.name,
+        target=f"sm_{elf.target}",
+        file=f"{variant.name}-sm_{elf.target}.cubin",
+        sha256=hashlib.sha256(kernel.asm["cubin"]).hexdigest(),
+        kernel=kernel.metadata.name,
+        parameters=elf.parameters,
+        shared=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        registers=elf.usage["REG"],
+        ptxas=ptxas.version,
+    )
     return Report(
         arch=arch,
-        variant=name_of(variant),
-        registers=usage["REG"],
+        variant=variant.name,
+        registers=elf.usage["REG"],
         spill_bytes=memory["spills"],
-        local_bytes=usage["LOCAL"],
-        stack_bytes=usage["STACK"],
+        local_bytes=elf.usage["LOCAL"],
+        stack_bytes=elf.usage["STACK"],
         shared_bytes=kernel.metadata.shared,
         vector_loads=count_vector_loads(ptx),
-        problems=code_problems(variant, ptx) + [f"{n} bytes of {what}" for what, n in memory.items() if n],
+        problems=code_problems(variant, ptx)
+        + [f"{n} bytes of {what}" for what, n in memory.items() if n]
+        + launch_problems(variant, cubin, kernel.metadata._asdict()),
         ptx=ptx,
+        cubin=cubin,
+        binary=kernel.asm["cubin"],
     )
+
+
+def launch_problems(variant: Variant, cubin: cubins.Cubin, metadata: dict[str, Any]) -> list[str]:
+    """What the plain launch of `cubins` could not do: scratch memory, clusters, cooperative grids, other parameters."""
+    problems = []
+    for key, plain in (
+        ("global_scratch_size", 0),
+        ("profile_scratch_size", 0),
+        ("launch_cooperative_grid", False),
+        ("launch_pdl", False),
+        ("num_ctas", 1),
+        ("num_warps", variant.num_warps),
+    ):
+        if metadata[key] != plain:
+            problems.append(f"{key} is {metadata[key]}, not {plain}")
+    # Behind the kernel's own arguments Triton passes two addresses of scratch memory.
+    expected = tuple((8 * i, 8) for i in range(len(SIGNATURE) + 2))
+    if cubin.parameters != expected:
+        problems.append(f"its parameters are {cubin.parameters}, not {expected}")
+    return problems
+
+
+def write_cubins(reports: Sequence[Report], directory: Path) -> cubins.Manifest:
+    """Write what `shipped` ships and has no problem to a directory of its own, which is made anew.
+
+    Raises:
+        FastlockError: the directory holds something else.
+    """
+    if directory.exists() and any(path.suffix not in (".cubin", ".json") for path in directory.iterdir()):
+        raise FastlockError(f"{directory} holds other files than cubins; name a directory of their own.")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    sound = [report for report in reports if shipped(variant_named(report.variant)) and not report.problems]
+    for report in sound:
+        (directory / report.cubin.file).write_bytes(report.binary)
+    manifest = cubins.Manifest(triton.__version__, cubins.digest_of_sources(), tuple(report.cubin for report in sound))
+    (directory / cubins.MANIFEST).write_text(manifest.to_json())
+    return manifest
+
+
+def variant_named(name: str) -> Variant:
+    """The variant of a name."""
+    return next(variant for variant in variants() if variant.name == name)
 
 
 def expected_vector_loads(variant: Variant) -> int:
@@ -152,35 +235,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities (default: %(default)s)"
     )
-    parser.add_argument("--all", action="store_true", help="every variant, not only CI's sample")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--all", action="store_true", help="every variant, not only CI's sample")
+    what.add_argument("--shipped", action="store_true", help="every variant that the wheel has")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports, PTX included, to this file")
+    parser.add_argument("--cubins", type=Path, metavar="DIRECTORY", help="write the cubins and their manifest here")
+    parser.add_argument("--jobs", type=int, default=_processors(), help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
+    wanted = [
+        (arch, variant)
+        for arch, variant in itertools.product(options.arch, variants())
+        if options.all or (shipped(variant) if options.shipped else in_sample(arch, variant))
+    ]
     reports = []
     print(f"{'arch':<7}{'variant':<32}{'regs':>5}{'spills':>8}{'local':>7}{'shared':>8}{'v4':>4}")
-    for arch, variant in itertools.product(options.arch, variants()):
-        if options.all or in_sample(arch, variant):
-            report = compile_variant(arch, variant)
-            reports.append(report)
-            print(
-                f"sm_{arch:<4}{report.variant:<32}{report.registers:>5}{report.spill_bytes:>8}{report.local_bytes:>7}"
-                f"{report.shared_bytes:>8}{report.vector_loads:>4}  {'; '.join(report.problems)}",
-                flush=True,
-            )
+    for report in _compile_all(wanted, options.jobs):
+        reports.append(report)
+        print(
+            f"sm_{report.arch:<4}{report.variant:<32}{report.registers:>5}{report.spill_bytes:>8}"
+            f"{report.local_bytes:>7}{report.shared_bytes:>8}{report.vector_loads:>4}  {'; '.join(report.problems)}",
+            flush=True,
+        )
     if options.json:
-        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+        options.json.write_text(json.dumps([report.to_json() for report in reports], indent=1))
     bad = sum(bool(report.problems) for report in reports)
     print(f"Triton {triton.__version__}: {len(reports)} kernels, {bad} with problems")
+    if options.cubins:
+        manifest = write_cubins(reports, options.cubins)
+        size = sum(path.stat().st_size for path in options.cubins.iterdir())
+        print(f"{options.cubins}: {len(manifest.cubins)} cubins, {size / 1e6:.1f} MB")
     return 1 if bad else 0
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of a cubin with one kernel."""
+def _compile_all(wanted: Sequence[tuple[int, Variant]], jobs: int) -> Iterator[Report]:
+    """Each in turn; over several processes, as ptxas and Triton's passes use one thread each."""
+    if jobs == 1:
+        yield from (compile_variant(arch, variant) for arch, variant in wanted)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_variant, *zip(*wanted, strict=True), chunksize=4)
+
+
+def _processors() -> int:
+    """How many processors this process may use, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class _Elf:
+    """What cuobjdump reads in a cubin with one kernel.
+
+    Attributes:
+        target: such as 90a.
+        usage: REG, STACK, SHARED and LOCAL.
+        parameters: (offset, size) of each.
+    """
+
+    target: str
+    usage: dict[str, int]
+    parameters: tuple[tuple[int, int], ...]
+
+
+def _read_elf(cubin: bytes) -> _Elf:
+    """Read a cubin by Triton's own cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-elf", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    own = text.partition(f"\n.nv.info.{fold_kernel.__name__}\n")[2].partition("\n\n\n")[0]
+    found = re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: 0x(\w+)\s+Size\s+: 0x(\w+)", own)
+    parameters = sorted(tuple(int(number, 16) for number in numbers) for numbers in found)
+    (target,) = set(re.findall(r"\bsm=(\w+),", text))
+    return _Elf(target, usage, tuple((offset, size) for _, offset, size in parameters))
 
 
 if __name__ == "__main__":

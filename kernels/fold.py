@@ -1,34 +1,25 @@
-"""The fold as one Triton launch: b = W d + c of every site, over the locked head columns only."""
+"""The fold as one launch: b = W d + c of every site, over the locked head columns only.
+
+Nothing here imports Triton: a fold by a kernel that was compiled ahead of time needs none.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from fastlock.errors import FastlockError
+from fastlock.kernels import cubins
 
-# True where TRITON_INTERPRET=1 was set when this module was imported: the kernel then runs on the CPU.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
-
-# One row of the site table, [SITE_FIELDS] int64.
-BIAS = tl.constexpr(0)  # address of the existing bias, or 0
-OUT = tl.constexpr(1)  # address of the result
-STRIDE = tl.constexpr(2)  # elements from one row of the weight to the next; one column, if transposed
-HIDDEN = tl.constexpr(3)
-FIRST = tl.constexpr(4)  # the site's heads are FIRST to LAST - 1 of the head table
-LAST = tl.constexpr(5)
-SITE_FIELDS = tl.constexpr(6)
-
-VECTOR_BYTES = tl.constexpr(16)
+# int64 numbers in one row of the site table: `jit` says what they are.
+SITE_FIELDS = 6
+VECTOR_BYTES = 16
 
 # 32 rows and two threads a column leave 16 elements of W a thread and head. Threads outnumber the columns, so
 # Triton reads the values straight into the layout of W: no shared memory and no barrier in the loop over heads.
@@ -40,76 +31,6 @@ ALIGNED_ROWS = 32
 PLAIN_ROWS = 16
 THREADS_PER_COLUMN = 2
 MIN_WARPS = 4
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def fold_kernel(
-    p_sites: tl.tensor,
-    p_heads: tl.tensor,
-    p_values: tl.tensor,
-    DTYPE: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-) -> None:
-    """Program (i, j) writes rows [j * BR, (j + 1) * BR) of site i: out = sum over its heads of W d, plus the bias.
-
-    p_sites: [sites, SITE_FIELDS] int64. p_heads: [K] int64, the address of each locked head's first column.
-    p_values: [K, D] fp32. VECTOR: how many elements of the weight make VECTOR_BYTES bytes.
-    One program sums a whole row in one order, so the result is the same bits from run to run.
-    """
-    p_site = p_sites + tl.program_id(0).to(tl.int64) * SITE_FIELDS
-    i_row = tl.program_id(1).to(tl.int64) * BR
-    hidden = tl.load(p_site + HIDDEN)
-    stride = tl.load(p_site + STRIDE)
-    first = tl.load(p_site + FIRST)
-    last = tl.load(p_site + LAST)
-    if i_row >= hidden:  # the grid is as high as the tallest site
-        return
-    if ALIGNED:
-        stride = tl.multiple_of(stride, VECTOR)
-        if TRANSPOSED:
-            hidden = tl.multiple_of(hidden, VECTOR)
-
-    o_r = i_row + tl.arange(0, BR)  # [BR]
-    o_d = tl.arange(0, BD)  # [BD]
-    m_r = o_r < hidden
-    m_d = o_d < D
-    if TRANSPOSED:
-        o_w = o_d[:, None] * stride + o_r[None, :]  # [BD, BR]
-        m_w = m_d[:, None] & m_r[None, :]
-        b_acc = tl.zeros([BD, BR], dtype=tl.float32)
-    else:
-        o_w = o_r[:, None] * stride + o_d[None, :]  # [BR, BD]
-        m_w = m_r[:, None] & m_d[None, :]
-        b_acc = tl.zeros([BR, BD], dtype=tl.float32)
-
-    for i_head in range(first, last):
-        p_w = tl.load(p_heads + i_head).to(tl.pointer_type(DTYPE))
-        if ALIGNED:
-            # On the pointer, not on the integer before the cast: only then are the loads 16 bytes wide.
-            p_w = tl.multiple_of(p_w, VECTOR_BYTES)
-        b_w = tl.load(p_w + o_w, mask=m_w, other=0.0).to(tl.float32)
-        b_d = tl.load(p_values + i_head * D + o_d, mask=m_d, other=0.0)  # [BD]
-        if TRANSPOSED:
-            b_acc += b_w * b_d[:, None]
-        else:
-            b_acc += b_w * b_d[None, :]
-
-    b_out = tl.sum(b_acc, axis=0 if TRANSPOSED else 1)  # [BR]
-    bias = tl.load(p_site + BIAS)
-    m_bias = o_r < tl.where(bias != 0, hidden, 0)
-    b_out += tl.load(bias.to(tl.pointer_type(DTYPE)) + o_r, mask=m_bias, other=0.0).to(tl.float32)
-    p_out = tl.load(p_site + OUT).to(tl.pointer_type(OUT_DTYPE))
-    tl.store(p_out + o_r, b_out.to(OUT_DTYPE), mask=m_r)
-
-
-# The kernel's arguments that are not constants. All point to multiples of 16 bytes: see `_pack`.
-SIGNATURE = {"p_sites": "*i64", "p_heads": "*i64", "p_values": "*fp32"}
 
 
 @dataclass(frozen=True)
@@ -131,44 +52,40 @@ class Variant:
     aligned: bool
 
     @property
+    def name(self) -> str:
+        """Such as bfloat16-rows-128-aligned; of out_dtype only where it is not dtype."""
+        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.out_dtype))
+        layout, access = "columns" if self.transposed else "rows", "aligned" if self.aligned else "plain"
+        return f"{'-'.join(dtypes)}-{layout}-{self.head_dim}-{access}"
+
+    @property
     def vector(self) -> int:
         """How many elements of the weight make one 16-byte load."""
-        return int(VECTOR_BYTES.value) // self.dtype.itemsize
+        return VECTOR_BYTES // self.dtype.itemsize
 
     @property
     def block_columns(self) -> int:
         """head_dim, rounded up to a power of two."""
-        return int(triton.next_power_of_2(self.head_dim))
+        return int(1 << (self.head_dim - 1).bit_length())
 
     @property
     def block_rows(self) -> int:
         """Rows of one program."""
         return ALIGNED_ROWS if self.aligned else PLAIN_ROWS
 
-    def constants(self) -> dict[str, Any]:
-        """The kernel's constexpr arguments."""
-        return {
-            "DTYPE": DTYPES[self.dtype],
-            "OUT_DTYPE": DTYPES[self.out_dtype],
-            "D": self.head_dim,
-            "BD": self.block_columns,
-            "BR": self.block_rows,
-            "VECTOR": self.vector,
-            "TRANSPOSED": self.transposed,
-            "ALIGNED": self.aligned,
-        }
+    @property
+    def num_warps(self) -> int:
+        """Of one program, 32 threads each."""
+        return max(MIN_WARPS, self.block_columns * THREADS_PER_COLUMN // 32)
 
     def options(self) -> dict[str, Any]:
         """Triton's compile options. Fusion is set because its default is not the same in every Triton."""
-        return {
-            "num_warps": max(MIN_WARPS, self.block_columns * THREADS_PER_COLUMN // 32),
-            "enable_fp_fusion": True,
-        }
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Table:
-    """All that one launch reads besides W and the biases, on the weights' device.
+    """All that one launch reads besides W and the biases, on the weights' device; and the launch, ready to run.
 
     It holds addresses: it is good for as long as the weights, biases and results stay where they are.
 
@@ -178,6 +95,7 @@ class Table:
         values: the displacements, [K, head_dim] float32.
         variant: the kernel to launch.
         grid: (sites, blocks of rows of the tallest site).
+        run: launches a cubin with its arguments packed, where one fits (see `cubins.choose`); else Triton's JIT.
     """
 
     sites: torch.Tensor
@@ -185,6 +103,7 @@ class Table:
     values: torch.Tensor
     variant: Variant
     grid: tuple[int, int]
+    run: Callable[[], None] = field(repr=False, compare=False)
 
 
 def fold_sites(
@@ -254,27 +173,46 @@ def build_table(
         weights[0].dtype, out[0].dtype, head_dim, transposed, _aligned(weights, addresses, head_dim, transposed)
     )
     sites, head_table, value_table = _pack(rows, addresses, torch.cat(list(values)), weights[0].device)
-    grid = (len(weights), triton.cdiv(max(weight.shape[0] for weight in weights), variant.block_rows))
-    return Table(sites, head_table, value_table, variant, grid)
+    grid = (len(weights), -(-max(weight.shape[0] for weight in weights) // variant.block_rows))
+    run = _launcher(sites, head_table, value_table, variant, grid)
+    return Table(sites, head_table, value_table, variant, grid, run)
 
 
 def launch(table: Table) -> None:
-    """Run the fold of a table on its device's current stream. Does not wait for it."""
-    if 0 in table.grid:
-        return
-    device = table.sites.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        fold_kernel[table.grid](
-            table.sites, table.heads, table.values, **table.variant.constants(), **table.variant.options()
-        )
+    """Run the fold of a table on its device's current stream. Does not wait for it.
+
+    Raises:
+        FastlockError: the driver refused the launch, or this process was forked from the one that made the table.
+    """
+    if 0 not in table.grid:
+        table.run()
+
+
+def _launcher(
+    sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: Variant, grid: tuple[int, int]
+) -> Callable[[], None]:
+    """What launches it: the cubin of the variant with its arguments packed, or Triton's JIT."""
+    if sites.device.type == "cuda":
+        kernel = cubins.choose(variant.name, sites.device.index).kernel
+        if kernel is not None:
+            return kernel.launcher((*grid, 1), [part.data_ptr() for part in (sites, heads, values)])
+    return partial(_launch_jit, sites, heads, values, variant, grid)
+
+
+def _launch_jit(
+    sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: Variant, grid: tuple[int, int]
+) -> None:
+    from fastlock.kernels import jit
+
+    jit.launch(sites, heads, values, variant, grid)
 
 
 def _aligned(weights: Sequence[torch.Tensor], addresses: Sequence[int], head_dim: int, transposed: bool) -> bool:
     """Every vector of W that the kernel reads starts at a multiple of 16 bytes and is inside the head's block."""
-    vector = VECTOR_BYTES.value // weights[0].element_size()
+    vector = VECTOR_BYTES // weights[0].element_size()
     lengths = [weight.shape[0] for weight in weights] if transposed else [head_dim]
     strides = [weight.stride(1 if transposed else 0) for weight in weights]
-    return all(n % vector == 0 for n in lengths + strides) and all(n % VECTOR_BYTES.value == 0 for n in addresses)
+    return all(n % vector == 0 for n in lengths + strides) and all(n % VECTOR_BYTES == 0 for n in addresses)
 
 
 def _pack(
@@ -289,7 +227,7 @@ def _pack(
     host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()
     table = host.to(device, non_blocking=True)
     return (
-        table[: len(rows)].view(-1, SITE_FIELDS.value),
+        table[: len(rows)].view(-1, SITE_FIELDS),
         table[len(rows) : len(rows) + len(addresses)],
         table[len(numbers) :].view(torch.float32)[: values.numel()].view(values.shape),
     )
@@ -309,7 +247,7 @@ def _check(
     contiguous = 0 if any(transposed) else 1
     if dtype not in DTYPES:
         raise FastlockError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
-    if device.type != "cuda" and not INTERPRETED:
+    if device.type != "cuda" and not _interpreted():
         raise FastlockError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
     head_dim = values[0].shape[-1]
     if not 0 < head_dim <= MAX_HEAD_DIM:
@@ -331,6 +269,15 @@ def _check(
         _check_vector(result, hidden, (dtype, torch.float32), device, f"site {site}: out")
         if result.dtype != out[0].dtype:
             raise FastlockError(f"site {site}: all results of one launch must have one dtype.")
+
+
+def _interpreted() -> bool:
+    """Whether Triton is there and interprets its kernels, so that they run on a CPU."""
+    try:
+        from fastlock.kernels import jit
+    except ImportError:
+        return False
+    return jit.INTERPRETED
 
 
 def _check_vector(
