@@ -303,12 +303,17 @@ def _opened() -> tuple[driver.Driver, Manifest]:
     """The driver and the manifest, if the cubins are of this version and may be used."""
     if os.environ.get(SWITCH) == "0":
         raise FastlockError(f"{SWITCH}=0 is set")
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes"):
+    if _interpreting():
         raise FastlockError("TRITON_INTERPRET is set")
     manifest = read_manifest(FOLDER)
     if manifest.sources != digest_of_sources():
         raise FastlockError("the cubins were built from other sources than are installed")
     return driver.Driver(driver.open_library()), manifest
+
+
+def _interpreting() -> bool:
+    """Whether the user asks for Triton's interpreter, in Triton's words for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def _load(variant: str, index: int) -> Kernel:

@@ -192,8 +192,9 @@ def _launcher(
     sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: Variant, grid: tuple[int, int]
 ) -> Callable[[], None]:
     """What launches it: the cubin of the variant with its arguments packed, or Triton's JIT."""
-    if sites.device.type == "cuda":
-        kernel = cubins.choose(variant.name, sites.device.index).kernel
+    index = _cuda_index(sites.device)
+    if index is not None:
+        kernel = cubins.choose(variant.name, index).kernel
         if kernel is not None:
             return kernel.launcher((*grid, 1), [part.data_ptr() for part in (sites, heads, values)])
     return partial(_launch_jit, sites, heads, values, variant, grid)
@@ -247,7 +248,7 @@ def _check(
     contiguous = 0 if any(transposed) else 1
     if dtype not in DTYPES:
         raise FastlockError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
-    if device.type != "cuda" and not _interpreted():
+    if _cuda_index(device) is None and not _interpreted():
         raise FastlockError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
     head_dim = values[0].shape[-1]
     if not 0 < head_dim <= MAX_HEAD_DIM:
@@ -269,6 +270,11 @@ def _check(
         _check_vector(result, hidden, (dtype, torch.float32), device, f"site {site}: out")
         if result.dtype != out[0].dtype:
             raise FastlockError(f"site {site}: all results of one launch must have one dtype.")
+
+
+def _cuda_index(device: torch.device) -> int | None:
+    """torch's index of a CUDA device; None for any other device."""
+    return device.index if device.type == "cuda" else None
 
 
 def _interpreted() -> bool:
