@@ -15,7 +15,7 @@ VLLM := 0.32.0
 LLAMA_CPP := 0.3.36
 SGLANG := 0.5.23
 
-.PHONY: demo demo-short test test-kernels test-serving lint types bench gpu clean
+.PHONY: demo demo-short test test-kernels test-serving lint types bench gpu wheel clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/python examples/demo.py
@@ -57,8 +57,13 @@ gpu:
 	$(PYTHON) setup.py --quiet build_py --build-lib build/gpu
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/tests $(PYTHON) bench/run.py --gpu
 
+# With the kernels compiled ahead of time; no GPU is needed. Without build isolation, as Triton compiles them.
+wheel: $(VENV)/ready
+	rm -rf build/lib
+	FASTLOCK_CUBINS=1 $(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf build demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-sglang
+	rm -rf build dist demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-sglang
 
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

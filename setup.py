@@ -1,12 +1,67 @@
-"""Only what pyproject.toml can't say: `kernels/`, at the top of the repository, installs as `fastlock.kernels`.
+"""Only what pyproject.toml can't say: where the kernels are, and compiling them into the wheel.
 
-(The top-level import name `kernels` belongs to Hugging Face's package of that name.)
+`kernels/`, at the top of the repository, installs as `fastlock.kernels`. (The top-level import name `kernels` belongs
+to Hugging Face's package of that name.)
+
+The cubins are compiled where Triton can be imported by the Python that builds: with `pip wheel --no-build-isolation .`
+in an environment that has fastlock's dependencies, no GPU needed. The environment variable FASTLOCK_CUBINS chooses: 0
+builds none, 1 all or the build fails, a list of compute capabilities (80,90) those or it fails. A wheel without
+them works: Triton then compiles the kernels on the user's machine.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+CUBINS = "fastlock/kernels/cubins"
+
+
+class BuildWithCubins(build_py):
+    """Copies the Python files, then compiles the cubins beside them; not for an editable installation."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        built, wanted = Path(self.build_lib).resolve(), os.environ.get("FASTLOCK_CUBINS", "")
+        shutil.rmtree(built / CUBINS, ignore_errors=True)  # those of an earlier build
+        if wanted != "0":
+            compile_cubins(built, wanted)
+
+
+def compile_cubins(built: Path, wanted: str) -> None:
+    """Compile into the built package, by itself. Without them the build goes on, unless they were asked for."""
+    archs = wanted.split(",") if wanted not in ("", "1") else []
+    command = [sys.executable, "-m", "fastlock.kernels.build", "--shipped", "--cubins", CUBINS]
+    command += ["--arch", *archs] if archs else []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # From the built package's folder, so that it is the one that Python finds.
+    done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        print(done.stdout.splitlines()[-1], file=sys.stderr)
+        return
+    lines = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
+    said = f"fastlock: no kernels were compiled ahead of time (exit code {done.returncode}):\n{lines}"
+    if wanted:
+        raise SystemExit(said)
+    frame = "*" * 88
+    print(
+        f"{frame}\n{said}\n"
+        "The wheel works without: Triton compiles them on the user's machine, on the first relock.\n"
+        "To have them: build without isolation, where torch, transformers and triton are installed.\n"
+        f"FASTLOCK_CUBINS=0 builds without them and says nothing.\n{frame}",
+        file=sys.stderr,
+    )
+
 
 setup(
     packages=["fastlock", "fastlock.kernels"],
     package_dir={"fastlock": "fastlock", "fastlock.kernels": "kernels"},
     package_data={"fastlock": ["py.typed", "pairs.jsonl", "prompts.json", "harmless.txt", "texts.txt"]},
+    cmdclass={"build_py": BuildWithCubins},
 )
