@@ -26,7 +26,7 @@ from fastlock import zoo_cli
 from fastlock.calibrate import calibrate
 from fastlock.calibrate_report import FRONTIER, calibration_html, picture, trial_cells
 from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
-from fastlock.doctor import doctor
+from fastlock.doctor import doctor, launch_paths
 from fastlock.errors import FastlockError
 from fastlock.evaluate import Evaluation, evaluate
 from fastlock.evaluate_report import (
@@ -429,8 +429,22 @@ def _stacks(given: list[str] | None) -> tuple[str, ...]:
 
 
 @app.command(name="doctor")
-def doctor_command(checkpoint: _Checkpoint, stacks: _For = None, as_json: _Json = False) -> None:
-    """Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not."""
+def doctor_command(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="A checkpoint's directory or URL; none: this machine.")
+    ] = None,
+    stacks: _For = None,
+    as_json: _Json = False,
+) -> None:
+    """Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not.
+
+    Without a checkpoint: what folds on each of this machine's devices, and why.
+    """
+    if checkpoint is None:
+        if stacks:
+            raise typer.BadParameter("--for is about a checkpoint; name one.")
+        _show_launch_paths(as_json)
+        return
     found = doctor(checkpoint, _stacks(stacks))
     if as_json:
         _print_json({"checkpoint": checkpoint, "stacks": [finding.to_dict() for finding in found]})
@@ -439,6 +453,15 @@ def doctor_command(checkpoint: _Checkpoint, stacks: _For = None, as_json: _Json 
             _say(f"{finding.stack}: {finding.reason}", "green" if finding.acts else "red")
     if not all(finding.acts for finding in found):
         raise typer.Exit(NOT_LOCKED)
+
+
+def _show_launch_paths(as_json: bool) -> None:
+    paths = launch_paths()
+    if as_json:
+        _print_json({"devices": [path.to_dict() for path in paths]})
+        return
+    for path in paths:
+        _say(f"{path.device}: {path.path} ({path.reason})", "red" if path.path == "none" else "")
 
 
 @app.command(name="verify")

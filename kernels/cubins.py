@@ -199,10 +199,20 @@ def choose(variant: str, index: int) -> Choice:
         return _choices[index, variant]
 
 
+def choices(index: int) -> list[Choice]:
+    """The choice of every variant that the manifest has, each of them loaded; or, if there is none, the reason."""
+    try:
+        variants = dict.fromkeys(cubin.variant for cubin in _opened()[1].cubins)
+    except (FastlockError, OSError) as error:
+        return [Choice(None, str(error))]
+    return [choose(variant, index) for variant in variants] or [Choice(None, "the manifest lists no cubin")]
+
+
 class Kernel:
     """A cubin's kernel, loaded into the primary context of one device.
 
     Attributes:
+        driver: what loaded it.
         cubin: what it was loaded from.
         index: torch's index of the device.
         context: the device's primary context.

@@ -203,8 +203,13 @@ def _launcher(
 def _launch_jit(
     sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: Variant, grid: tuple[int, int]
 ) -> None:
-    from fastlock.kernels import jit
-
+    try:
+        from fastlock.kernels import jit
+    except ImportError as error:
+        raise FastlockError(
+            f"no kernel compiled ahead of time fits (`fastlock doctor` says why), and Triton, which would compile one, "
+            f"can't be imported ({error}). Install Triton, or relock on the CPU."
+        ) from None
     jit.launch(sites, heads, values, variant, grid)
 
 

@@ -9,6 +9,7 @@ from families import random_lock, tiny_model
 
 import fastlock
 from fastlock import cli
+from fastlock.doctor import LaunchPath
 
 
 @pytest.fixture
@@ -146,6 +147,20 @@ def test_doctor(files, run) -> None:
     assert "vllm uses the biases of all 2 locked layers" in run("doctor", out, "--for", "vllm")
     found = json.loads(run("doctor", out, "--json"))["stacks"]
     assert [(finding["stack"], finding["acts"]) for finding in found] == [("transformers", True), ("vllm", True)]
+
+
+def test_doctor_of_the_machine(run, monkeypatch) -> None:
+    paths = [
+        LaunchPath("cuda:0, H100 [x]", "jit", "Triton compiles on the first launch: this installation has no cubins"),
+        LaunchPath("CPU", "reference", "plain PyTorch"),
+    ]
+    monkeypatch.setattr(cli, "launch_paths", lambda: paths)
+    said = run("doctor").splitlines()
+    assert said[0] == "cuda:0, H100 [x]: jit (Triton compiles on the first launch: this installation has no cubins)"
+    assert len(said) == 2
+    devices = json.loads(run("doctor", "--json"))["devices"]
+    assert [(device["path"], device["reason"]) for device in devices] == [(path.path, path.reason) for path in paths]
+    assert "name one" in run("doctor", "--for", "vllm", code=2)
 
 
 def test_negative_strength_is_refused(files, run) -> None:

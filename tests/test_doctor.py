@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 from families import random_lock, tiny_model
 from safetensors.torch import load_file, save_file
 
 import fastlock
 from fastlock.checkpoint import NEW_SHARD
-from fastlock.doctor import doctor
+from fastlock.doctor import doctor, launch_paths
 from fastlock.stacks import STACKS, acts, architecture
 
 
@@ -67,3 +68,17 @@ def test_it_notices_what_is_missing(change, message: str, stacks, tmp_path) -> N
     for finding in doctor(directory, stacks):
         assert not finding.acts
         assert message in finding.reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_machine_without_a_gpu_folds_by_the_reference() -> None:
+    (path,) = launch_paths()
+    assert (path.device, path.path) == ("CPU", "reference")
+    assert "no CUDA device" in path.reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_gpu_has_a_path() -> None:
+    *gpus, _ = launch_paths()
+    assert len(gpus) == torch.cuda.device_count()
+    assert {path.path for path in gpus} <= {"cubin", "jit"}
