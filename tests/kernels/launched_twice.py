@@ -1,0 +1,93 @@
+"""One table, launched by Triton's own launcher and by fastlock's, on the driver of recording_cuda.c.
+
+Prints what each launch was given, as JSON, and how long fastlock's takes the host. Run by test_triton_launcher.py, in a
+process without Triton's interpreter, with that driver as libcuda.so.1.
+"""
+
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+
+from fastlock.kernels import build, cubins, fold, jit
+
+STREAM = 0x51EA0
+FIELDS = ["function", *["grid"] * 3, *["block"] * 3, "shared", "stream", *["parameters"] * 5, "attributes", "launches"]
+
+
+class OnRecordingDriver:
+    """What Triton's JIT asks of a driver; the launcher and the loading of binaries are Triton's own."""
+
+    launcher_cls = CudaLauncher
+
+    def __init__(self) -> None:
+        self.utils = CudaUtils()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return STREAM
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def recorded() -> dict[str, object]:
+    numbers = (ctypes.c_uint64 * len(FIELDS))()
+    ctypes.CDLL("libcuda.so.1").recorded(numbers)
+    found: dict[str, object] = {}
+    for field in dict.fromkeys(FIELDS):
+        values = [number for name, number in zip(FIELDS, numbers, strict=True) if name == field]
+        found[field] = values if len(values) > 1 else values[0]
+    return found
+
+
+def table() -> tuple[fold.Table, list[torch.Tensor]]:
+    """Two sites of different heights, bfloat16, by rows of 128 columns."""
+    weights = [torch.randn(4096, 512).bfloat16(), torch.randn(1000, 256).bfloat16()]
+    outs = [weight.new_empty(len(weight)) for weight in weights]
+    values = [torch.randn(2, 128), torch.randn(1, 128)]
+    return fold.build_table(weights, [(0, 3), (1,)], values, [None, None], outs), [*weights, *outs]
+
+
+def host_microseconds(made: fold.Table) -> float:
+    """Of one launch, the driver's own work apart: the least of many means, as others use the machine too."""
+    means = []
+    for _ in range(200):
+        start = time.perf_counter()
+        for _ in range(100):
+            fold.launch(made)
+        means.append((time.perf_counter() - start) / 100)
+    return min(means) * 1e6
+
+
+def main(folder: Path) -> None:
+    variant = fold.Variant(torch.bfloat16, torch.bfloat16, 128, transposed=False, aligned=True)
+    build.write_cubins([build.compile_variant(90, variant)], folder)
+    cubins.FOLDER = folder
+    cubins._current_stream = lambda device: STREAM
+    fold._cuda_index = lambda device: 0
+    made, _alive = table()
+    fold.launch(made)
+    ours = recorded()
+    triton.runtime.driver.set_active(OnRecordingDriver())
+    jit.launch(made.sites, made.heads, made.values, made.variant, made.grid)
+    theirs = recorded()
+    print(json.dumps({"ours": ours, "theirs": theirs, "host_microseconds": host_microseconds(made)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
