@@ -5,8 +5,10 @@ Each test records its largest error, in units of `reference.error_bound`; run.py
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import families
 import pytest
@@ -15,7 +17,7 @@ import torch
 import fastlock
 import machine
 from fastlock import reference
-from fastlock.kernels import fold
+from fastlock.kernels import cubins, fold
 from fastlock.lock import Displacement
 from fastlock.sites import sites_for
 from workloads import errors
@@ -25,14 +27,33 @@ HIDDEN = 1000
 HEADS = (0, 2, 3)
 
 
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "plain"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", fold.DTYPES, ids=str)
-def test_kernel(
-    dtype: torch.dtype, head_dim: int, transposed: bool, aligned: bool, record_property: Callable[..., None]
-) -> None:
+HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+COMPILED_HERE = (64, 80, 96, 128, 256)  # Triton's JIT takes a while for each
+
+
+def kernels() -> Iterator[Any]:
+    """Every variant that is compiled ahead of time; and of all, aligned and plain, most head sizes by the JIT."""
+    for dtype, head_dim, transposed in itertools.product(fold.DTYPES, HEAD_DIMS, (False, True)):
+        aligned, plain = (fold.Variant(dtype, dtype, head_dim, transposed, aligned) for aligned in (True, False))
+        launches = [("cubin", aligned)]
+        launches += [("jit", aligned), ("jit", plain)] if head_dim in COMPILED_HERE else []
+        for launched_by, variant in launches:
+            yield pytest.param(launched_by, variant, id=f"{launched_by}-{variant.name}")
+
+
+@pytest.fixture
+def launched_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """cubin: kernels compiled ahead of time; jit: by Triton as they are launched."""
+    monkeypatch.setenv(cubins.SWITCH, "1" if request.param == "cubin" else "0")
+    cubins.forget()
+    yield request.param
+    cubins.forget()
+
+
+@pytest.mark.parametrize(("launched_by", "variant"), list(kernels()), indirect=["launched_by"])
+def test_kernel(launched_by: str, variant: fold.Variant, record_property: Callable[..., None]) -> None:
     """One variant on one site with a bias; NaN in the columns that are not locked."""
+    dtype, head_dim, transposed, aligned = variant.dtype, variant.head_dim, variant.transposed, variant.aligned
     lines, length = (5 * head_dim, HIDDEN) if transposed else (HIDDEN, 5 * head_dim)
     storage = torch.full((lines * length + 1,), math.nan, dtype=dtype, device=DEVICE)
     weight = storage[:-1] if aligned else storage[1:]
@@ -43,12 +64,21 @@ def test_kernel(
     bias = torch.randn(HIDDEN).to(weight)
     out = torch.full_like(bias, math.nan)
     arguments = ([weight], [HEADS], [displacement.values], [bias], [out])
-    assert fold.build_table(*arguments).variant.aligned == aligned
+    table = fold.build_table(*arguments)
+    assert table.variant == variant
+    if launched_by == "cubin":
+        choice = cubins.choose(variant.name, DEVICE.index or 0)
+        if choice.reason.startswith("no cubin runs on"):
+            pytest.skip(choice.reason)
+        assert choice.kernel is not None, choice.reason
+        assert isinstance(table.run, cubins.Launch)
+    else:
+        assert not isinstance(table.run, cubins.Launch)
     fold.fold_sites(*arguments)
     error = (out.double() - reference.exact_fold(weight, displacement, bias)).abs()
     bounds = float((error / reference.error_bound(weight, displacement, bias)).nan_to_num(nan=math.inf).max())
     layout = f"{'columns' if transposed else 'rows'}, {'aligned' if aligned else 'plain'}"
-    record_property("what", f"kernel, {str(dtype).removeprefix('torch.')}, {layout}")
+    record_property("what", f"kernel by {launched_by}, {str(dtype).removeprefix('torch.')}, {layout}")
     record_property("case", f"head_dim {head_dim}")
     record_property("error", bounds)
     assert bounds <= 1

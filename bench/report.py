@@ -55,6 +55,11 @@ checkpoint. Read and written: from and to the disk, as /proc/self/io counts. **P
 over that just before, mapped pages of the page cache included; it is to be below 200 MB. What is read is to be at most
 the locked layers, in whole pages, and the headers, index and config; around them lie numbers, not holes."""
 
+OF_FIRST = """\
+A model of Llama-3 8B's shape in bfloat16, on the device, in a fresh process: from the call of `fastlock.relock` until
+the device is done; everything imported and the context ready before. Medians over the processes. **cubin**: the kernel
+that was compiled ahead of time. **JIT, compiled before**: Triton finds it in its cache. **JIT**: the cache is empty."""
+
 
 def interval_of_median(values: list[float]) -> list[float] | None:
     """The median and its 95 % interval by order statistics: [median, low, high]; the extremes below 6 values."""
@@ -115,12 +120,12 @@ def parity(junit: Path) -> list[dict[str, Any]]:
     ]
 
 
-def recorded_checkpoints(junit: Path) -> list[dict[str, Any]]:
-    """What bench_checkpoint.py recorded."""
+def recorded(junit: Path, name: str) -> list[dict[str, Any]]:
+    """What the tests recorded under a name, as JSON."""
     if not junit.is_file():
         return []
     found = [p for case in ET.parse(junit).iter("testcase") for p in case.iter("property")]
-    return [json.loads(p.get("value") or "{}") for p in found if p.get("name") == "checkpoint"]
+    return [json.loads(p.get("value") or "{}") for p in found if p.get("name") == name]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -136,6 +141,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += _outcomes(result["steps"])
     if result["parity"]:
         lines += _parity(result["parity"])
+    if result["first"]:
+        lines += _first(result["first"])
     if result["benchmarks"]:
         lines += ["## How to read the tables", "", HOW_TO_READ, ON_DEVICE if on_gpu else ON_CPU, ""]
         lines += _paths(result["benchmarks"])
@@ -166,6 +173,15 @@ def _parity(groups: list[dict[str, Any]]) -> list[str]:
     rows = [[g["what"], str(len(g["cases"])), f"{g['error_in_bounds']:.2f}", g["worst"]] for g in groups]
     note = "Largest error against float64 in units of `fastlock.reference.error_bound`: right if at most 1."
     return ["## Parity on the device", "", note, "", *table(["what", "cases", "largest error", "where"], rows)]
+
+
+def _first(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["way", "processes", "first relock", "fastest", "second relock"]
+    cells = [
+        [row["way"], str(row["processes"]), *(_time(row[key]) for key in ("first", "fastest", "second"))]
+        for row in rows
+    ]
+    return ["## The first relock of a process", "", OF_FIRST, "", *table(head, cells)]
 
 
 def _paths(rows: list[dict[str, Any]]) -> list[str]:

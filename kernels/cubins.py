@@ -13,7 +13,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import byref, c_uint64, c_void_p
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -226,7 +226,7 @@ class Kernel:
         self.context = context
         self.function = function
 
-    def launcher(self, grid: tuple[int, int, int], addresses: Sequence[int]) -> Callable[[], None]:
+    def launcher(self, grid: tuple[int, int, int], addresses: Sequence[int]) -> Launch:
         """The launch over a grid with the kernel's ARGUMENTS, as a function of nothing: all is packed here, once.
 
         Args:
@@ -238,10 +238,10 @@ class Kernel:
         """
         if len(addresses) != ARGUMENTS or any(address % ALIGNMENT for address in addresses):
             raise FastlockError(f"the kernel takes {ARGUMENTS} addresses, multiples of {ALIGNMENT}, not {addresses}.")
-        return _Launch(self, grid, addresses)
+        return Launch(self, grid, addresses)
 
 
-class _Launch:
+class Launch:
     """One launch, packed. Every call reads the device's current stream, and is checked."""
 
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], addresses: Sequence[int]) -> None:
