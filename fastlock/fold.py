@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -81,9 +82,28 @@ def _fold_cuda(
 
 
 def _check_finite(folds: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    finite = torch.stack([b.isfinite().all() for b in folds]).tolist()
+    whole = _on_host(folds)
+    if math.isfinite(whole.sum(dtype=torch.float64).item()):  # a sum of finite float32 can't overflow there
+        return
+    finite = [bool(b.isfinite().all()) for b in torch.split(whole, [len(b) for b in folds])]
     if not all(finite):
         raise FastlockError(
             f"{names[finite.index(False)]}: its fold is not finite in {folds[0].dtype}. Either its locked columns hold "
             "NaN or infinite weights (check the checkpoint), or the strength is too large for the dtype (lower it)."
         )
+
+
+def _on_host(folds: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The folds one after the other on the CPU, once they are done: [sum of their lengths].
+
+    From a GPU they are copied and not checked there: no kernel of torch's has to be loaded for the first relock of a
+    process, and a copy a fold is less to launch than a check of each.
+    """
+    device = folds[0].device
+    if device.type != "cuda":
+        return torch.cat(list(folds)).cpu()
+    whole = torch.empty(sum(map(len, folds)), dtype=folds[0].dtype, device="cpu", pin_memory=True)
+    for part, b in zip(torch.split(whole, [len(b) for b in folds]), folds, strict=True):
+        part.copy_(b, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return whole

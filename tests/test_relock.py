@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import os
 import subprocess
 import sys
@@ -198,6 +199,21 @@ def test_an_error_part_way_leaves_the_model_as_it_was(kind: str, locked_before: 
         want = expected_biases(tiny_model(kind), lock, 6.0)
         fastlock.relock(model, lock)
         assert same_biases(biases(model), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_finite_is_told_from_what_is_not(dtype: torch.dtype) -> None:
+    """One check of all folds at once; numbers whose sum overflows are finite, infinities that cancel out are not."""
+    huge = torch.finfo(dtype).max
+    folds = [torch.full((300,), huge, dtype=dtype), torch.zeros(7, dtype=dtype), torch.ones(1, dtype=dtype)]
+    fold_module._check_finite(folds, ["a", "b", "c"])
+    for bad in (math.inf, -math.inf, math.nan):
+        folds[1][3] = bad
+        with pytest.raises(fastlock.FastlockError, match="^b: its fold is not finite"):
+            fold_module._check_finite(folds, ["a", "b", "c"])
+    folds[1][3], folds[1][4] = math.inf, -math.inf
+    with pytest.raises(fastlock.FastlockError, match="^b: "):
+        fold_module._check_finite(folds, ["a", "b", "c"])
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
