@@ -424,13 +424,17 @@ def test_a_fork_forgets_what_was_loaded(installed: FakeDriver) -> None:
             theirs.send("launched")
         except FastlockError as error:
             theirs.send((str(error), len(cubins._choices), len(installed.launches)))
+        theirs.send(cubins.choose(BF16_ROWS.name, 0).reason)  # the lock is its own, and free
 
     process = multiprocessing.get_context("fork").Process(target=child)
     with cubins._lock:  # as if another thread held it
         process.start()
     assert ours.poll(60)
     message, choices, launches = ours.recv()
+    chose = ours.poll(10)
+    process.kill()
     process.join()
+    assert chose, "the child waits for a lock that nobody will release"
     assert "forked" in message
     assert (choices, launches) == (0, 0)
     assert cubins._choices, "the parent keeps its own"
