@@ -9,6 +9,7 @@ import torch
 
 from fastlock import reference
 from fastlock.errors import FastlockError
+from fastlock.kernels.fold import fold_sites  # which imports no Triton; here, not at the first relock, as it takes time
 from fastlock.lock import Displacement
 
 
@@ -71,8 +72,6 @@ def _fold_reference(
 def _fold_cuda(
     weights: Sequence[torch.Tensor], displacements: Sequence[Displacement], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    from fastlock.kernels.fold import fold_sites
-
     folds = [weight.new_empty(weight.shape[0]) for weight in weights]
     heads = [displacement.heads for displacement in displacements]
     values = [displacement.values for displacement in displacements]

@@ -102,8 +102,8 @@ class Choice:
     reason: str
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder.
+def read_manifest(folder: Path, variant: str | None = None) -> Manifest:
+    """The manifest of a folder; of one variant only, if it is named, as to check 200 cubins takes a millisecond.
 
     Raises:
         FastlockError: there is none, or it is not one of this version's.
@@ -112,7 +112,8 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads((folder / MANIFEST).read_bytes())
         if data.pop("format") != FORMAT:
             raise ValueError("another format")
-        cubins = tuple(cubin_of(cubin) for cubin in data.pop("cubins"))
+        described = data.pop("cubins")
+        cubins = tuple(cubin_of(fields) for fields in described if variant in (None, fields["variant"]))
         manifest = Manifest(cubins=cubins, **data)
         if not isinstance(manifest.triton, str) or not isinstance(manifest.sources, str):
             raise TypeError("triton and sources must be text")
@@ -202,7 +203,7 @@ def choose(variant: str, index: int) -> Choice:
 def choices(index: int) -> list[Choice]:
     """The choice of every variant that the manifest has, each of them loaded; or, if there is none, the reason."""
     try:
-        variants = dict.fromkeys(cubin.variant for cubin in _opened()[1].cubins)
+        variants = dict.fromkeys(cubin.variant for cubin in _usable_manifest().cubins)
     except (FastlockError, OSError) as error:
         return [Choice(None, str(error))]
     return [choose(variant, index) for variant in variants] or [Choice(None, "the manifest lists no cubin")]
@@ -309,16 +310,20 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=1)
-def _opened() -> tuple[driver.Driver, Manifest]:
-    """The driver and the manifest, if the cubins are of this version and may be used."""
+def _opened() -> driver.Driver:
+    return driver.Driver(driver.open_library())
+
+
+def _usable_manifest(variant: str | None = None) -> Manifest:
+    """The manifest, if the cubins are of this version and may be used."""
     if os.environ.get(SWITCH) == "0":
         raise FastlockError(f"{SWITCH}=0 is set")
     if _interpreting():
         raise FastlockError("TRITON_INTERPRET is set")
-    manifest = read_manifest(FOLDER)
+    manifest = read_manifest(FOLDER, variant)
     if manifest.sources != digest_of_sources():
         raise FastlockError("the cubins were built from other sources than are installed")
-    return driver.Driver(driver.open_library()), manifest
+    return manifest
 
 
 def _interpreting() -> bool:
@@ -327,9 +332,12 @@ def _interpreting() -> bool:
 
 
 def _load(variant: str, index: int) -> Kernel:
-    cuda, manifest = _opened()
+    cubins = _usable_manifest(variant).cubins
+    if not cubins:
+        raise FastlockError(f"there is no cubin of {variant}")
+    cuda = _opened()
     device = cuda.device(index)
-    cubin = _fitting(manifest, variant, cuda.capability(device), cuda.integrated(device))
+    cubin = _fitting(cubins, cuda.capability(device), cuda.integrated(device))
     needs = int(cubin.ptxas.split(".")[0])
     # CUDA Compatibility, "Minor Version Compatibility": a driver of the toolkit's major version, or a later one.
     if cuda.version()[0] < needs:
@@ -351,15 +359,12 @@ def _load(variant: str, index: int) -> Kernel:
     return Kernel(cuda, cubin, index, context, function)
 
 
-def _fitting(manifest: Manifest, variant: str, capability: tuple[int, int], integrated: bool) -> Cubin:
-    """The cubin of a variant for a device: of several, the one for the highest compute capability."""
-    on_device = [cubin for cubin in manifest.cubins if runs_on(cubin.target, capability, integrated)]
-    if not on_device:
-        targets = ", ".join(sorted({cubin.target for cubin in manifest.cubins}))
-        raise FastlockError(f"no cubin runs on compute capability {'.'.join(map(str, capability))}, only on {targets}")
-    fitting = [cubin for cubin in on_device if cubin.variant == variant]
+def _fitting(cubins: Sequence[Cubin], capability: tuple[int, int], integrated: bool) -> Cubin:
+    """The one of a variant's cubins for a device: of several, that for the highest compute capability."""
+    fitting = [cubin for cubin in cubins if runs_on(cubin.target, capability, integrated)]
     if not fitting:
-        raise FastlockError(f"there is no cubin of {variant}")
+        targets = ", ".join(sorted({cubin.target for cubin in cubins}))
+        raise FastlockError(f"no cubin runs on compute capability {'.'.join(map(str, capability))}, only on {targets}")
     return max(fitting, key=lambda cubin: int(re.sub(r"\D", "", cubin.target)))
 
 
