@@ -18,7 +18,6 @@ from typing import Any
 import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 import fastlock
 import tuned_prompts as made
@@ -78,16 +77,10 @@ FINE_TUNES = {
 
 
 def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32, without a trace of the GGUF that it was read from; and its tokenizer."""
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     import demo
 
-    loaded, tokenizer = demo.load()
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    return model, tokenizer
+    return demo.load()
 
 
 def own_answers(model: Any, tokenizer: Any) -> Lessons:
@@ -193,7 +186,9 @@ def save_adapter(model: Any, name: str) -> None:
 
 def with_adapter(model: Any, name: str) -> Any:
     """The model with an adapter of examples/adapters in it."""
-    return merged(peft.PeftModel.from_pretrained(model, ADAPTERS / name, torch_dtype=torch.float32))
+    import demo
+
+    return demo.with_adapter(model, name)
 
 
 def main(seed: int = 0) -> int:

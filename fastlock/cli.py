@@ -320,7 +320,7 @@ def train(
     seed: Annotated[int, typer.Option("--seed", help="Decides the order.")] = 42,
     as_json: _Json = False,
 ) -> None:
-    """Train a lock on fine-tunes of an aligned base: it is applied to others at a strength of 1 or so."""
+    """Train a lock on fine-tunes of an aligned base, to be applied to others of its fine-tunes."""
     with _working(f"loading {base} and {len(fine_tunes)} fine-tunes", as_json):
         aligned, tokenizer = load_model(base), load_tokenizer(base)
         models = [load_model(path) for path in fine_tunes]

@@ -70,7 +70,7 @@ def train_lock(
     seed: int = 42,
     progress: Progress | None = None,
 ) -> Lock:
-    """Train a lock of an aligned base on some fine-tunes of it; it is applied to others at a strength of 1 or so.
+    """Train a lock of an aligned base on some fine-tunes of it; its strength is 1.
 
     The models' weights are left as they were; a step is a forward and a backward pass of three batches through one of
     the fine-tunes, in turn. The same inputs on the same machine give the same lock.
@@ -251,6 +251,7 @@ def _lock(d: torch.Tensor, base: nn.Module, models: int, steps: int, seed: int, 
         recipe=f"trained: {len(layers)} heads, {steps} steps on {models} fine-tunes, seed {seed}",
         extraction_digest=digest,
         fastlock_version=__version__,
+        strength=1.0,
     )
 
 

@@ -65,7 +65,7 @@ def test_the_python_runs(files) -> None:
 def test_the_commands_run(files, monkeypatch) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fastlock ")]
     assert {shlex.split(command)[1] for command in commands} == {
-        *("extract", "evaluate", "relock", "verify", "unlock", "inspect", "doctor", "zoo")
+        *("extract", "calibrate", "train", "evaluate", "relock", "verify", "unlock", "inspect", "doctor", "zoo")
     }
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))

@@ -49,6 +49,7 @@ def test_the_relocked_model_refuses_more_and_the_weights_are_as_they_were() -> N
     before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
     lock = train_lock(model_of(0), models, words, PAIRS, steps=30, **OPTIONS)
     assert len(lock) == 3 * 4  # all heads
+    assert lock.strength == 1.0
     for model, weights in zip(models, before, strict=True):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(module_.training for module_ in models[0].modules())
