@@ -97,8 +97,8 @@ def applied_lock(name: str, lock: fastlock.Lock, strength: float) -> Iterator[tu
     """The fine-tune relocked in memory; how long that took, and what relocking its directory writes."""
     with tempfile.TemporaryDirectory() as directory:
         fastlock.relock_checkpoint(KEPT / name, lock, Path(directory) / "relocked", strength, stacks=["transformers"])
-        files = [path for path in (Path(directory) / "relocked").rglob("*") if path.is_file()]
-        written = sum(path.stat().st_size for path in files if "fastlock" in path.name or path.suffix == ".json")
+        stats = [path.stat() for path in (Path(directory) / "relocked").rglob("*") if path.is_file()]
+        written = sum(stat.st_size for stat in stats if stat.st_nlink == 1)  # the others are links
     model = load(name)
     start = time.perf_counter()
     with fastlock.relocked(model, lock, strength):
@@ -156,7 +156,7 @@ def train(base: Any, tokenizer: Any) -> fastlock.Lock:
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         lock = fastlock.train_lock(base, [load(name) for name in REFERENCES], tokenizer)
-    lock.save(KEPT / "trained.safetensors")
+    lock.save(KEPT / "trained.safetensors")  # a copy of which the demo uses
     print(f"\nThe lock was trained on {' and '.join(REFERENCES)} in {time.perf_counter() - start:.0f} s.")
     return lock
 

@@ -170,7 +170,7 @@ def rates(evaluation: Evaluation) -> tuple[float, float]:
 
 
 def bar(share: float) -> str:
-    return f"{'█' * round(20 * share):<20} {share:4.0%}"
+    return f"{share:4.0%} {'█' * round(10 * share)}"
 
 
 def picture(found: list[Evaluation]) -> str:
