@@ -125,6 +125,8 @@ def test_a_batch_is_halved_as_often_as_memory_runs_out(where: str) -> None:
         found = read(model, texts())
     assert sizes == [6, 3, 1, 2, 3, 1, 2]
     assert_close(found, one_at_a_time(model, texts()))
+    with Memory(model, 1, ERRORS[where]):
+        assert_close(read(model, texts()), one_at_a_time(model, texts()))
     with (
         Memory(model, 0, ERRORS[where]) as sizes,
         pytest.raises(FastlockError, match=r"memory runs out with text 1 \(3 tokens\) alone"),

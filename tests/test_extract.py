@@ -147,9 +147,25 @@ def test_one_ranking_gives_the_locks_of_any_number_of_heads(recipe: str) -> None
 
 def test_too_many_heads_are_refused_before_anything_is_read() -> None:
     model: Any = tiny_model("llama")
-    model.register_forward_pre_hook(lambda *_: pytest.fail("read"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("read"))
     with pytest.raises(FastlockError, match="heads is 13"):
         extract(model, Words(), PAIRS, heads=13)
+
+
+def test_a_work_directory_is_read_from_by_the_next_call(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    passes: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlock.activations.BATCH_TOKENS", 20)
+        for heads in (3, 5):
+            start = len(passes)
+            lock = extract(model, Words(), PAIRS, heads, work=tmp_path / "work")
+            assert lock.digest == extract(tiny_model("llama"), Words(), PAIRS, heads).digest
+            assert (len(passes) - start == 1) == (heads == 5)  # the first batch, to see that it is the same model
+        with pytest.raises(FastlockError, match="work: it was made with other texts"):
+            extract(model, Words(), PAIRS[1:], 3, work=tmp_path / "work")
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["activations.bin", "index.json"]
 
 
 HARMLESS = ("what is this", "where do bees live", "tell me a story", "what is this", "how is bread made")
@@ -229,6 +245,8 @@ def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest
 
     @contextlib.contextmanager
     def planted(_model: Any, _sites: Any, texts: Any, _progress: Any, _work: Any) -> Iterator[Activations]:
+        lengths = [len(text.ids) for text in texts]
+        assert lengths == sorted(lengths)
         noise = np.random.RandomState(0).standard_normal((3, 4, sum(text.kept for text in texts), 32))
         signs = np.repeat([1.0 if text.safe else -1.0 for text in texts], [text.kept for text in texts])
         noise[1, 2] = 0.01 * noise[1, 2] + 3 * signs[:, None] * u

@@ -98,6 +98,21 @@ def test_a_head_that_is_always_the_same_tells_nothing() -> None:
     assert accuracies(torch.zeros(1, 10, 3, dtype=torch.float64), y, train).tolist() == [(3 / 5 + 3 / 5) / 2]
 
 
+def test_a_step_that_is_too_long_is_shortened_until_it_descends() -> None:
+    x, y = data(*CASES["overlapping"])
+    sign = torch.where(y, 1.0, -1.0).double()
+    w, z = x.new_zeros(HEADS, x.shape[2]), x.new_zeros(HEADS, len(y))
+    step_w, step_b, decrement = probes._newton(x, sign, z, w)
+    before = probes._objective(z, sign, w)
+    times = torch.tensor([1.0, 64.0, 1024.0], dtype=torch.float64)
+    step_w, step_b, decrement = step_w * times[:, None], step_b * times, decrement * times
+    step_z = (x * step_w[:, None]).sum(dim=2) + step_b[:, None]
+    size = probes._step_size(before, z, step_z, sign, w, step_w, decrement)
+    assert size[0] == 1
+    assert (size[1:] < 1 / 8).all()
+    assert (probes._objective(z + size[:, None] * step_z, sign, w + size[:, None] * step_w) < before).all()
+
+
 def test_what_does_not_come_to_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "MAX_STEPS", 2)
     with pytest.raises(FastlockError, match="does not come to an end"):
