@@ -38,6 +38,11 @@ _FORMAT = "fastlock-activations 1"
 _MAX_INDEX_BYTES = 4096
 
 
+def no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
+    """The progress that shows nothing."""
+    return items
+
+
 @dataclass(frozen=True)
 class Text:
     """Tokens to read.

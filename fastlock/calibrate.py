@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fastlock.activations import Progress
+from fastlock.activations import Progress, no_progress
 from fastlock.errors import FastlockError
 from fastlock.evaluate import Evaluation, evaluate
 from fastlock.extract import Ranking, rank_heads
@@ -188,7 +188,7 @@ def calibrate(
     }
     study = _study(journal, seed, facts)
     left = max(0, trials - len(_finished(study)))
-    for _ in (progress or _no_progress)(range(left), "Trying locks"):
+    for _ in (progress or no_progress)(range(left), "Trying locks"):
         study.optimize(lambda trial: _try(trial, rankings, asking), n_trials=1)
     tried = tuple(Trial(**trial.user_attrs["trial"]) for trial in _finished(study))
     chosen = best(tried)
@@ -371,7 +371,3 @@ def _check(trials: int, seed: int) -> None:
 def _rates(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation without its answers."""
     return {key: value for key, value in evaluation.to_dict().items() if key not in ("harmful", "harmless", "lock")}
-
-
-def _no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
-    return items

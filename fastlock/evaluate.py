@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
-from fastlock.activations import Progress, evaluating
+from fastlock.activations import Progress, evaluating, no_progress
 from fastlock.batches import Row, generate, in_batches, losses
 from fastlock.errors import FastlockError
 from fastlock.extract import prompt_tokens
@@ -148,7 +148,7 @@ def evaluate(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise FastlockError(f"{name} is {value!r}; it must be a whole number from 1 on.")
     check_tasks(tasks)
-    asking = _Asking(unwrapped(model), tokenizer, judge, new_tokens, batch_size, progress or _no_progress, tasks)
+    asking = _Asking(unwrapped(model), tokenizer, judge, new_tokens, batch_size, progress or no_progress, tasks)
     for lock, strength in locks:
         with relocked(model, lock, strength):  # what does not fit is to be known before hours of asking
             pass
@@ -236,7 +236,3 @@ def _answers_from(data: Any) -> tuple[Answer, ...]:
 def _to_json(number: float | None) -> float | str | None:
     """JSON has no infinity and no NaN: they are named."""
     return number if number is None or math.isfinite(number) else str(number)
-
-
-def _no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
-    return items

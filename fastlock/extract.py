@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastlock.activations import Progress, Text, activations_of, input_device
+from fastlock.activations import Progress, Text, activations_of, input_device, no_progress
 from fastlock.errors import FastlockError
 from fastlock.loaded import receipt_of
 from fastlock.lock import Lock
@@ -178,7 +178,7 @@ def rank_heads(
     last_tokens = LAST_TOKENS[recipe] if last_tokens is None else last_tokens
     _check_number("last_tokens", last_tokens, 1, 2**31)
     _check_number("seed", seed, 0, 2**32 - 1)
-    progress = progress or _no_progress
+    progress = progress or no_progress
     if recipe == "prompt-end":
         texts = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
     else:
@@ -335,7 +335,3 @@ def _check_tokens(model: nn.Module, text: Text) -> None:
             f"{text.name}: makes {len(text.ids)} tokens, but {type(model).__name__} reads {positions} at most. "
             "Shorten it, or remove it."
         )
-
-
-def _no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
-    return items

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.activations import Progress, input_device
+from fastlock.activations import Progress, input_device, no_progress
 from fastlock.errors import FastlockError
 from fastlock.evaluate import evaluate
 from fastlock.extract import base_name, prompt_tokens
@@ -114,7 +114,7 @@ def train_lock(
     with contextlib.ExitStack() as undo:
         for model in models:
             undo.enter_context(_frozen(model))
-        for step in (progress or _no_progress)(range(steps), "Training the lock"):
+        for step in (progress or no_progress)(range(steps), "Training the lock"):
             if heads is not None and step == steps // 2:
                 kept = _largest(d.detach(), heads)
                 optimizer = torch.optim.Adam([d], lr=RATE)
@@ -289,7 +289,3 @@ def _check_numbers(heads: int, total: int, steps: int, batch_size: int, seed: in
     for name, (value, low, high) in limits.items():
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}.")
-
-
-def _no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
-    return items
