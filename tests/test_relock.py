@@ -1,6 +1,7 @@
 """Relock, unlock, relocked() and relock_many on models in memory, in the states that users have them in."""
 
 import copy
+import dataclasses
 import gc
 import io
 import math
@@ -235,7 +236,16 @@ def test_a_strength_too_large_for_the_dtype_is_refused() -> None:
         fastlock.relock(model, random_lock(model), 1e6)
 
 
-@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf"), "much", None])
+def test_without_a_strength_the_lock_has_its_own_or_else_the_papers() -> None:
+    lock = random_lock(tiny_model("llama"))
+    for calibrated, expected in ((None, 6.0), (0.75, 0.75)):
+        model, other = tiny_model("llama"), tiny_model("llama")
+        assert fastlock.relock(model, dataclasses.replace(lock, strength=calibrated)).strength == expected
+        fastlock.relock(other, lock, expected)
+        assert same_state(state(model), state(other))
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf"), "much", [6]])
 def test_strengths_that_are_none(strength: object) -> None:
     model = tiny_model("llama")
     before = state(model)
