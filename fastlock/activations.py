@@ -193,16 +193,22 @@ def _inputs_of(
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, without gradients; afterwards each in its own mode again."""
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, without gradients; afterwards each in its own mode again."""
+    with in_eval_mode(model), torch.no_grad():
+        yield
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -7,7 +7,6 @@ microseconds, so every trial is measured on the relocked model itself; the searc
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,11 +20,11 @@ from torch import nn
 from fastlock.activations import Progress, no_progress
 from fastlock.errors import FastlockError
 from fastlock.evaluate import Evaluation, evaluate
-from fastlock.extract import Ranking, rank_heads
+from fastlock.extract import Ranking, check_number, rank_heads
 from fastlock.judges import Judge, refuses
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs
-from fastlock.prompts import Prompts, shipped_prompts
+from fastlock.prompts import Prompts, prompts_digest, shipped_prompts
 from fastlock.relock import relocked
 from fastlock.sites import unwrapped
 
@@ -172,7 +171,8 @@ def calibrate(
         FastlockError: prompts are missing, Optuna is not installed, a number can't be used, the journal is of another
             search; or as for `fastlock.extract` and `fastlock.relock`.
     """
-    _check(trials, seed)
+    check_number("trials", trials, 1, 2**31)
+    check_number("seed", seed, 0, 2**32 - 1)
     pairs = shipped_pairs() if pairs is None else tuple(pairs)
     deciding, reported = _divided(prompts or shipped_prompts(), held_out, seed)
     base = model if base is None else base
@@ -182,7 +182,7 @@ def calibrate(
         "model": _name(model),
         "base": _name(base),
         "extraction set": pairs_digest([pair_from(pair, "a pair") for pair in pairs], rankings.harmless),
-        "set of prompts": _digest(asdict(deciding)),
+        "set of prompts": prompts_digest(deciding),
         "length of answers": new_tokens,
         "seed": seed,
     }
@@ -330,10 +330,6 @@ def _name(model: nn.Module) -> str:
     return str(config._name_or_path or type(model).__name__)
 
 
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def _divided(prompts: Prompts, held_out: Prompts | None, seed: int) -> tuple[Prompts, Prompts]:
     """What decides and what is reported: halves of one set, if there is only one."""
     for given, name in ((prompts, "prompts"), (held_out, "held_out")):
@@ -360,12 +356,6 @@ def _check_apart(prompts: Prompts, held_out: Prompts) -> None:
     both = {*prompts.harmful, *prompts.harmless} & {*held_out.harmful, *held_out.harmless}
     if both:
         raise FastlockError(f"{min(both)[:80]!r} both decides and is held out. Remove it from one of them.")
-
-
-def _check(trials: int, seed: int) -> None:
-    for name, value, low, high in (("trials", trials, 1, 2**31), ("seed", seed, 0, 2**32 - 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}.")
 
 
 def _rates(evaluation: Evaluation) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlock import zoo_cli
+from fastlock.activations import Progress as ShowProgress
 from fastlock.calibrate import calibrate
 from fastlock.calibrate_report import FRONTIER, calibration_html, picture, trial_cells
 from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
@@ -33,7 +34,6 @@ from fastlock.evaluate_report import (
     cells,
     columns,
     files_digest,
-    prompts_digest,
     read_report,
     to_json,
     write_report,
@@ -44,13 +44,14 @@ from fastlock.judges import KEYWORDS, judge_name, open_judge
 from fastlock.lock import Lock, strength_for
 from fastlock.pairs import load_pairs, shipped_pairs
 from fastlock.pretrained import load_model, load_tokenizer
-from fastlock.prompts import Prompts, load_prompts, shipped_prompts
+from fastlock.prompts import Prompts, load_prompts, prompts_digest, shipped_prompts
 from fastlock.receipt import Receipt
 from fastlock.stacks import STACKS
 from fastlock.tasks import check_tasks
 from fastlock.train import train_lock
 from fastlock.verify import verify
 from fastlock.version import __version__
+from fastlock.zoo_cli import LockFile, Strength
 
 NOT_LOCKED = 1
 REFUSED = 3
@@ -66,11 +67,6 @@ app.add_typer(zoo_cli.app, name="zoo")
 _out = Console()
 _err = Console(stderr=True)
 
-_Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
-_Strength = Annotated[
-    float | None,
-    typer.Option("--strength", help="How hard the lock pulls (the paper's α). Default: as calibrated, or else 6."),
-]
 _Checkpoint = Annotated[
     str, typer.Argument(help="A checkpoint's directory (config.json and *.safetensors), or its URL: s3://bucket/model.")
 ]
@@ -117,6 +113,13 @@ def _options(
     """Options of the command itself."""
 
 
+@contextlib.contextmanager
+def _bar(as_json: bool) -> Iterator[ShowProgress]:
+    """A progress bar for loops over `progress(items, description)`; none where JSON is printed."""
+    with Progress(console=_err, disable=as_json, transient=True) as bar:
+        yield lambda items, description: bar.track(items, description=description)
+
+
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A lock file, or a relocked checkpoint's directory or URL.")],
@@ -156,11 +159,7 @@ def extract(
     chosen = shipped_pairs() if pairs is None else load_pairs(pairs)
     with _working(f"loading {base}", as_json):
         model, tokenizer = load_model(base), load_tokenizer(base)
-    with Progress(console=_err, disable=as_json, transient=True) as bar:
-
-        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-            return bar.track(items, description=description)
-
+    with _bar(as_json) as progress:
         prompts = None if harmless is None else load_prompts(harmless)
         lock = make_lock(
             model, tokenizer, chosen, heads, last_tokens, recipe=recipe, harmless=prompts, progress=progress, work=work
@@ -175,9 +174,9 @@ def extract(
 @app.command()
 def relock(
     checkpoint: _Checkpoint,
-    lock: _Lock,
+    lock: LockFile,
     out: _Out = None,
-    strength: _Strength = None,
+    strength: Strength = None,
     stacks: _For = None,
     copy: _Copy = False,
     in_place: _InPlace = False,
@@ -283,11 +282,7 @@ def evaluate_command(
         if out is not None:  # with what an earlier run found and this one has not come to yet
             write_report(out, [*found, *(one for one in known if one not in found)], facts)
 
-    with Progress(console=_err, disable=as_json, transient=True) as bar:
-
-        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-            return bar.track(items, description=description)
-
+    with _bar(as_json) as progress:
         found = evaluate(
             network,
             tokenizer,
@@ -324,11 +319,7 @@ def train(
     with _working(f"loading {base} and {len(fine_tunes)} fine-tunes", as_json):
         aligned, tokenizer = load_model(base), load_tokenizer(base)
         models = [load_model(path) for path in fine_tunes]
-    with Progress(console=_err, disable=as_json, transient=True) as bar:
-
-        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-            return bar.track(items, description=description)
-
+    with _bar(as_json) as progress:
         lock = train_lock(aligned, models, tokenizer, heads=heads, steps=steps, seed=seed, progress=progress)
     lock.save(out)
     if as_json:
@@ -367,11 +358,7 @@ def calibrate_command(
     with _working(f"loading {checkpoint}", as_json):
         network, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
         aligned = None if base is None else load_model(base)
-    with Progress(console=_err, disable=as_json, transient=True) as bar:
-
-        def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-            return bar.track(items, description=description)
-
+    with _bar(as_json) as progress:
         found = calibrate(
             network,
             tokenizer,
@@ -465,7 +452,7 @@ def _show_launch_paths(as_json: bool) -> None:
 
 
 @app.command(name="verify")
-def verify_command(checkpoint: _Checkpoint, lock: _Lock, as_json: _Json = False) -> None:
+def verify_command(checkpoint: _Checkpoint, lock: LockFile, as_json: _Json = False) -> None:
     """Check that the lock is in place, whole and unaltered. Exit code 0 if so, 1 if not."""
     loaded = Lock.load(lock)
     with _working(f"verifying {checkpoint}", as_json):

@@ -12,7 +12,6 @@ from fastlock.errors import FastlockError
 from fastlock.evaluate import Answer, Evaluation, interval, share
 from fastlock.files import as_path, read_bounded, write_atomic
 from fastlock.page import facts_list, head, html_text
-from fastlock.prompts import Prompts
 from fastlock.tasks import Score
 
 COLUMNS = ("model", "refuses harmful", "refuses harmless", "perplexity")
@@ -30,11 +29,6 @@ def files_digest(directory: str | Path) -> str:
         state = path.stat()
         sha.update(json.dumps([path.name, state.st_size, state.st_mtime_ns]).encode())
     return sha.hexdigest()
-
-
-def prompts_digest(prompts: Prompts) -> str:
-    """SHA-256 of all that is asked."""
-    return hashlib.sha256(json.dumps(vars(prompts)).encode()).hexdigest()
 
 
 def to_json(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> dict[str, object]:

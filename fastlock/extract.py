@@ -176,8 +176,8 @@ def rank_heads(
     _check_base(inner, all_sites)
     harmless = _checked_harmless(recipe, harmless)
     last_tokens = LAST_TOKENS[recipe] if last_tokens is None else last_tokens
-    _check_number("last_tokens", last_tokens, 1, 2**31)
-    _check_number("seed", seed, 0, 2**32 - 1)
+    check_number("last_tokens", last_tokens, 1, 2**31)
+    check_number("seed", seed, 0, 2**32 - 1)
     progress = progress or no_progress
     if recipe == "prompt-end":
         texts = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
@@ -300,13 +300,14 @@ def _checked_harmless(recipe: str, harmless: Any) -> tuple[str, ...]:
     return distinct
 
 
-def _check_number(name: str, value: int, low: int, high: int, of: str = "") -> None:
+def check_number(name: str, value: int, low: int, high: int, of: str = "") -> None:
+    """Refuse what is no whole number from `low` to `high`; `of` is said of the limits."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}{of}.")
 
 
 def _check_heads(heads: int, num_layers: int, num_heads: int) -> None:
-    _check_number("heads", heads, 1, num_layers * num_heads, f" (the model has {num_layers} layers of {num_heads})")
+    check_number("heads", heads, 1, num_layers * num_heads, f" (the model has {num_layers} layers of {num_heads})")
 
 
 def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -49,6 +50,11 @@ class Prompts:
 def shipped_prompts() -> Prompts:
     """The set that comes with fastlock: 40 harmful requests, mild in their wording, 40 harmless ones, 10 texts."""
     return Prompts(**{key: tuple(texts) for key, texts in json.loads(_SHIPPED.read_text()).items()})
+
+
+def prompts_digest(prompts: Prompts) -> str:
+    """SHA-256 of all that is asked."""
+    return hashlib.sha256(json.dumps(vars(prompts)).encode()).hexdigest()
 
 
 def load_prompts(path: str | os.PathLike[str]) -> tuple[str, ...]:

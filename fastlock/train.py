@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.activations import Progress, input_device, no_progress
+from fastlock.activations import Progress, in_eval_mode, input_device, no_progress
 from fastlock.errors import FastlockError
 from fastlock.evaluate import evaluate
-from fastlock.extract import base_name, prompt_tokens
+from fastlock.extract import base_name, check_number, prompt_tokens
 from fastlock.loaded import receipt_of
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs, shipped_texts
@@ -48,9 +48,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Lessons:
-    """A fine-tune with what it learns to refuse, and what it shall go on saying."""
+    """A fine-tune and its sites, with what it learns to refuse, and what it shall go on saying."""
 
     model: nn.Module
+    sites: Sequence[Site]
     refusals: Sequence[_Row]
     own: Sequence[_Row]
     texts: Sequence[_Row]
@@ -105,7 +106,10 @@ def train_lock(
     geometry = sites(unwrapped(base))
     total = len(geometry) * geometry[0].num_heads
     _check(base, models, geometry, learnt, harmless, texts)
-    _check_numbers(total if heads is None else heads, total, steps, batch_size, seed)
+    check_number("heads", total if heads is None else heads, 1, total)
+    check_number("steps", steps, 1, 2**31)
+    check_number("batch_size", batch_size, 1, 2**31)
+    check_number("seed", seed, 0, 2**32 - 1)
     lessons = list(_lessons(base, models, tokenizer, learnt, harmless, texts))
     order = random.Random(seed)
     kept = torch.ones(len(geometry), geometry[0].num_heads, 1)
@@ -128,19 +132,18 @@ def train_lock(
 
 def _step(of: _Lessons, d: torch.Tensor, kept: torch.Tensor, batch_size: int, order: random.Random, step: int) -> None:
     """The gradients of one step, each batch by itself, so that only one is in memory."""
-    all_sites = sites(of.model)
     total = 0.0
     batches = ((of.refusals, None), (of.own, OWN_WEIGHT), (of.texts, TEXT_WEIGHT))
     for rows, weight in batches:
         batch = order.sample(rows, min(batch_size, len(rows)))
         if weight is None:
-            with _displaced(all_sites, d * kept):
+            with _displaced(of.sites, d * kept):
                 predicted, targets = _predictions(of.model, batch)
             loss = nn.functional.cross_entropy(predicted, targets)
         else:
             with torch.no_grad():
                 before = _predictions(of.model, batch)[0].log_softmax(-1)
-            with _displaced(all_sites, d * kept):
+            with _displaced(of.sites, d * kept):
                 after = _predictions(of.model, batch)[0].log_softmax(-1)
             loss = weight * nn.functional.kl_div(after, before, reduction="batchmean", log_target=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -183,17 +186,14 @@ def _displaced(all_sites: Sequence[Site], d: torch.Tensor) -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Every parameter without gradients, every module in eval mode; afterwards as before."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 def _lessons(
@@ -211,12 +211,13 @@ def _lessons(
         for pair, answer in zip(pairs, said, strict=True)
     ]
     read = [list(tokenizer(text)["input_ids"])[:TEXT_TOKENS] for text in texts]
+    of_texts = [_Row(ids, len(ids) - 1) for ids in read if len(ids) > 1]
     for number, model in enumerate(models, 1):
         own = evaluate(model, tokenizer, Prompts(harmless=tuple(harmless)), new_tokens=ANSWER_TOKENS)[0].harmless
         answers = [_row(tokenizer, answer.prompt, answer.text) for answer in own if answer.text]
         if not answers:
             raise FastlockError(f"fine-tune {number} says nothing to any harmless request. Are its weights damaged?")
-        yield _Lessons(model, refusals, answers, [_Row(ids, len(ids) - 1) for ids in read if len(ids) > 1])
+        yield _Lessons(model, sites(model), refusals, answers, of_texts)
 
 
 def _row(tokenizer: Any, question: str, answer: str) -> _Row:
@@ -277,15 +278,3 @@ def _check(
                 f"{name} has {len(there)} layers of {there[0].num_heads} heads of {there[0].head_dim}, and the base "
                 f"{len(geometry)} of {geometry[0].num_heads} of {geometry[0].head_dim}. Give fine-tunes of this base."
             )
-
-
-def _check_numbers(heads: int, total: int, steps: int, batch_size: int, seed: int) -> None:
-    limits = {
-        "heads": (heads, 1, total),
-        "steps": (steps, 1, 2**31),
-        "batch_size": (batch_size, 1, 2**31),
-        "seed": (seed, 0, 2**32 - 1),
-    }
-    for name, (value, low, high) in limits.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}.")

@@ -35,8 +35,8 @@ _Sources = Annotated[
         help="Checkpoints, directories to search, quoted patterns, Hugging Face caches, URLs, .txt lists of them."
     ),
 ]
-_Lock = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
-_Strength = Annotated[
+LockFile = Annotated[Path, typer.Option("--lock", help="The lock: a fastlock .safetensors, or a released .safelock.")]
+Strength = Annotated[
     float | None,
     typer.Option("--strength", help="How hard the lock pulls (the paper's α). Default: as calibrated, or else 6."),
 ]
@@ -50,11 +50,11 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, a
 @app.command()
 def relock(
     sources: _Sources,
-    lock: _Lock,
+    lock: LockFile,
     out: Annotated[
         str, typer.Option("--out", help="The directory or URL to fill, each checkpoint under its own name.")
     ],
-    strength: _Strength = None,
+    strength: Strength = None,
     stacks: Annotated[
         list[str] | None, typer.Option("--for", help="What shall load them; default: transformers,vllm.")
     ] = None,
@@ -93,7 +93,7 @@ def relock(
 @app.command()
 def verify(
     sources: _Sources,
-    lock: _Lock,
+    lock: LockFile,
     workers: _Workers = None,
     ray: _Ray = None,
     rank: _Rank = None,

@@ -1,4 +1,4 @@
-"""A tiny random model of the real class of every family that fastlock supports, and random locks that fit."""
+"""A tiny random model of the real class of every family that fastlock supports, random locks that fit, a tokenizer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fastlock
 
@@ -192,3 +193,12 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def word_tokenizer(pairs: tuple[fastlock.Pair, ...]) -> PreTrainedTokenizerFast:
+    """One token a word."""
+    words = Tokenizer(models.WordLevel(unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = [text for pair in pairs for text in (pair.question, pair.safe, pair.unsafe)]
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["?"]))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")

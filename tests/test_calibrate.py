@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
-from test_readme import tokenizer as word_tokenizer
+from families import tiny_model, word_tokenizer
 
 import fastlock
 from fastlock import cli

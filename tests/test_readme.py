@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from families import tiny_model, word_tokenizer
 
 import fastlock
 from fastlock import cli
@@ -22,15 +20,6 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def tokenizer(pairs: tuple[fastlock.Pair, ...]) -> PreTrainedTokenizerFast:
-    """One token a word."""
-    words = Tokenizer(models.WordLevel(unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    texts = [text for pair in pairs for text in (pair.question, pair.safe, pair.unsafe)]
-    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["?"]))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """A working directory with everything that the README names."""
@@ -38,7 +27,7 @@ def files(tmp_path, monkeypatch):
     pairs = fastlock.shipped_pairs()
     for name in ("my-finetune-of-llama-3-8b", "BASE", "CHECKPOINT"):
         model.save_pretrained(tmp_path / name)
-        tokenizer(pairs).save_pretrained(tmp_path / name)
+        word_tokenizer(pairs).save_pretrained(tmp_path / name)
     u = np.eye(32, dtype=np.float16)
     rows = {f"model.layers.{layer}.self_attn.head_out": [(np.int64(1), u[layer], np.float16(0.5))] for layer in (1, 4)}
     torch.save(rows, tmp_path / "Meta-Llama-3-8B-Instruct.safelock")
@@ -57,7 +46,7 @@ def test_the_python_runs(files) -> None:
     exec(first, names)
     assert names["receipt"].layers == (1, 4)
     names |= {"base_model": tiny_model("llama", num_hidden_layers=6, vocab_size=4096)}
-    names |= {"tokenizer": tokenizer(fastlock.shipped_pairs())}
+    names |= {"tokenizer": word_tokenizer(fastlock.shipped_pairs())}
     exec(second, names)
     assert len(fastlock.Lock.load(files / "my-base.lock.safetensors")) == 24
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
-from test_readme import tokenizer as word_tokenizer
+from families import tiny_model, word_tokenizer
 from torch import nn
 
 import fastlock
