@@ -8,6 +8,7 @@ from fastlock.evaluate import evaluate
 from fastlock.extract import extract
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, load_pairs, shipped_pairs
+from fastlock.plan import Plan
 from fastlock.receipt import Receipt
 from fastlock.relock import relock, relock_many, relocked, unlock
 from fastlock.train import train_lock
@@ -18,6 +19,7 @@ __all__ = [
     "FastlockError",
     "Lock",
     "Pair",
+    "Plan",
     "Receipt",
     "Verification",
     "__version__",

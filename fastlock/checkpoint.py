@@ -24,7 +24,7 @@ from fastlock.card import CARD, with_section, without_section
 from fastlock.carrier import CONFIG_KEY, Carrier, check_stacks, choose_carrier
 from fastlock.errors import FastlockError
 from fastlock.files import CONFIG, File, Place, as_place, below
-from fastlock.fold import fold
+from fastlock.fold import Fold, fold
 from fastlock.folders import (
     LocalFile,
     NewFolder,
@@ -247,7 +247,7 @@ def _fold_site(
     if key not in folds:
         columns = checkpoint.read_columns(site, displacement.heads)
         compact = Displacement(tuple(range(len(displacement.heads))), displacement.values)
-        (bias,) = fold([columns.weight], [compact], [original], [f"{checkpoint.where}: {site.name}"])
+        (bias,) = fold([Fold(columns.weight, compact, original, f"{checkpoint.where}: {site.name}")])
         folds[key] = raw_bytes(bias), columns.digest
     data, digest = folds[key]
     return _Folded(site, displacement.heads, torch.frombuffer(bytearray(data), dtype=site.dtype), original, digest)

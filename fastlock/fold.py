@@ -1,108 +1,209 @@
-"""The fold: b = W d + c for many sites at once, by whatever is right for the device they are on."""
+"""The fold: b = W d + c for many sites at once, by whatever is right for the device they are on; once, or as a plan."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastlock import reference
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold import fold_sites  # which imports no Triton; here, not at the first relock, as it takes time
+from fastlock.kernels.fold import build_table, launch  # no Triton is imported; here, as importing takes time
 from fastlock.lock import Displacement
 
 
-def fold(
-    weights: Sequence[torch.Tensor],
-    displacements: Sequence[Displacement],
-    biases: Sequence[torch.Tensor | None],
-    names: Sequence[str],
-) -> list[torch.Tensor]:
-    """The new bias of each site, b = W d + c, reading only the locked head columns of W.
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What one site's fold takes.
 
-    One kernel launch for all sites of one CUDA device, dtype, layout and head_dim (a model: one launch), which
-    accumulates in float32, in an order that does not change from run to run; the reference elsewhere, in float64.
-    Both round once.
+    Attributes:
+        weight: W, [hidden, num_heads * head_dim], float16, bfloat16, float32 or float64; detached.
+        displacement: d.
+        bias: c, [hidden] of the weight's dtype and device, or None; detached.
+        name: of the site, for messages.
+    """
 
-    Args:
-        weights: W of each site, [hidden, num_heads * head_dim], float16, bfloat16, float32 or float64.
-        displacements: d of each site.
-        biases: c of each site, [hidden], or None.
-        names: of the sites, for messages.
+    weight: torch.Tensor
+    displacement: Displacement
+    bias: torch.Tensor | None
+    name: str
+
+
+def fold(folds: Sequence[Fold]) -> list[torch.Tensor]:
+    """The new bias of each site, once. As `FoldPlan` says.
 
     Returns:
-        b of each site, [hidden], new tensors of the weight's dtype and device.
+        b of each site, [hidden], of the weight's dtype and device.
 
     Raises:
         FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large.
     """
-    folds: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(weights)
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, weight in enumerate(weights):
-        groups.setdefault(_group(weight, displacements[i]), []).append(i)
-    with torch.inference_mode(False), torch.no_grad():
-        for members in groups.values():
-            run = _fold_on(weights[members[0]])
-            done = run([weights[i] for i in members], [displacements[i] for i in members], [biases[i] for i in members])
-            for i, b in zip(members, done, strict=True):
-                folds[i] = b
-            _check_finite(done, [names[i] for i in members])
-    return folds
+    plan = FoldPlan(folds)
+    plan.run()
+    return plan.results
 
 
-_Run = Callable[[Sequence[torch.Tensor], Sequence[Displacement], Sequence[torch.Tensor | None]], list[torch.Tensor]]
+class FoldPlan:
+    """The folds of many sites, b = W d + c, made ready once and run as often as wanted.
+
+    Only the locked head columns of W are read. One kernel launch for all sites of one CUDA device, dtype, layout and
+    head_dim (a model, or a zoo: one launch), which accumulates in float32, in an order that does not change from run
+    to run; the reference elsewhere, in float64. Both round once. Sites that read the same memory with the same
+    displacement are folded once, and have one result.
+
+    It holds addresses: it is good for as long as weights and biases stay where they are; their numbers may change.
+
+    Attributes:
+        results: b of each site, [hidden], of the weight's dtype and device; what they hold is the last run's.
+        by_torch: whether some are written by torch, which counts that (`Tensor._version`); the kernel's are not.
+    """
+
+    def __init__(self, folds: Sequence[Fold]) -> None:
+        self._firsts = _firsts_alike(folds)
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for first in dict.fromkeys(self._firsts):
+            groups.setdefault(_group(folds[first]), []).append(first)
+        with torch.inference_mode(False), torch.no_grad():
+            self._groups = [
+                (members, _way(folds[members[0]].weight)([folds[i] for i in members])) for members in groups.values()
+            ]
+        made = {i: b for members, group in self._groups for i, b in zip(members, group.results, strict=True)}
+        self.results = [made[first] for first in self._firsts]
+        self.by_torch = any(isinstance(group, _ByReference) for _, group in self._groups)
+
+    def run(self) -> None:
+        """Fold from the numbers that are there now, and wait until it is done.
+
+        Raises:
+            FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large. The
+                results then hold what came out.
+        """
+        for _, group in self._groups:
+            group.start()
+        problems = [problem for _, group in self._groups if (problem := group.finish()) is not None]
+        if problems:
+            raise FastlockError(problems[0])
+
+    def displace(self, displacements: Sequence[Displacement]) -> bool:
+        """Other displacements, one a site, for the runs that follow: only what differs is sent to the device.
+
+        Returns:
+            Whether this plan can do them; if not (sites that shared a result differ now), nothing was changed.
+        """
+        if any(displacements[i] is not displacements[first] for i, first in enumerate(self._firsts)):
+            return False
+        for members, group in self._groups:
+            group.displace([displacements[i] for i in members])
+        return True
 
 
-def _group(weight: torch.Tensor, displacement: Displacement) -> tuple[object, ...]:
-    return weight.device, weight.dtype, weight.stride(1) == 1, 1 in weight.stride(), displacement.values.shape[1]
+class _ByKernel:
+    """The folds of one device, dtype, layout and head_dim, by one launch."""
+
+    def __init__(self, folds: Sequence[Fold]) -> None:
+        # The kernel reads contiguous biases only: of others a copy, made anew for each run.
+        self._copied = [
+            (f.bias, f.bias.contiguous()) for f in folds if f.bias is not None and not f.bias.is_contiguous()
+        ]
+        copies = iter(copy for _, copy in self._copied)
+        self._folds = [f if f.bias is None or f.bias.is_contiguous() else replace(f, bias=next(copies)) for f in folds]
+        self.results = [f.weight.new_empty(f.weight.shape[0]) for f in folds]
+        self._build()
+
+    def _build(self) -> None:
+        self._table = build_table(
+            [f.weight for f in self._folds],
+            [f.displacement.heads for f in self._folds],
+            [f.displacement.values for f in self._folds],
+            [f.bias for f in self._folds],
+            self.results,
+        )
+        self._flags = self._table.flags.numpy()
+
+    def start(self) -> None:
+        for bias, copy in self._copied:
+            copy.copy_(bias)
+        launch(self._table)
+
+    def finish(self) -> str | None:
+        """Wait, and say what is wrong with the first fold that is not finite."""
+        device = self.results[0].device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        if not self._flags[0]:
+            return None
+        first = int(self._flags[1:].argmax())
+        self._flags.fill(0)
+        return _not_finite(self._folds[first])
+
+    def displace(self, displacements: Sequence[Displacement]) -> None:
+        earlier = [f.displacement for f in self._folds]
+        self._folds = [replace(f, displacement=d) for f, d in zip(self._folds, displacements, strict=True)]
+        if all(a.heads == b.heads for a, b in zip(earlier, displacements, strict=True)):
+            self._table.displace([d.values for d in displacements])
+        else:
+            self._build()
 
 
-def _fold_on(weight: torch.Tensor) -> _Run:
-    by_kernel = weight.device.type == "cuda" and weight.dtype != torch.float64 and 1 in weight.stride()
-    return _fold_cuda if by_kernel else _fold_reference
+class _ByReference:
+    """The folds of one device, dtype, layout and head_dim, by the reference, one after the other."""
 
+    def __init__(self, folds: Sequence[Fold]) -> None:
+        self._folds = list(folds)
+        self.results = [f.weight.new_empty(f.weight.shape[0]) for f in folds]
 
-def _fold_reference(
-    weights: Sequence[torch.Tensor], displacements: Sequence[Displacement], biases: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    return [reference.fold(*site) for site in zip(weights, displacements, biases, strict=True)]
+    def start(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for f, b in zip(self._folds, self.results, strict=True):
+                b.copy_(reference.fold(f.weight, f.displacement, f.bias))
 
-
-def _fold_cuda(
-    weights: Sequence[torch.Tensor], displacements: Sequence[Displacement], biases: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    folds = [weight.new_empty(weight.shape[0]) for weight in weights]
-    heads = [displacement.heads for displacement in displacements]
-    values = [displacement.values for displacement in displacements]
-    contiguous = [bias if bias is None else bias.detach().contiguous() for bias in biases]
-    fold_sites(weights, heads, values, contiguous, folds)
-    return folds
-
-
-def _check_finite(folds: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    whole = _on_host(folds)
-    if math.isfinite(whole.sum(dtype=torch.float64).item()):  # a sum of finite float32 can't overflow there
-        return
-    finite = [bool(b.isfinite().all()) for b in torch.split(whole, [len(b) for b in folds])]
-    if not all(finite):
-        raise FastlockError(
-            f"{names[finite.index(False)]}: its fold is not finite in {folds[0].dtype}. Either its locked columns hold "
-            "NaN or infinite weights (check the checkpoint), or the strength is too large for the dtype (lower it)."
+    def finish(self) -> str | None:
+        """Say what is wrong with the first fold that is not finite."""
+        return next(
+            (_not_finite(f) for f, bad in zip(self._folds, _bad(self.results), strict=True) if bad),
+            None,
         )
 
+    def displace(self, displacements: Sequence[Displacement]) -> None:
+        self._folds = [replace(f, displacement=d) for f, d in zip(self._folds, displacements, strict=True)]
 
-def _on_host(folds: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The folds one after the other on the CPU, once they are done: [sum of their lengths].
 
-    From a GPU they are copied and not checked there: no kernel of torch's has to be loaded for the first relock of a
-    process, and a copy a fold is less to launch than a check of each.
-    """
-    device = folds[0].device
-    if device.type != "cuda":
-        return torch.cat(list(folds)).cpu()
-    whole = torch.empty(sum(map(len, folds)), dtype=folds[0].dtype, device="cpu", pin_memory=True)
-    for part, b in zip(torch.split(whole, [len(b) for b in folds]), folds, strict=True):
-        part.copy_(b, non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
-    return whole
+def _way(weight: torch.Tensor) -> type[_ByKernel] | type[_ByReference]:
+    by_kernel = weight.device.type == "cuda" and weight.dtype != torch.float64 and 1 in weight.stride()
+    return _ByKernel if by_kernel else _ByReference
+
+
+def _group(f: Fold) -> tuple[object, ...]:
+    """Folds for which this is the same can be one launch."""
+    weight = f.weight
+    return weight.device, weight.dtype, weight.stride(1) == 1, 1 in weight.stride(), f.displacement.values.shape[1]
+
+
+def _firsts_alike(folds: Sequence[Fold]) -> list[int]:
+    """For each fold the number of the first that reads the same memory with the same displacement: its own, mostly."""
+    firsts: dict[tuple[object, ...], int] = {}
+    return [
+        firsts.setdefault((_memory(f.weight), None if f.bias is None else _memory(f.bias), id(f.displacement)), i)
+        for i, f in enumerate(folds)
+    ]
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _bad(folds: Sequence[torch.Tensor]) -> list[bool]:
+    """Which of the folds are not finite."""
+    # One sum for all: of finite numbers it can't overflow in float64, but for float64 itself.
+    if math.isfinite(torch.cat(list(folds)).cpu().sum(dtype=torch.float64).item()):
+        return [False] * len(folds)
+    return [not bool(b.isfinite().all()) for b in folds]
+
+
+def _not_finite(f: Fold) -> str:
+    return (
+        f"{f.name}: its fold is not finite in {f.weight.dtype}. Either its locked columns hold NaN or infinite weights "
+        "(check the checkpoint), or the strength is too large for the dtype (lower it)."
+    )

@@ -108,8 +108,8 @@ def forget(module: nn.Module) -> None:
 def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
     """Note on the model that it is relocked (or, with None, that it is not), and let its saving go by that."""
     known = receipt or model.__dict__[RECEIPT]
-    undo.callback(_set_receipt, model, model.__dict__.get(RECEIPT))
-    _set_receipt(model, receipt)
+    undo.callback(set_receipt, model, model.__dict__.get(RECEIPT))
+    set_receipt(model, receipt)
     _swap(model, Relocked if receipt else None, undo)
     path = known.sites[0].name.split(".")
     for length in range(1, len(path)):
@@ -118,7 +118,8 @@ def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
             _swap(part, PartOfRelocked if receipt else None, undo)
 
 
-def _set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
+def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
+    """Note on the model what was done, and nothing else; None takes it away."""
     if receipt is None:
         model.__dict__.pop(RECEIPT, None)
     else:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fastlock.carrier import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
 from fastlock.errors import FastlockError
-from fastlock.fold import fold
+from fastlock.fold import Fold, fold
 from fastlock.loaded import forget, keep, mark, receipt_of, take_over
 from fastlock.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.receipt import LockedSite, Receipt
-from fastlock.sites import Site, sites_for, text_config, unwrapped
+from fastlock.sites import Projections, Site, bare_sites, sites_for, text_config, unwrapped
+
+_T = TypeVar("_T")
 
 
 def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Receipt:
@@ -39,19 +42,37 @@ def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Recei
         FastlockError: the lock does not fit, the fold would not be exact in this family, or the weights can't be
             read. The model is as it was.
     """
-    return relock_many([model], lock, strength)[0]
+    return _relock([model], [lock], [strength])[0]
 
 
-def relock_many(models: Sequence[nn.Module], lock: Lock, strength: float | None = None) -> list[Receipt]:
-    """Relock several models with one lock, all of them, or none: one kernel launch per CUDA device and dtype.
+def relock_many(
+    models: Sequence[nn.Module], lock: Lock | Sequence[Lock], strength: float | Sequence[float | None] | None = None
+) -> list[Receipt]:
+    """Relock several models, all of them or none: one kernel launch per CUDA device, dtype, layout and head_dim.
 
-    Args, errors: as for `relock`.
+    Models that share their output projections (the same memory) are folded once, and share the bias.
+
+    Args:
+        models: as for `relock`; their shapes and families may differ.
+        lock: one lock for all, or one each.
+        strength: one for all, or one each; None as for `relock`.
 
     Returns:
         A receipt per model, in order.
+
+    Raises:
+        FastlockError: as for `relock`. All models are as they were.
     """
-    with _changing() as undo:
-        return _relock(models, lock, strength, undo)
+    check_list(models)
+    if any(isinstance(model, dict) for model in models):
+        raise FastlockError("bare output projections have no place for a bias: fold them with fastlock.Plan.")
+    return _relock(models, each(lock, len(models), "lock"), each(strength, len(models), "strength"))
+
+
+def _relock(models: Sequence[nn.Module], locks: Sequence[Lock], strengths: Sequence[float | None]) -> list[Receipt]:
+    with changing() as undo:
+        members = prepare(models, locks, strengths, undo)
+        return [receipt for receipt in put_in(members, fold(folds_of(members)), undo) if receipt is not None]
 
 
 def unlock(model: nn.Module) -> None:
@@ -62,7 +83,7 @@ def unlock(model: nn.Module) -> None:
             the original back would lose that change.
     """
     inner = unwrapped(model)
-    with _changing() as undo:
+    with changing() as undo:
         take_over(inner, undo)
         if receipt_of(inner) is None:
             raise FastlockError(f"{type(inner).__name__} is not relocked; there is nothing to unlock.")
@@ -77,24 +98,25 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         FastlockError: as for `relock`.
     """
     inner = unwrapped(model)
-    with _changing() as undo:
+    with changing() as undo:
         take_over(inner, undo)
         earlier = receipt_of(inner)
         kept = [site.module.bias.detach().clone() for site in locked_sites(inner, earlier)] if earlier else []
-        _relock([inner], lock, strength, undo)
+        members = prepare([inner], [lock], [strength], undo)
+        put_in(members, fold(folds_of(members)), undo)
     try:
         yield model
     finally:
-        with _changing() as undo:
+        with changing() as undo:
             _take_out(inner, undo)
             if earlier:
                 sites = locked_sites(inner, earlier)
                 biases = [bias.to(site.weight) for site, bias in zip(sites, kept, strict=True)]
-                _put_in(inner, earlier, sites, biases, undo)
+                _place_all(inner, earlier, sites, biases, undo)
 
 
 @contextlib.contextmanager
-def _changing() -> Iterator[ExitStack]:
+def changing() -> Iterator[ExitStack]:
     """A stack for the undoing of each change: whatever error comes, they are all undone.
 
     What is made inside are ordinary tensors, in inference mode too, so that the model can still be trained.
@@ -104,79 +126,159 @@ def _changing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def _relock(models: Sequence[nn.Module], lock: Lock, strength: float | None, undo: ExitStack) -> list[Receipt]:
-    """Loaded models are taken over, then all folds are made, then each model is changed; each change can be undone."""
-    check_lock(lock)
-    if not isinstance(models, Sequence):
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One model of those that are relocked together.
+
+    Attributes:
+        model: out of its wrappers; None for bare output projections.
+        lock: what it is relocked with.
+        strength: the strength to apply.
+        displacements: of the lock at this strength, by layer; one object for all members of the same two.
+        sites: those that the lock shifts.
+    """
+
+    model: nn.Module | None
+    lock: Lock
+    strength: float
+    displacements: Mapping[int, Displacement]
+    sites: Sequence[Site]
+
+
+def check_list(models: object) -> None:
+    """That several models were given as a list."""
+    if not isinstance(models, Sequence) or isinstance(models, str):
         raise FastlockError(f"models is a {type(models).__name__}; give a list of models.")
-    strength = strength_for(lock, strength)
-    displacements = lock.displacement(strength)
-    inner = [unwrapped(model) for model in models]
-    if len({id(model) for model in inner}) < len(inner):
+
+
+def each(given: _T | Sequence[_T], count: int, name: str) -> list[_T]:
+    """One for each model: the one that was given for all, or those that were.
+
+    Raises:
+        FastlockError: there are more or fewer than models.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != count:
+            raise FastlockError(f"{name}: {len(given)} were given for {count} models. Give one for all, or one each.")
+        return list(given)
+    return [given] * count
+
+
+def displaced(locks: Sequence[Lock], strengths: Sequence[float]) -> list[Mapping[int, Displacement]]:
+    """The displacements of each; one object for all that have the same lock at the same strength."""
+    made: dict[tuple[int, float], Mapping[int, Displacement]] = {}
+    for lock, strength in zip(locks, strengths, strict=True):
+        if (id(lock), strength) not in made:
+            made[id(lock), strength] = lock.displacement(strength)
+    return [made[id(lock), strength] for lock, strength in zip(locks, strengths, strict=True)]
+
+
+def prepare(
+    models: Sequence[nn.Module | Projections],
+    locks: Sequence[Lock],
+    strengths: Sequence[float | None],
+    undo: ExitStack,
+) -> list[Member]:
+    """All checks of all models; those that came back relocked from disk are taken over.
+
+    Raises:
+        FastlockError: as for `relock`.
+    """
+    for lock in locks:
+        check_lock(lock)
+    applied = [strength_for(lock, strength) for lock, strength in zip(locks, strengths, strict=True)]
+    inner = [model if isinstance(model, dict) else unwrapped(model) for model in models]
+    own = [id(model) for model in inner if isinstance(model, nn.Module)]
+    if len(set(own)) < len(own):
         raise FastlockError("one model is given twice; a model carries one lock. Remove the repetition.")
-    for model in inner:
-        take_over(model, undo)
-    sites = [sites_for(model, lock) for model in inner]
-    every = [site for of_model in sites for site in of_model]
-    _check_not_shared(inner, sites)
-    biases = fold(
-        [site.weight for site in every],
-        [displacements[site.layer] for site in every],
-        [_original_bias(site) for site in every],
-        [site.name for site in every],
-    )
-    receipts = []
-    for model, of_model in zip(inner, sites, strict=True):
-        receipt = _receipt(model, lock, strength, displacements, of_model)
-        mine, biases = biases[: len(of_model)], biases[len(of_model) :]
-        _take_out(model, undo)
-        receipts.append(_put_in(model, receipt, of_model, mine, undo))
+    members = []
+    for i, (model, lock, displacements) in enumerate(zip(inner, locks, displaced(locks, applied), strict=True)):
+        if isinstance(model, nn.Module):
+            take_over(model, undo)
+            members.append(Member(model, lock, applied[i], displacements, sites_for(model, lock)))
+        else:
+            members.append(Member(None, lock, applied[i], displacements, bare_sites(model, lock, f"models[{i}]")))
+    _check_not_shared(members)
+    return members
+
+
+def folds_of(members: Sequence[Member]) -> list[Fold]:
+    """What is to be folded, member by member and site by site."""
+    return [
+        Fold(site.weight, member.displacements[site.layer], original_bias(site), site.name)
+        for member in members
+        for site in member.sites
+    ]
+
+
+def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack) -> list[Receipt | None]:
+    """Put the biases in, in the order of `folds_of`, in place of an earlier lock's; None for bare projections."""
+    receipts: list[Receipt | None] = []
+    rest = iter(biases)
+    for member in members:
+        mine = [next(rest) for _ in member.sites]
+        if member.model is None:
+            receipts.append(None)
+            continue
+        receipt = receipt_for(member)
+        _take_out(member.model, undo)
+        receipts.append(_place_all(member.model, receipt, member.sites, mine, undo))
     return receipts
 
 
-def _check_not_shared(models: list[nn.Module], sites: list[list[Site]]) -> None:
-    seen: set[int] = set()
-    for model, of_model in zip(models, sites, strict=True):
-        receipt = receipt_of(model)
+def _check_not_shared(members: Sequence[Member]) -> None:
+    modules: set[int] = set()
+    biases: set[int] = set()
+    for member in members:
+        receipt = None if member.model is None else receipt_of(member.model)
         mine = {locked.name for locked in receipt.sites} if receipt else set()
-        for site in of_model:
-            if id(site.module) in seen or (hasattr(site.module, PLACED_BIAS) and site.name not in mine):
+        for site in member.sites:
+            if id(site.module) in modules or (hasattr(site.module, PLACED_BIAS) and site.name not in mine):
                 raise FastlockError(
                     f"{site.name} is part of another model too, which is relocked: a second lock would be added to the "
                     "first. Unlock that model first, or give the two models layers of their own."
                 )
-            seen.add(id(site.module))
+            modules.add(id(site.module))
+            if member.model is None or site.bias is None:
+                continue
+            if id(site.bias) in biases:
+                raise FastlockError(
+                    f"{site.name}.bias is one parameter with that of another projection: it can't hold two locks. Give "
+                    "each a parameter of its own (nn.Parameter(bias.detach()) may share its memory)."
+                )
+            biases.add(id(site.bias))
 
 
-def _original_bias(site: Site) -> torch.Tensor | None:
-    """The bias without any lock."""
-    return getattr(site.module, ORIGINAL_BIAS, None) if hasattr(site.module, PLACED_BIAS) else site.bias
+def original_bias(site: Site) -> torch.Tensor | None:
+    """The bias without any lock, in the memory where it stays when a lock is put in."""
+    bias = getattr(site.module, ORIGINAL_BIAS, None) if hasattr(site.module, PLACED_BIAS) else site.bias
+    return None if bias is None else bias.detach()
 
 
-def _receipt(
-    model: nn.Module, lock: Lock, strength: float, displacements: dict[int, Displacement], sites: list[Site]
-) -> Receipt:
+def receipt_for(member: Member) -> Receipt:
+    """The receipt of a model's member, without its digests."""
+    model: Any = member.model
     earlier = receipt_of(model)
     return Receipt(
-        lock_digest=lock.digest,
-        strength=strength,
+        lock_digest=member.lock.digest,
+        strength=member.strength,
         model_type=text_config(model).model_type,
-        dtype=sites[0].dtype_name,
+        dtype=member.sites[0].dtype_name,
         sites=tuple(
-            LockedSite(site.layer, site.name, displacements[site.layer].heads, _original_bias(site) is not None)
-            for site in sites
+            LockedSite(site.layer, site.name, member.displacements[site.layer].heads, original_bias(site) is not None)
+            for site in member.sites
         ),
         original_config=earlier.original_config if earlier else None,
     )
 
 
-def _put_in(
-    model: nn.Module, receipt: Receipt, sites: list[Site], biases: list[torch.Tensor], undo: ExitStack
+def _place_all(
+    model: nn.Module, receipt: Receipt, sites: Sequence[Site], biases: Sequence[torch.Tensor], undo: ExitStack
 ) -> Receipt:
     for site, bias in zip(sites, biases, strict=True):
         _place(site.module, bias, undo)
     mark(model, receipt, undo)
-    return receipt.of(sites)
+    return receipt.of(list(sites))
 
 
 def _take_out(model: nn.Module, undo: ExitStack) -> None:

@@ -40,13 +40,30 @@ class Family:
 
 
 @dataclass(frozen=True, eq=False)
+class Bare:
+    """An output projection without its model: the tensors alone.
+
+    Attributes:
+        weight: W, [hidden, num_heads * head_dim].
+        bias: c, [hidden], or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+# A model's output projections alone: of each layer that is locked W, [hidden, num_heads * head_dim]; or W and c.
+Projections = dict[int, torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """One layer's attention output projection.
 
     Attributes:
         layer: the decoder layer.
         name: the module's path in the model.
-        module: an `nn.Linear`, or transformers' `Conv1D` (GPT-2), which keeps its weight transposed.
+        module: an `nn.Linear`, or transformers' `Conv1D` (GPT-2), which keeps its weight transposed; or a `Bare`.
         num_heads, head_dim: its input is num_heads plain head outputs of head_dim numbers each.
     """
 
@@ -60,7 +77,7 @@ class Site:
     def weight(self) -> torch.Tensor:
         """W, [hidden, num_heads * head_dim]: a view, whichever way the module keeps it."""
         weight: torch.Tensor = self.module.weight.detach()
-        return weight if isinstance(self.module, nn.Linear) else weight.t()
+        return weight if isinstance(self.module, (nn.Linear, Bare)) else weight.t()
 
     @property
     def dtype_name(self) -> str:
@@ -162,6 +179,7 @@ REFUSED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.
 
 # By exact type: quantised and adapted layers inherit from nn.Linear and compute something else.
 _PROJECTIONS = (
+    "fastlock.sites.Bare",
     "torch.nn.modules.linear.Linear",
     "transformers.pytorch_utils.Conv1D",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
@@ -309,6 +327,54 @@ def sites_for(model: nn.Module, lock: Lock) -> list[Site]:
     return locked
 
 
+def bare_sites(projections: Projections, lock: Lock, name: str) -> list[Site]:
+    """The sites that the lock shifts, out of a model's output projections alone, layers ascending; each checked.
+
+    That they take plain concatenated head outputs can't be seen from them: who gives them must know.
+
+    Args:
+        projections: of every locked layer at least.
+        name: whose they are, for messages.
+
+    Raises:
+        FastlockError: a locked layer lacks, the lock is of another geometry, or a tensor can't be folded.
+    """
+    found = []
+    for layer in sorted(set(lock.layers.tolist())):
+        given = projections.get(layer)
+        weight, bias = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if not isinstance(weight, torch.Tensor) or not isinstance(bias, torch.Tensor | None):
+            raise FastlockError(
+                f"{name}[{layer}] is {type(given).__name__}, but the lock shifts this layer. Give the weight of its "
+                "output projection, a tensor [hidden, num_heads * head_dim], or a pair of weight and bias."
+            )
+        columns = weight.shape[-1] if weight.dim() else 0
+        if columns % lock.directions.shape[1]:
+            raise FastlockError(
+                f"{name}[{layer}]: its weight is {list(weight.shape)}, and {columns} columns are no heads of "
+                f"{lock.directions.shape[1]}, as the lock's are. Use the lock of this model's own aligned base."
+            )
+        head_dim = lock.directions.shape[1]
+        site = Site(layer, f"{name}[{layer}]", Bare(weight, bias), columns // head_dim, head_dim)
+        check_foldable(site)
+        _check_bare_fits(site, lock)
+        found.append(site)
+    return found
+
+
+def _check_bare_fits(site: Site, lock: Lock) -> None:
+    there = {"num_heads": site.num_heads, "hidden_size": site.weight.shape[0]}
+    for key, value in there.items():
+        if getattr(lock, key) not in (None, value):
+            raise FastlockError(
+                f"{site.name}: its {key} is {value}, but {getattr(lock, key)} in the base of the lock. Use the lock of "
+                "this model's own aligned base."
+            )
+    beyond = [head for head in lock.heads[lock.layers == site.layer].tolist() if head >= site.num_heads]
+    if beyond:
+        raise FastlockError(f"{site.name}: head {beyond[0]} is locked, but it has {site.num_heads} heads.")
+
+
 def check_lock_fits(lock: Lock, num_layers: int, config: Any, name: str) -> None:
     """The lock is of the geometry of a decoder's config; `name` says whose it is, for messages.
 
@@ -358,14 +424,32 @@ def check_foldable(site: Site) -> None:
             f"{site.name}.weight has dtype {site.weight.dtype}; fastlock folds float16, bfloat16, float32 and float64. "
             "Quantised models can't be relocked yet: load the checkpoint unquantised."
         )
+    if parameter.untyped_storage().nbytes() < _extent(parameter):
+        raise FastlockError(
+            f"{site.name}.weight has no memory behind it: its storage was resized (freed, as sharding libraries do). "
+            "Gather the weights, then relock."
+        )
     width = site.num_heads * site.head_dim
     if site.weight.dim() != 2 or site.weight.shape[1] != width:
         raise FastlockError(
             f"{site.name}.weight is {list(site.weight.shape)}, but its config says {site.num_heads} heads of "
             f"{site.head_dim}: {width} columns. The config and the weights do not belong together."
         )
+    if site.bias is not None and site.bias.shape != site.weight.shape[:1]:
+        raise FastlockError(
+            f"{site.name}: bias is {list(site.bias.shape)}, but the weight has {site.weight.shape[0]} rows. They do "
+            "not belong together."
+        )
     if site.bias is not None and (site.bias.dtype, site.bias.device) != (site.weight.dtype, site.weight.device):
         raise FastlockError(
             f"{site.name}: bias is {site.bias.dtype} on {site.bias.device}, weight {site.weight.dtype} on "
             f"{site.weight.device}. Bring the model to one dtype and the layer to one device first."
         )
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """How many bytes of its storage a tensor reaches into."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((tensor.storage_offset() + last + 1) * tensor.element_size())

@@ -32,8 +32,8 @@ FORMAT = 1
 SWITCH = "FASTLOCK_CUBINS"
 # A cubin is made from these files, and launched by what they say: from others it is not the same kernel.
 SOURCES = ("fold.py", "jit.py")
-# The kernel's own arguments: addresses of the sites, heads and values. Triton adds addresses of scratch memory.
-ARGUMENTS = 3
+# The kernel's own arguments: addresses of the sites, heads, values and flags. Triton adds addresses of scratch memory.
+ARGUMENTS = 4
 ADDRESS_BYTES = 8
 ALIGNMENT = 16
 FREE_SHARED = 48 * 1024
@@ -232,7 +232,7 @@ class Kernel:
 
         Args:
             grid: blocks in x, y and z.
-            addresses: on the device, of the sites, heads and values, multiples of ALIGNMENT.
+            addresses: of the sites, heads, values and flags, multiples of ALIGNMENT.
 
         Raises:
             FastlockError: the addresses are not those of the kernel's arguments.

@@ -93,6 +93,9 @@ class Table:
         sites: [sites, SITE_FIELDS] int64.
         heads: address of each locked head's first column, [K] int64.
         values: the displacements, [K, head_dim] float32.
+        flags: not 0 for each site whose fold was not finite, after one number that is not 0 if there is such a site:
+            [1 + sites] int32; in the host's memory, which the kernel writes to, so that no copy has to be waited for.
+            To be read once the launch is done.
         variant: the kernel to launch.
         grid: (sites, blocks of rows of the tallest site).
         run: launches a cubin with its arguments packed, where one fits (see `cubins.choose`); else Triton's JIT.
@@ -101,9 +104,20 @@ class Table:
     sites: torch.Tensor
     heads: torch.Tensor
     values: torch.Tensor
+    flags: torch.Tensor
     variant: Variant
     grid: tuple[int, int]
     run: Callable[[], None] = field(repr=False, compare=False)
+
+    def displace(self, values: Sequence[torch.Tensor]) -> None:
+        """Other displacements of the same heads, for the launches that follow; one copy on the current stream.
+
+        Args:
+            values: of each site, as in `fold_sites`.
+        """
+        host = _on_host(self.values.numel(), torch.float32, self.values.device)
+        host.copy_(torch.cat(list(values)).flatten())
+        self.values.copy_(host.view(self.values.shape), non_blocking=True)
 
 
 def fold_sites(
@@ -172,10 +186,11 @@ def build_table(
     variant = Variant(
         weights[0].dtype, out[0].dtype, head_dim, transposed, _aligned(weights, addresses, head_dim, transposed)
     )
-    sites, head_table, value_table = _pack(rows, addresses, torch.cat(list(values)), weights[0].device)
+    device = weights[0].device
+    parts = _pack(rows, addresses, torch.cat(list(values)), device)
+    flags = _on_host(1 + len(weights), torch.int32, device).zero_()
     grid = (len(weights), -(-max(weight.shape[0] for weight in weights) // variant.block_rows))
-    run = _launcher(sites, head_table, value_table, variant, grid)
-    return Table(sites, head_table, value_table, variant, grid, run)
+    return Table(*parts, flags, variant, grid, _launcher((*parts, flags), variant, grid, device))
 
 
 def launch(table: Table) -> None:
@@ -189,20 +204,18 @@ def launch(table: Table) -> None:
 
 
 def _launcher(
-    sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: Variant, grid: tuple[int, int]
+    arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int], device: torch.device
 ) -> Callable[[], None]:
     """What launches it: the cubin of the variant with its arguments packed, or Triton's JIT."""
-    index = _cuda_index(sites.device)
+    index = _cuda_index(device)
     if index is not None:
         kernel = cubins.choose(variant.name, index).kernel
         if kernel is not None:
-            return kernel.launcher((*grid, 1), [part.data_ptr() for part in (sites, heads, values)])
-    return partial(_launch_jit, sites, heads, values, variant, grid)
+            return kernel.launcher((*grid, 1), [argument.data_ptr() for argument in arguments])
+    return partial(_launch_jit, arguments, variant, grid)
 
 
-def _launch_jit(
-    sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: Variant, grid: tuple[int, int]
-) -> None:
+def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int]) -> None:
     try:
         from fastlock.kernels import jit
     except ImportError as error:
@@ -210,7 +223,7 @@ def _launch_jit(
             f"no kernel compiled ahead of time fits (`fastlock doctor` says why), and Triton, which would compile one, "
             f"can't be imported ({error}). Install Triton, or relock on the CPU."
         ) from None
-    jit.launch(sites, heads, values, variant, grid)
+    jit.launch(arguments, variant, grid)
 
 
 def _aligned(weights: Sequence[torch.Tensor], addresses: Sequence[int], head_dim: int, transposed: bool) -> bool:
@@ -226,9 +239,7 @@ def _pack(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three parts of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
     numbers = rows + addresses + [0] * (len(addresses) % 2)  # SITE_FIELDS is even, so two int64 are 16 bytes
-    # Pinned memory of torch is not used again before the copy has run, even if the tensor is gone by then.
-    length, pinned = len(numbers) + (values.numel() + 1) // 2, device.type == "cuda"
-    host = torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    host = _on_host(len(numbers) + (values.numel() + 1) // 2, torch.int64, device)
     host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()
     table = host.to(device, non_blocking=True)
@@ -237,6 +248,15 @@ def _pack(
         table[len(rows) : len(rows) + len(addresses)],
         table[len(numbers) :].view(torch.float32)[: values.numel()].view(values.shape),
     )
+
+
+def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers in the host's memory, [length], for a device: pinned for CUDA, which then reads and writes them itself.
+
+    CUDA C++ Programming Guide, "Unified Virtual Address Space": a kernel may use such an address as it is. torch does
+    not give pinned memory away again before the copies from it have run, even if the tensor is gone by then.
+    """
+    return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def fold_kernel(
     p_sites: tl.tensor,
     p_heads: tl.tensor,
     p_values: tl.tensor,
+    p_flags: tl.tensor,
     DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     D: tl.constexpr,
@@ -45,7 +47,8 @@ def fold_kernel(
     """Program (i, j) writes rows [j * BR, (j + 1) * BR) of site i: out = sum over its heads of W d, plus the bias.
 
     p_sites: [sites, SITE_FIELDS] int64. p_heads: [K] int64, the address of each locked head's first column.
-    p_values: [K, D] fp32. VECTOR: how many elements of the weight make VECTOR_BYTES bytes.
+    p_values: [K, D] fp32. p_flags: [1 + sites] int32, in the host's memory: 1 is written to the first, and to that
+    of the site, where a result is NaN or infinite. VECTOR: how many elements of the weight make VECTOR_BYTES bytes.
     One program sums a whole row in one order, so the result is the same bits from run to run.
     """
     p_site = p_sites + tl.program_id(0).to(tl.int64) * SITE_FIELDS
@@ -91,11 +94,17 @@ def fold_kernel(
     m_bias = o_r < tl.where(bias != 0, hidden, 0)
     b_out += tl.load(bias.to(tl.pointer_type(DTYPE)) + o_r, mask=m_bias, other=0.0).to(tl.float32)
     p_out = tl.load(p_site + OUT).to(tl.pointer_type(OUT_DTYPE))
-    tl.store(p_out + o_r, b_out.to(OUT_DTYPE), mask=m_r)
+    b_out = b_out.to(OUT_DTYPE)
+    tl.store(p_out + o_r, b_out, mask=m_r)
+    # Every such row writes the same number to the same place, so that no rows have to be counted.
+    m_flag = m_r & ~(tl.abs(b_out.to(tl.float32)) < float("inf"))
+    o_flag = tl.zeros([BR], dtype=tl.int32)
+    tl.store(p_flags + o_flag, 1, mask=m_flag)
+    tl.store(p_flags + 1 + tl.program_id(0) + o_flag, 1, mask=m_flag)
 
 
-# The kernel's arguments that are not constants. All point to multiples of 16 bytes: see `fold._pack`.
-SIGNATURE = {"p_sites": "*i64", "p_heads": "*i64", "p_values": "*fp32"}
+# The kernel's arguments that are not constants. All point to multiples of 16 bytes: see `fold.build_table`.
+SIGNATURE = {"p_sites": "*i64", "p_heads": "*i64", "p_values": "*fp32", "p_flags": "*i32"}
 
 
 def constants(variant: fold.Variant) -> dict[str, Any]:
@@ -112,10 +121,13 @@ def constants(variant: fold.Variant) -> dict[str, Any]:
     }
 
 
-def launch(
-    sites: torch.Tensor, heads: torch.Tensor, values: torch.Tensor, variant: fold.Variant, grid: tuple[int, int]
-) -> None:
-    """Launch on the device's current stream, compiled on the first launch of a variant. As `fold.Table` says."""
-    device = sites.device
+def launch(arguments: Sequence[torch.Tensor], variant: fold.Variant, grid: tuple[int, int]) -> None:
+    """Launch on the device's current stream, compiled on the first launch of a variant.
+
+    Args:
+        arguments: the tensors of SIGNATURE, as in `fold.Table`.
+        variant, grid: as in `fold.Table`.
+    """
+    device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        fold_kernel[grid](sites, heads, values, **constants(variant), **variant.options())
+        fold_kernel[grid](*arguments, **constants(variant), **variant.options())

@@ -58,7 +58,7 @@ class FakeDriver:
     def __init__(self, capabilities=((9, 0),), version=12080, integrated=False):
         self.capabilities, self.version, self.integrated = capabilities, version, integrated
         self.fails: dict[str, int] = {}
-        self.parameters = [(8 * i, 8) for i in range(5)]
+        self.parameters = [(8 * i, 8) for i in range(6)]
         self.max_threads = 1024
         self.calls: list[str] = []
         self.launches: list[Launch] = []
@@ -174,7 +174,7 @@ class FakeDriver:
         self.launches.append(
             Launch(variant, (gx, gy, gz), (bx, by, bz), shared, stream or 0, values, self.stack[-1], extra)
         )
-        run_fold(BY_NAME[variant], values[:3], (gx, gy))
+        run_fold(BY_NAME[variant], values[:4], (gx, gy))
 
 
 BY_NAME = {
@@ -202,7 +202,8 @@ def run_fold(variant: fold.Variant, addresses: tuple[int, ...], grid: tuple[int,
     table = at(addresses[0], grid[0] * 6, torch.int64).view(-1, 6)
     heads = at(addresses[1], int(table[:, 5].max()), torch.int64).tolist()
     values = at(addresses[2], len(heads) * variant.head_dim, torch.float32).view(-1, variant.head_dim)
-    for bias, out, stride, hidden, first, last in table.tolist():
+    flags = at(addresses[3], 1 + grid[0], torch.int32)
+    for site, (bias, out, stride, hidden, first, last) in enumerate(table.tolist()):
         b = torch.zeros(hidden, dtype=torch.float64)
         for i in range(first, last):
             lines, length = (variant.head_dim, hidden) if variant.transposed else (hidden, variant.head_dim)
@@ -212,7 +213,10 @@ def run_fold(variant: fold.Variant, addresses: tuple[int, ...], grid: tuple[int,
         if bias:
             b += at(bias, hidden, variant.dtype).double()
         rows = min(hidden, grid[1] * variant.block_rows)
-        at(out, hidden, variant.out_dtype)[:rows] = b[:rows].to(variant.out_dtype)
+        result = at(out, hidden, variant.out_dtype)[:rows]
+        result[:] = b[:rows].to(variant.out_dtype)
+        if not result.isfinite().all():
+            flags[0] = flags[1 + site] = 1
 
 
 def describe(variant: fold.Variant, target: str = "sm_90a", **changes: object) -> cubins.Cubin:
@@ -223,7 +227,7 @@ def describe(variant: fold.Variant, target: str = "sm_90a", **changes: object) -
         file=f"{variant.name}-{target}.cubin",
         sha256=hashlib.sha256(variant.name.encode()).hexdigest(),
         kernel="fold_kernel",
-        parameters=tuple((8 * i, 8) for i in range(5)),
+        parameters=tuple((8 * i, 8) for i in range(6)),
         shared=1024,
         num_warps=variant.num_warps,
         registers=64,

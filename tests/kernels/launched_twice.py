@@ -18,7 +18,7 @@ from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from fastlock.kernels import build, cubins, fold, jit
 
 STREAM = 0x51EA0
-FIELDS = ["function", *["grid"] * 3, *["block"] * 3, "shared", "stream", *["parameters"] * 5, "attributes", "launches"]
+FIELDS = ["function", *["grid"] * 3, *["block"] * 3, "shared", "stream", *["parameters"] * 6, "attributes", "launches"]
 
 
 class OnRecordingDriver:
@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
     fold.launch(made)
     ours = recorded()
     triton.runtime.driver.set_active(OnRecordingDriver())
-    jit.launch(made.sites, made.heads, made.values, made.variant, made.grid)
+    jit.launch((made.sites, made.heads, made.values, made.flags), made.variant, made.grid)
     theirs = recorded()
     print(json.dumps({"ours": ours, "theirs": theirs, "host_microseconds": host_microseconds(made)}))
 

@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 #include "cuda.h"
-#define PARAMETERS 5
+#define PARAMETERS 6
 #define CONTEXT ((CUcontext)0xC0DE0000)
 
 typedef struct {

@@ -148,8 +148,8 @@ def test_the_manifest_agrees_with_the_ptx(manifest, reports):
         assert f".target {cubin.target}\n" in ptx
         (head,) = re.findall(rf"\.visible \.entry {cubin.kernel}\((.*?)\)", ptx, re.DOTALL)
         parameters = re.findall(r"\.param \.(\w+)", head)
-        assert parameters == ["u64"] * 5 == ["u64"] * len(cubin.parameters)
-        assert cubin.parameters == tuple((8 * i, 8) for i in range(5))
+        assert parameters == ["u64"] * 6 == ["u64"] * len(cubin.parameters)
+        assert cubin.parameters == tuple((8 * i, 8) for i in range(6))
         assert f".reqntid {32 * cubin.num_warps}" in ptx
         assert 0 < cubin.shared <= cubins.FREE_SHARED
 

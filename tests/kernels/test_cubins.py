@@ -94,7 +94,7 @@ def test_every_argument_of_a_launch(variant: fold.Variant, installed: FakeDriver
     )
     fold.launch(table)
     (launch,) = installed.launches
-    addresses = tuple(part.data_ptr() for part in (table.sites, table.heads, table.values))
+    addresses = tuple(part.data_ptr() for part in (table.sites, table.heads, table.values, table.flags))
     assert launch == fake_driver.Launch(
         variant=variant.name,
         grid=(2, -(-1000 // 32), 1),
@@ -108,14 +108,14 @@ def test_every_argument_of_a_launch(variant: fold.Variant, installed: FakeDriver
     assert torch.equal(site.out, exact(site))
 
 
-@pytest.mark.parametrize("count", [3, 4, 5, 6])
+@pytest.mark.parametrize("count", [4, 5, 6, 7])
 def test_scratch_addresses_are_null_however_many(count: int, installed: FakeDriver, folder: Path) -> None:
     """Triton 3.4 and earlier have one, 3.6 two; the manifest says how many."""
     installed.parameters = [(8 * i, 8) for i in range(count)]
     write_folder(folder, [describe(BF16_ROWS, parameters=tuple(installed.parameters))])
     fold16(make_site(40, 64, (0,)))
     assert len(installed.launches[0].parameters) == count
-    assert installed.launches[0].parameters[3:] == (0,) * (count - 3)
+    assert installed.launches[0].parameters[4:] == (0,) * (count - 4)
 
 
 def test_a_table_is_packed_once_and_launched_often(installed: FakeDriver) -> None:
@@ -199,7 +199,7 @@ def test_each_device_has_its_own_module(monkeypatch, folder: Path) -> None:
 
 def test_relock_by_a_cubin(installed: FakeDriver, monkeypatch) -> None:
     """A whole model: one launch, the biases that its weights give, and nothing left after unlocking."""
-    monkeypatch.setattr(fold_module, "_fold_on", lambda weight: fold_module._fold_cuda)
+    monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
     model = tiny_model("llama", torch.bfloat16, head_dim=64)
     lock, before = random_lock(model, [(0, 1), (0, 3), (1, 2), (2, 0)]), state(model)
     fastlock.relock(model, lock, 2.0)
@@ -207,6 +207,27 @@ def test_relock_by_a_cubin(installed: FakeDriver, monkeypatch) -> None:
     assert fastlock.verify(model, lock)
     fastlock.unlock(model)
     assert same_state(state(model), before)
+
+
+def test_a_plan_launches_the_same_cubin_with_the_same_arguments(installed: FakeDriver, monkeypatch) -> None:
+    """Another strength too: the displacements are replaced where they are."""
+    monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
+    model = tiny_model("llama", torch.bfloat16, head_dim=64)
+    lock = random_lock(model, [(0, 1), (2, 0)])
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    made = len(installed.calls)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(3)
+    plan.relock()
+    assert installed.calls[made:] == ["cuCtxGetCurrent", "cuLaunchKernel"]
+    plan.relock(strength=4.0)
+    assert installed.launches[0] == installed.launches[1] == installed.launches[2]
+    assert fastlock.verify(model, lock).strength == 4.0
+    installed.fails["cuLaunchKernel"] = 1
+    with pytest.raises(FastlockError, match="not launched"):
+        plan.relock()
+    assert fastlock.verify(model, lock).strength == 4.0
 
 
 @pytest.mark.parametrize(
@@ -310,14 +331,14 @@ LOADING += ("cuFuncGetParamInfo",)
         (change_manifest(num_warps=64), "is described wrongly"),
         (change_manifest(num_warps=0), "is described wrongly"),
         (change_manifest(parameters=[[0, 8], [8, 8]]), "is described wrongly"),
-        (change_manifest(parameters=[[0, 8], [8, 8], [16, 4], [24, 8], [32, 8]]), "is described wrongly"),
+        (change_manifest(parameters=[[0, 8], [8, 8], [16, 4], [24, 8], [32, 8], [40, 8]]), "is described wrongly"),
         (change_manifest(parameters=[[0, 8], [8, 8], [16]]), "can't be read"),
         (change_manifest(ptxas="twelve"), "is described wrongly"),
         (change_manifest(colour="red"), "unexpected keyword argument 'colour'"),
         (change_manifest(target="sm_80"), "no cubin runs on compute capability 9.0, only on sm_80"),
         (change_manifest(variant="other"), "there is no cubin of bfloat16-rows-64-aligned"),
         (change_manifest(cubins=[]), "there is no cubin of bfloat16-rows-64-aligned"),
-        (change_manifest(parameters=[[8 * i, 8] for i in range(4)]), "other parameters than the manifest says"),
+        (change_manifest(parameters=[[8 * i, 8] for i in range(5)]), "other parameters than the manifest says"),
         (change_manifest(kernel="other_kernel"), r"cuModuleGetFunction: .*\(500\)"),
         (change_manifest(ptxas="13.1"), "need a driver for CUDA 13, and this one is for CUDA 12.8"),
         (write(FILE, "damaged"), f"{FILE} is not the file that the manifest describes"),
@@ -327,7 +348,7 @@ LOADING += ("cuFuncGetParamInfo",)
         (set_library(capabilities=()), "cuDeviceGet"),
         (set_library(version=11080), "need a driver for CUDA 12, and this one is for CUDA 11.8"),
         (set_library(max_threads=64), "does not run with 4 warps"),
-        (set_library(parameters=[(0, 8)] * 5), "other parameters than the manifest says"),
+        (set_library(parameters=[(0, 8)] * 6), "other parameters than the manifest says"),
         *((set_library(fails={name: 209}), rf"{name}: CUDA_ERROR_NO_BINARY_FOR_GPU") for name in LOADING),
     ],
 )
@@ -407,8 +428,8 @@ def test_the_message_of_a_refused_launch_says_what_to_do(installed: FakeDriver) 
 
 def test_addresses_must_be_aligned(installed: FakeDriver) -> None:
     kernel = cubins.choose(BF16_ROWS.name, 0).kernel
-    for addresses in ([16, 32], [16, 32, 40], [16, 32, 48, 64]):
-        with pytest.raises(FastlockError, match="3 addresses, multiples of 16"):
+    for addresses in ([16, 32, 48], [16, 32, 48, 56], [16, 32, 48, 64, 80]):
+        with pytest.raises(FastlockError, match="4 addresses, multiples of 16"):
             kernel.launcher((1, 1, 1), addresses)
 
 
@@ -451,8 +472,8 @@ library = fake_driver.FakeDriver()
 weight, values = torch.randn(40, 256).bfloat16(), torch.randn(2, 64, dtype=torch.float64)
 with pytest.MonkeyPatch.context() as patch:
     fake_driver.install(patch, pathlib.Path(sys.argv[1]), library)
-    patch.setattr(fold_module, "_fold_on", lambda weight: fold_module._fold_cuda)
-    fold_module.fold([weight], [Displacement((0, 3), values)], [None], ["a site"])
+    patch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
+    fold_module.fold([fold_module.Fold(weight, Displacement((0, 3), values), None, "a site")])
 assert len(library.launches) == 1
 print([name for name in sys.modules if name.partition(".")[0] == "triton"])
 """

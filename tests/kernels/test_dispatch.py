@@ -1,5 +1,7 @@
 """`relock` through the kernel: one launch for a whole model, and the biases that its own weights give."""
 
+import math
+
 import pytest
 import torch
 from families import random_lock, same_state, state, tiny_model
@@ -7,6 +9,7 @@ from families import random_lock, same_state, state, tiny_model
 import fastlock
 from fastlock import fold as fold_module
 from fastlock.kernels import fold as kernels
+from fastlock.sites import sites_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -20,9 +23,9 @@ def launches(monkeypatch) -> list[int]:
         sites.append(len(table.sites))
         _launch(table)
 
-    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(fold_module, "launch", launch)
     if DEVICE == "cpu":
-        monkeypatch.setattr(fold_module, "_fold_on", lambda weight: fold_module._fold_cuda)
+        monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
     return sites
 
 
@@ -47,3 +50,58 @@ def test_many_models_of_one_kind_are_one_launch(launches: list[int]) -> None:
     assert launches == [6, 4]
     fastlock.relock_many([models[0], tiny_model("llama", torch.float16).to(DEVICE)], lock)
     assert launches[2:] == [2, 2], "one launch for each dtype"
+
+
+def test_a_plan_is_one_launch_each_time(launches: list[int]) -> None:
+    """Of models, and of bare projections; what they share is folded once; nothing else is launched."""
+    models = [tiny_model("llama", seed=seed).to(DEVICE) for seed in range(2)]
+    lock = random_lock(models[0], [(0, 1), (2, 0)])
+    projections = {site.layer: site.weight.clone() for site in sites_for(models[0], lock)}
+    plan = fastlock.Plan([*models, projections, dict(projections)], lock, 2.0)
+    plan.relock()
+    assert launches == [6]
+    placed = [{layer: bias.data_ptr() for layer, bias in of_model.items()} for of_model in plan.biases]
+    with torch.no_grad():
+        models[1].model.layers[2].self_attn.o_proj.weight.mul_(-2)
+    plan.relock()
+    assert fastlock.verify(models[1], lock)
+    plan.relock(strength=3.0)
+    assert launches == [6, 6, 6]
+    assert all(fastlock.verify(model, lock).strength == 3.0 for model in models)
+    assert all(torch.equal(plan.biases[2][layer], bias) for layer, bias in plan.biases[0].items())
+    assert placed == [{layer: bias.data_ptr() for layer, bias in of_model.items()} for of_model in plan.biases]
+    plan.relock(random_lock(models[0], [(0, 2), (0, 3), (2, 1)], seed=5))
+    assert launches == [6, 6, 6, 6]
+    assert placed == [{layer: bias.data_ptr() for layer, bias in of_model.items()} for of_model in plan.biases]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_fold_that_is_not_finite_leaves_the_biases(kind: str, launches: list[int]) -> None:
+    model = tiny_model(kind).to(DEVICE)
+    lock = random_lock(model, [(0, 1), (2, 0)])
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    before = [site.bias.clone() for site in sites_for(model, lock)]
+    site = sites_for(model, lock)[1]
+    kept = site.weight[1, 0].clone()
+    site.weight[1, 0] = math.nan
+    for _ in range(2):
+        with pytest.raises(fastlock.FastlockError, match=f"^{site.name}: its fold is not finite"):
+            plan.relock()
+        assert all(torch.equal(s.bias, b) for s, b in zip(sites_for(model, lock), before, strict=True))
+    site.weight[1, 0] = kept
+    plan.relock()
+    assert launches == [2, 2, 2, 2]
+    assert fastlock.verify(model, lock)
+
+
+def test_biases_that_are_not_contiguous_are_read_as_they_are_now(launches: list[int]) -> None:
+    weight, c = torch.randn(64, 128, device=DEVICE), torch.randn(128, device=DEVICE)
+    lock = random_lock(tiny_model("llama"), [(1, 2)])
+    plan = fastlock.Plan([{1: (weight, c[::2])}], lock)
+    plan.relock()
+    before = plan.biases[0][1].clone()
+    c += 1
+    plan.relock()
+    torch.testing.assert_close(plan.biases[0][1], before + 1)
+    assert launches == [1, 1]

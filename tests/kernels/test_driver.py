@@ -92,7 +92,7 @@ def test_what_the_functions_tell() -> None:
     assert library.stack == []
     assert library.allowed_shared == {function: 70_000}
     assert cuda.max_threads(function) == 1024
-    assert cuda.parameters(function) == [(0, 8), (8, 8), (16, 8), (24, 8), (32, 8)]
+    assert cuda.parameters(function) == [(0, 8), (8, 8), (16, 8), (24, 8), (32, 8), (40, 8)]
     cuda.unload_module(module)
     assert library.modules == {}
     assert library.broken == []

@@ -223,6 +223,56 @@ def test_table_can_be_launched_again():
     check(site)
 
 
+def test_other_displacements_of_the_same_heads():
+    sites = [make_site(40, 64, (0, 2), seed=1), make_site(33, 64, (1,), seed=2)]
+    table = fold.build_table(*arguments(sites))
+    values = [torch.randn_like(site.values) for site in sites]
+    table.displace(values)
+    fold.launch(table)
+    again = [site.out.clone() for site in sites]
+    sites = [dataclasses.replace(site, values=v) for site, v in zip(sites, values, strict=True)]
+    check(*sites)
+    assert all(torch.equal(site.out, before) for site, before in zip(sites, again, strict=True))
+
+
+def flags_of(table):
+    fold.launch(table)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return table.flags.tolist()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_flagged_site_by_site(bad, dtype, transposed):
+    """In whichever block of rows; what is in no locked column does not count."""
+    sites = [make_site(100, 64, (0, 2), dtype, transposed, num_heads=4, seed=seed) for seed in range(4)]
+    sites[0].weight[7, 64] = bad
+    table = fold.build_table(*arguments(sites))
+    assert flags_of(table) == [0, 0, 0, 0, 0]
+    sites[1].weight[0, 2 * 64 + 5] = bad
+    sites[3].bias[99] = bad
+    assert flags_of(table) == [1, 0, 1, 0, 1]
+    sites[3].bias[99] = 1
+    table.flags.zero_()
+    assert flags_of(table) == [1, 0, 1, 0, 0]
+
+
+def test_what_overflows_only_in_the_result_is_flagged():
+    """float32 sums that float16 can't hold; large ones that it can are finite."""
+    largest = torch.finfo(torch.float16).max
+    for top, flag in ((largest, 0), (2.0 * largest, 1)):
+        site = make_site(40, 64, (0,), torch.float16, bias=False)
+        site.weight[:, :64] = 1
+        site = dataclasses.replace(
+            site,
+            values=torch.full((1, 64), top / 64),
+            guarded=torch.zeros(40 + 2 * GUARD, dtype=torch.float16).to(DEVICE),
+        )
+        assert flags_of(fold.build_table(*arguments([site]))) == [flag, flag]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

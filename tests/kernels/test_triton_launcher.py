@@ -57,8 +57,8 @@ def test_fastlock_launches_what_triton_launches(launches) -> None:
     assert ours["grid"] == [2, 128, 1]
     assert ours["block"] == [256, 1, 1]
     assert ours["shared"] > 0
-    assert all(ours["parameters"][:3])
-    assert ours["parameters"][3:] == [0, 0]
+    assert all(ours["parameters"][:4])
+    assert ours["parameters"][4:] == [0, 0]
     assert ours["attributes"] == 0
 
 
