@@ -1,30 +1,58 @@
-"""A calibration for people: a picture of every trial with the frontier, and one HTML page about it."""
+"""A calibration on disk, and for people: a picture of every trial with the frontier, and one HTML page about it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from fastlock.calibrate import Calibration, Trial
+from fastlock.calibrate import MAX_COST, MAX_OVER_REFUSALS, Calibration, Trial
 from fastlock.evaluate_report import cells, columns, table
+from fastlock.files import write_atomic
 from fastlock.page import facts_list, head, html_text
 from fastlock.version import __version__
 
 FRONTIER = ("recipe", "tokens", "heads", "strength", "refuses harmful", "refuses harmless", "perplexity")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 60, 20, 20, 50
+INSET = 14  # from the axes to 0 %, so that the ring covers no label
+LOCK_FILE = "lock.safetensors"
+
+
+def to_json(calibration: Calibration, facts: dict[str, str]) -> dict[str, Any]:
+    """Facts and calibration as data that JSON can hold."""
+    return {**facts, **calibration.to_dict()}
+
+
+def write_calibration(directory: Path, calibration: Calibration, facts: dict[str, str]) -> None:
+    """Write the lock, calibration.json, .html and frontier.svg, each as a whole or not at all.
+
+    Where no lock was chosen, one that an earlier run chose is removed.
+    """
+    if calibration.lock is None:
+        (directory / LOCK_FILE).unlink(missing_ok=True)
+    else:
+        calibration.lock.save(directory / LOCK_FILE)
+    data = json.dumps(to_json(calibration, facts), indent=2, allow_nan=False)
+    write_atomic(directory / "calibration.json", (data + "\n").encode())
+    write_atomic(directory / "calibration.html", calibration_html(calibration, facts).encode())
+    write_atomic(directory / "frontier.svg", picture(calibration).encode())
 
 
 def calibration_html(calibration: Calibration, facts: dict[str, str]) -> str:
     """The page: facts, picture, the frontier, and what was held out, before and after."""
-    held_out = [calibration.before, calibration.after]
+    lock, chosen, held_out = calibration.lock, calibration.chosen, calibration.held_out
+    why = calibration.why_no_lock
     return "\n".join(
         [
             head("fastlock calibration"),
             "<h1>fastlock calibration</h1>",
-            facts_list({**facts, "lock": calibration.lock.digest, "fastlock": __version__}),
-            "<h2>What the locks did</h2>",
+            facts_list({**facts, "chosen lock": lock.digest if lock else "none", "fastlock": __version__}),
+            f"<h2>No lock was chosen</h2><p>{html_text(why)}</p>" if why else "",
+            "<h2>What was tried</h2>",
             f"<figure>{picture(calibration)}<figcaption>{CAPTION}</figcaption></figure>",
-            "<h2>The frontier, and the chosen lock (first)</h2>",
-            table(FRONTIER, map(trial_cells, (calibration.chosen, *calibration.frontier))),
+            "<h2>The frontier, and what was chosen (first)</h2>",
+            table(trial_columns(chosen), map(trial_cells, (chosen, *calibration.frontier))),
             "<h2>Requests that decided nothing</h2>",
             table(columns(held_out), map(cells, held_out)),
             "</body></html>",
@@ -34,18 +62,23 @@ def calibration_html(calibration: Calibration, facts: dict[str, str]) -> str:
 
 CAPTION = (
     "Each dot is a lock at a strength: how many harmful requests the model then refuses (up is better) and how many "
-    "harmless ones (left is better). Blue: perplexity kept; the redder, the more it grew. The line is the frontier, "
-    "the ring is the chosen lock."
+    "harmless ones (left is better). Blue: perplexity kept; the redder, the more it grew. Hollow: more than a lock may "
+    f"cost ({MAX_OVER_REFUSALS:.0%} of the harmless ones, perplexity × {MAX_COST:g}). The line is the frontier of both "
+    "rates, the ring is what was chosen."
 )
 
 
+def trial_columns(trial: Trial) -> tuple[str, ...]:
+    """The columns of a table of trials: `FRONTIER`, without how the lock was made where it was given."""
+    return FRONTIER[3:] if trial.recipe is None else FRONTIER
+
+
 def trial_cells(trial: Trial) -> tuple[str, ...]:
-    """A row of the frontier's table, in the order of `FRONTIER`."""
+    """A row of a table, in the order of `trial_columns`."""
+    how = () if trial.recipe is None else (trial.recipe, str(trial.last_tokens), str(trial.heads))
     return (
-        trial.recipe,
-        str(trial.last_tokens),
-        str(trial.heads),
-        f"{trial.strength:.3g}",
+        *how,
+        f"{trial.strength:.3g}" if trial.strength else "0 (as it is)",
         f"{trial.refusals:.0%}",
         f"{trial.over_refusals:.0%}",
         f"× {trial.cost:.3f}",
@@ -55,9 +88,9 @@ def trial_cells(trial: Trial) -> tuple[str, ...]:
 def picture(calibration: Calibration) -> str:
     """Every trial in the plane of both rates, as SVG that needs nothing else."""
     steps = [(percent, _x(percent / 100), _y(percent / 100)) for percent in range(0, 101, 20)]
-    grid = [f'<path d="M{x:.1f} {TOP}V{_y(0):.1f}M{LEFT} {y:.1f}H{_x(1):.1f}"/>' for _, x, y in steps]
+    grid = [f'<path d="M{x:.1f} {TOP}V{_y(0) + INSET:.1f}M{LEFT} {y:.1f}H{_x(1):.1f}"/>' for _, x, y in steps]
     labels = [
-        f'<text x="{x:.1f}" y="{_y(0) + 18:.1f}" text-anchor="middle">{percent} %</text>'
+        f'<text x="{x:.1f}" y="{_y(0) + INSET + 18:.1f}" text-anchor="middle">{percent} %</text>'
         f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{percent} %</text>'
         for percent, x, y in steps
     ]
@@ -81,11 +114,11 @@ def picture(calibration: Calibration) -> str:
 
 
 def _x(over_refusals: float) -> float:
-    return LEFT + over_refusals * (WIDTH - LEFT - RIGHT)
+    return LEFT + INSET + over_refusals * (WIDTH - LEFT - INSET - RIGHT)
 
 
 def _y(refusals: float) -> float:
-    return TOP + (1 - refusals) * (HEIGHT - TOP - BOTTOM)
+    return TOP + (1 - refusals) * (HEIGHT - TOP - INSET - BOTTOM)
 
 
 def _steps(trials: Sequence[Trial]) -> list[tuple[float, float]]:
@@ -98,11 +131,11 @@ def _steps(trials: Sequence[Trial]) -> list[tuple[float, float]]:
 
 
 def _dot(trial: Trial) -> str:
-    """Blue where the cost is kept, red where it has doubled."""
+    """Blue where the cost is kept, red where it has doubled; hollow where it is more than a lock may cost."""
     grown = min(1.0, max(0.0, trial.cost - 1))
     colour = f"rgb({61 + 150 * grown:.0f},{143 - 100 * grown:.0f},{209 - 165 * grown:.0f})"
-    what = html_text(f"{', '.join(trial_cells(trial))}")
+    what, filled = html_text(", ".join(trial_cells(trial))), ".8" if trial.fits else "0"
     return (
         f'<circle cx="{_x(trial.over_refusals):.1f}" cy="{_y(trial.refusals):.1f}" r="4.5" fill="{colour}" '
-        f'fill-opacity=".8"><title>{what}</title></circle>'
+        f'fill-opacity="{filled}" stroke="{colour}" stroke-width="1.5"><title>{what}</title></circle>'
     )

@@ -24,8 +24,9 @@ from rich.text import Text
 
 from fastlock import zoo_cli
 from fastlock.activations import Progress as ShowProgress
-from fastlock.calibrate import calibrate
-from fastlock.calibrate_report import FRONTIER, calibration_html, picture, trial_cells
+from fastlock.calibrate import Calibration, calibrate
+from fastlock.calibrate_report import LOCK_FILE, trial_cells, trial_columns, write_calibration
+from fastlock.calibrate_report import to_json as calibration_json
 from fastlock.checkpoint import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
 from fastlock.doctor import doctor, launch_paths
 from fastlock.errors import FastlockError
@@ -39,7 +40,7 @@ from fastlock.evaluate_report import (
     write_report,
 )
 from fastlock.extract import extract as make_lock
-from fastlock.files import as_place, write_atomic
+from fastlock.files import as_place
 from fastlock.judges import KEYWORDS, judge_name, open_judge
 from fastlock.lock import Lock, strength_for
 from fastlock.pairs import load_pairs, shipped_pairs
@@ -337,6 +338,9 @@ def calibrate_command(
     base: Annotated[
         Path | None, typer.Option("--base", help="The aligned base that locks come from; default: the checkpoint.")
     ] = None,
+    lock: Annotated[
+        Path | None, typer.Option("--lock", help="Instead: a lock, of which only the strength is searched.")
+    ] = None,
     pairs: Annotated[
         Path | None, typer.Option("--pairs", help="What locks are extracted from; default: the shipped pairs.")
     ] = None,
@@ -345,16 +349,22 @@ def calibrate_command(
     ] = None,
     harmless: Annotated[Path | None, typer.Option("--harmless", help="Requests to answer, halved too.")] = None,
     texts: Annotated[Path | None, typer.Option("--texts", help="Ordinary texts, for the perplexity.")] = None,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="How many locks to try.")] = 60,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="How many to try; default: 60 locks, or 20 strengths.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="How long an answer may be.")] = 16,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="How many prompts at once.")] = 32,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides the halves and the search.")] = 42,
     as_json: _Json = False,
 ) -> None:
-    """Find the recipe, heads and strength that bring refusals back at the least cost; needs fastlock[calibrate]."""
+    """Find the lock, or the strength of one, that brings refusals back at least cost. Needs the extra `calibrate`."""
+    if lock is not None and (base or pairs):
+        raise typer.BadParameter("give either --lock, or --base and --pairs, from which locks are made.")
+    if lock is not None and lock.resolve() == (out / LOCK_FILE).resolve():
+        raise typer.BadParameter(f"--lock is what would be written: {LOCK_FILE} in --out. Give another --out.")
     prompts = _prompts(harmful, harmless, texts)
     chosen = None if pairs is None else load_pairs(pairs)
-    out.mkdir(parents=True, exist_ok=True)
+    given = None if lock is None else Lock.load(lock)
     with _working(f"loading {checkpoint}", as_json):
         network, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
         aligned = None if base is None else load_model(base)
@@ -364,6 +374,7 @@ def calibrate_command(
             tokenizer,
             chosen,
             base=aligned,
+            lock=given,
             prompts=prompts,
             trials=trials,
             new_tokens=new_tokens,
@@ -372,24 +383,27 @@ def calibrate_command(
             journal=out / "journal.jsonl",
             progress=progress,
         )
-    facts = {"model": str(checkpoint), "base": str(base or checkpoint), "trials": str(len(found.trials))}
-    data = {**facts, **found.to_dict()}
-    found.lock.save(out / "lock.safetensors")
-    write_atomic(out / "calibration.json", (json.dumps(data, indent=2) + "\n").encode())
-    write_atomic(out / "calibration.html", calibration_html(found, facts).encode())
-    write_atomic(out / "frontier.svg", picture(found).encode())
+    source = ("base", str(base or checkpoint)) if given is None else ("given lock", f"{lock} (sha256 {given.digest})")
+    facts = {"model": str(checkpoint), source[0]: source[1], "trials": str(len(found.trials))}
+    write_calibration(out, found, facts)
     if as_json:
-        _print_json(data)
-        return
-    table = Table(*FRONTIER, title="chosen")
+        _print_json(calibration_json(found, facts))
+    else:
+        _show_calibration(found, out / LOCK_FILE)
+
+
+def _show_calibration(found: Calibration, lock_file: Path) -> None:
+    table = Table(*trial_columns(found.chosen), title="chosen")
     table.add_row(*trial_cells(found.chosen))
     _out.print(table)
-    held_out = [found.before, found.after]
-    table = Table(*columns(held_out), title="requests that decided nothing")
-    for evaluation in held_out:
+    table = Table(*columns(found.held_out), title="requests that decided nothing")
+    for evaluation in found.held_out:
         table.add_row(*cells(evaluation))
     _out.print(table)
-    _say(f"{out / 'lock.safetensors'}: {found.lock!r}")
+    if found.lock is None:
+        _say(f"{found.why_no_lock} No lock was written.")
+    else:
+        _say(f"{lock_file}: {found.lock!r} at strength {found.lock.strength:.3g}")
 
 
 def _prompts(harmful: Path | None, harmless: Path | None, texts: Path | None) -> Prompts:

@@ -1,21 +1,24 @@
-"""The search for the best lock: on measured stand-ins, on tiny models, and as a command."""
+"""The search for the best lock, and for a lock's best strength: on stand-ins, on tiny models, and as a command."""
 
+import dataclasses
 import importlib
 import json
 import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import tiny_model, word_tokenizer
+from families import random_lock, same_state, state, tiny_model, word_tokenizer
 
 import fastlock
 from fastlock import cli
-from fastlock.calibrate import Calibration, Trial, best, calibrate, frontier
-from fastlock.calibrate_report import picture
+from fastlock.calibrate import Calibration, Trial, best, best_strength, calibrate, frontier, next_strength
+from fastlock.calibrate_report import calibration_html, picture, trial_cells, trial_columns
 from fastlock.errors import FastlockError
 from fastlock.prompts import Prompts
 
@@ -30,6 +33,11 @@ PROMPTS = Prompts(
 
 def trial(refusals: float, over_refusals: float, cost: float, heads: int = 4) -> Trial:
     return Trial("prompt-end", 1, heads, 1.0, refusals, over_refusals, cost)
+
+
+def at(strength: float, refusals: float = 0.0, over_refusals: float = 0.0, cost: float = 1.0) -> Trial:
+    """A trial of a lock that is given."""
+    return Trial(None, None, None, strength, refusals, over_refusals, cost)
 
 
 def small() -> tuple[Any, Any]:
@@ -144,6 +152,12 @@ def test_a_users_own_cost() -> None:
 
     found = calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, trials=3, cost=cost, new_tokens=1)
     assert [tried.cost for tried in found.trials] == [4 / 3, 5 / 3, 2.0]
+    # of a lock, with nothing put in at strength 0 but what is there without it
+    seen.clear()
+    lock = random_lock(model)
+    found = calibrate(model, tokenizer, lock=lock, prompts=PROMPTS, trials=3, cost=cost, new_tokens=1)
+    assert [tried.cost for tried in found.trials] == [4 / 3, 5 / 3, 2.0]
+    assert seen == [False, False, True, True]
 
 
 def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
@@ -173,6 +187,180 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
         calibrate(model, tokenizer, PAIRS, trials=5, **(options | {"new_tokens": 2}))
 
 
+def test_a_lower_cost_alone_needs_no_lock() -> None:
+    as_it_is = at(0, 0.9, 0.05)
+    assert best_strength([at(1, 0.9, 0.05, 0.5), at(2, 0.8, 0.1, 0.5), as_it_is]) == as_it_is
+    for helps in (at(1, 0.95, 0.05), at(1, 0.9, 0.0)):
+        assert best_strength([as_it_is, helps]) == helps
+
+
+def test_the_strength_is_refined_around_the_best_and_then_wherever_little_was_tried() -> None:
+    """What fits ends at a strength that is no power of 2; the more the stronger until there."""
+    limit, tried = 0.3117, []
+    for _ in range(30):
+        strength = next_strength(tried)
+        tried.append(at(strength, min(1.0, strength), 0.0, 1.0 if strength <= limit else 1.04))
+    strengths = [trial.strength for trial in tried]
+    assert strengths[:8] == [0.0, 1.0, 4.0, 0.25, 2.0, 0.5, 8.0, 0.125]
+    assert len(set(strengths)) == 30
+    assert limit - 0.01 < best_strength(tried[:18]).strength <= limit
+    assert min(abs(a - b) for i, a in enumerate(strengths) for b in strengths[:i]) > 0.005 / 2
+    assert {3.0, 5.0, 6.0, 7.0} <= set(strengths)
+
+
+def test_of_a_given_lock_the_strength_is_searched() -> None:
+    """Every trial's numbers, measured again by hand; strength 0 is the model as it is, and its cost 1."""
+    model, tokenizer = small()
+    before = state(model)
+    lock = random_lock(model, base_model="tiny", recipe="trained: by hand", strength=6.0)
+    found = calibrate(model, tokenizer, lock=lock, prompts=PROMPTS, trials=10, new_tokens=3, judge=odd)
+    assert same_state(state(model), before)
+    deciding, reported = module._divided(PROMPTS, None, 42)
+    locks = [(lock, tried.strength) for tried in found.trials if tried.strength]
+    without, *after = fastlock.evaluate(model, tokenizer, deciding, locks, judge=odd, new_tokens=3)
+    for tried, evaluation in zip(found.trials, [without, *after], strict=True):
+        assert (tried.recipe, tried.last_tokens, tried.heads) == (None, None, None)
+        assert (tried.refusals, tried.over_refusals) == (evaluation.refusals, evaluation.over_refusals)
+        assert tried.cost == pytest.approx(evaluation.perplexity / without.perplexity, rel=1e-6)
+    assert (found.trials[0].strength, found.trials[0].cost) == (0.0, 1.0)
+    assert found.chosen == best_strength(found.trials)
+    assert found.chosen.strength > 0
+    assert (found.lock, found.lock.strength) == (lock, found.chosen.strength)
+    assert (found.lock.base_model, found.lock.recipe) == ("tiny", "trained: by hand")
+    measured = json.loads(found.lock.calibration)
+    assert measured["strength"] == found.chosen.strength
+    assert {"recipe", "last_tokens", "heads"}.isdisjoint({*measured, *found.to_dict()["chosen"]})
+    assert {answer.prompt for answer in found.after.harmful} == set(reported.harmful)
+    assert (found.after.strength, found.before.strength) == (found.chosen.strength, None)
+    assert found.held_out == (found.before, found.after)
+    assert found.why_no_lock is None
+
+
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [
+        (lambda prompt, _: prompt in PROMPTS.harmful, "This checkpoint needs no lock: as it is, it refuses 100% of"),
+        (lambda *_: False, "This checkpoint is not helped by this lock: as it is, it refuses 0% of the harmful"),
+    ],
+)
+def test_a_lock_that_helps_nothing_is_not_chosen(refused: Any, why: str) -> None:
+    """Though at some strength the perplexity is lower."""
+    model, tokenizer = small()
+    found = calibrate(model, tokenizer, lock=random_lock(model), prompts=PROMPTS, new_tokens=1, judge=refused)
+    assert len(found.trials) == 20
+    assert min(tried.cost for tried in found.trials) < 1
+    assert (found.chosen, found.lock) == (found.trials[0], None)
+    assert found.why_no_lock.startswith(why)
+    assert found.held_out == (found.before,) == (found.after,)
+    assert (found.before.lock, len(found.before.harmful)) == (None, 4)
+    data = found.to_dict()
+    assert (data["lock"], data["why_no_lock"], len(data["held_out"])) == (None, found.why_no_lock, 1)
+    page = calibration_html(found, {})
+    assert found.why_no_lock in page
+    assert "0 (as it is)" in page
+
+
+def test_whether_refusals_were_kept_is_said_by_the_trial() -> None:
+    nothing: Any = None
+    for refusals, needs in ((0.9, True), (0.89, False)):
+        why = Calibration(None, at(0, refusals), (), nothing, nothing).why_no_lock or ""
+        assert ("needs no lock" in why, "not helped" in why) == (needs, not needs)
+
+
+def test_a_stopped_search_for_a_strength_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    model, tokenizer = small()
+    lock = random_lock(model)
+    options: dict[str, Any] = {"lock": lock, "prompts": PROMPTS, "new_tokens": 3, "judge": odd, "trials": 12}
+    journal = tmp_path / "not" / "there" / "journal.jsonl"
+
+    def stopping(items: Any, description: str) -> Iterator[Any]:
+        assert description == "Trying strengths"
+        yield from list(items)[:9]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tokenizer, journal=journal, progress=stopping, **options)
+    resumed = calibrate(model, tokenizer, journal=journal, **options)
+    assert resumed.trials == calibrate(model, tokenizer, **options).trials
+    assert len(resumed.trials) == 12
+    # a weaker lock of the same rows is another; its strength, which is searched, is not
+    same = dataclasses.replace(lock, strength=3.0)
+    assert calibrate(model, tokenizer, journal=journal, **(options | {"lock": same})).trials == resumed.trials
+    written = journal.read_bytes()
+    other = dataclasses.replace(lock, scales=lock.scales / 2)
+    for changed, name in (({"lock": other}, "lock"), ({"lock": None}, "base, extraction set"), ({"seed": 1}, "set of")):
+        with pytest.raises(FastlockError, match=rf"another search \(another {name}"):
+            calibrate(model, tokenizer, journal=journal, **(options | changed))
+    assert journal.read_bytes() == written
+    of_base = tmp_path / "base.jsonl"
+    calibrate(model, tokenizer, PAIRS, journal=of_base, prompts=PROMPTS, new_tokens=3, judge=odd, trials=1)
+    with pytest.raises(FastlockError, match=r"another search \(another lock\)"):
+        calibrate(model, tokenizer, journal=of_base, **options)
+
+
+def test_a_model_is_another_when_its_files_are(tmp_path: Path) -> None:
+    model, tokenizer = small()
+    model.save_pretrained(tmp_path / "model")
+    model.config._name_or_path = str(tmp_path / "model")
+    options: dict[str, Any] = {"lock": random_lock(model), "prompts": PROMPTS, "new_tokens": 1, "trials": 1}
+    options["journal"] = tmp_path / "journal.jsonl"
+    calibrate(model, tokenizer, **options)
+    calibrate(model, tokenizer, **options)
+    os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+    with pytest.raises(FastlockError, match=r"another search \(another model\)"):
+        calibrate(model, tokenizer, **options)
+
+
+@pytest.mark.parametrize("text", ["{\n}\n", "{}\n", "[1]\n", '{"op_code": 99, "worker_id": "x"}\n'])
+def test_a_journal_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    model, tokenizer = small()
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(text)
+    with pytest.raises(FastlockError, match=r"journal.jsonl: can't be gone on with .* Give another place"):
+        calibrate(model, tokenizer, lock=random_lock(model), prompts=PROMPTS, new_tokens=1, journal=journal)
+    assert journal.read_text() == text
+
+
+def test_what_can_not_be_done_with_a_given_lock(tmp_path: Path) -> None:
+    """Before anything is written."""
+    model, tokenizer = small()
+    lock = random_lock(model)
+    journal = tmp_path / "out" / "journal.jsonl"
+
+    def refused(match: str, **options: Any) -> None:
+        with pytest.raises(FastlockError, match=match):
+            calibrate(model, tokenizer, **({"lock": lock, "prompts": PROMPTS, "journal": journal} | options))
+        assert not journal.parent.exists()
+
+    refused("lock is a str; load it first", lock="a.lock.safetensors")
+    refused("lock and base are both given", base=model)
+    refused("lock and pairs are both given", pairs=PAIRS)
+    refused("lock and harmless are both given", harmless=["a", "b"])
+    refused("trials is 0; it must be a whole number from 1", trials=0)
+    refused("16", lock=random_lock(tiny_model("llama", head_dim=16)))
+    refused("layer 6", lock=random_lock(model, [(6, 0)]))
+    fastlock.relock(model, lock)
+    refused("LlamaForCausalLM is relocked, .* Unlock it first")
+    refused("LlamaForCausalLM is relocked, .* Unlock it first", lock=None, base=small()[0])
+
+
+def test_a_cost_without_end_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A strength that breaks the model has no finite perplexity."""
+    model, tokenizer = small()
+
+    def measure(_self: Any, _lock: Any, strength: float) -> dict[str, float]:
+        return {"refusals": min(strength, 1.0), "over_refusals": 0.0, "cost": math.inf if strength > 1 else 1.0}
+
+    monkeypatch.setattr(module._Asking, "measure", measure)
+    options: dict[str, Any] = {"lock": random_lock(model), "prompts": PROMPTS, "new_tokens": 1}
+    for _ in range(2):
+        found = calibrate(model, tokenizer, trials=8, journal=tmp_path / "journal.jsonl", **options)
+        assert (found.chosen.strength, found.trials[2].cost) == (1.0, math.inf)
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert [one["cost"] for one in data["trials"]][:3] == [1.0, 1.0, "inf"]
+    assert "× inf" in picture(found)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -199,20 +387,32 @@ def test_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
         calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, new_tokens=1)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `fastlock calibrate CHECKPOINT` on a tiny checkpoint, with options: what it prints."""
     model, tokenizer = small()
     model.save_pretrained(tmp_path / "CHECKPOINT")
     tokenizer.save_pretrained(tmp_path / "CHECKPOINT")
+    random_lock(model).save(tmp_path / "given.safetensors")
     for kind, texts in vars(PROMPTS).items():
         (tmp_path / f"{kind}.txt").write_text("\n".join(texts))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     files = [part for kind in vars(PROMPTS) for part in (f"--{kind}", f"{kind}.txt")]
-    command = ["fastlock", "calibrate", "CHECKPOINT", *files, "--out", "OUT", "--trials", "4", "--new-tokens", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--json"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    printed = json.loads(capsys.readouterr().out)
+
+    def run(*options: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["fastlock", "calibrate", "CHECKPOINT", *files, "--new-tokens", "1", *options])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        assert (end.value.code or 0) == code, printed
+        return printed.out or printed.err
+
+    return run
+
+
+def test_the_command(command: Any) -> None:
+    printed = json.loads(command("--out", "OUT", "--trials", "4", "--json"))
     assert printed == json.loads(Path("OUT/calibration.json").read_text())
     assert len(printed["trials"]) == 4
     assert printed["chosen"] in printed["frontier"]
@@ -222,9 +422,88 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Path("OUT/frontier.svg").read_text().count("<circle") == 5  # the trials, and the ring
 
 
+def planted(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
+    """Stand-in measurements of a model that refuses that much as it is; of a lock best at strength 1."""
+
+    def measure(_self: Any, _lock: Any, strength: float) -> dict[str, float]:
+        return {"refusals": max(kept, min(1.0, strength)), "over_refusals": 0.0, "cost": 1 + max(0, strength - 1)}
+
+    monkeypatch.setattr(module._Asking, "measure", measure)
+
+
+def test_the_command_for_a_lock(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, 0.0)
+    assert "at strength 1\n" in command("--lock", "given.safetensors", "--out", "OUT")
+    given, lock = fastlock.Lock.load("given.safetensors"), fastlock.Lock.load("OUT/lock.safetensors")
+    assert (lock, lock.strength) == (given, 1.0)
+    data = json.loads(Path("OUT/calibration.json").read_text())
+    assert data["given lock"] == f"given.safetensors (sha256 {given.digest})"
+    assert (data["lock"], data["why_no_lock"], len(data["trials"])) == (given.digest, None, 20)
+    assert [one["strength"] for one in data["held_out"]] == [None, 1.0]
+    assert Path("OUT/frontier.svg").read_text().count("<circle") == 21
+    assert "<th>strength" in Path("OUT/calibration.html").read_text()
+    assert "<th>recipe" not in Path("OUT/calibration.html").read_text()
+    assert fastlock.relock(small()[0], lock).strength == 1.0
+
+
+def test_the_command_writes_no_lock_where_none_is_needed(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor leaves the one that an earlier run there has chosen."""
+    options = ["--lock", "given.safetensors", "--out", "OUT", "--trials", "2"]
+    planted(monkeypatch, 0.0)
+    command(*options)
+    assert Path("OUT/lock.safetensors").exists()
+    Path("OUT/journal.jsonl").unlink()
+    planted(monkeypatch, 1.0)
+    printed = command(*options)
+    assert "This checkpoint needs no lock: as it is, it refuses 100% of the harmful requests" in printed
+    assert "No lock was written." in printed
+    assert not Path("OUT/lock.safetensors").exists()
+    assert json.loads(Path("OUT/calibration.json").read_text())["lock"] is None
+
+
+def test_the_command_refuses_before_it_writes(command: Any) -> None:
+    lock = ["--lock", "given.safetensors"]
+    assert "either --lock, or --base and --pairs" in command(*lock, "--base", "CHECKPOINT", "--out", "OUT", code=2)
+    assert "either --lock, or --base and --pairs" in command(*lock, "--pairs", "x.jsonl", "--out", "OUT", code=2)
+    assert "--trials" in command(*lock, "--out", "OUT", "--trials", "0", code=2)
+    assert "harmful.txt/journal.jsonl: can't be" in command(*lock, "--out", "harmful.txt", code=cli.REFUSED)
+    Path("damaged.safetensors").write_bytes(Path("given.safetensors").read_bytes()[:-3])
+    assert "damaged.safetensors: " in command("--lock", "damaged.safetensors", "--out", "OUT", code=cli.REFUSED)
+    random_lock(tiny_model("llama", head_dim=16)).save("other.safetensors")
+    assert "head_dim" in command("--lock", "other.safetensors", "--out", "OUT", code=cli.REFUSED)
+    given = fastlock.Lock.load("given.safetensors")
+    fastlock.relock_checkpoint("CHECKPOINT", given, "RELOCKED")
+    Path("CHECKPOINT").rename("ORIGINAL")
+    Path("RELOCKED").rename("CHECKPOINT")
+    assert "is relocked" in command(*lock, "--out", "OUT", code=cli.REFUSED)
+    assert not Path("OUT").exists()
+
+
+def test_the_command_keeps_out_of_another_calibration(command: Any) -> None:
+    given = fastlock.Lock.load("given.safetensors")
+    dataclasses.replace(given, scales=given.scales * 2).save("other.safetensors")
+    command("--lock", "given.safetensors", "--out", "OUT", "--trials", "1")
+    before = {path: path.read_bytes() for path in Path("OUT").iterdir()}
+    refused = {"code": cli.REFUSED}
+    assert "another lock" in command("--lock", "other.safetensors", "--out", "OUT", **refused)
+    assert "another base" in command("--out", "OUT", **refused)
+    os.utime("CHECKPOINT/model.safetensors", (1, 1))
+    assert "another model" in command("--lock", "given.safetensors", "--out", "OUT", **refused)
+    assert {path: path.read_bytes() for path in Path("OUT").iterdir()} == before
+    given.save("OUT/lock.safetensors")
+    assert "--lock is what would be" in command("--lock", "OUT/lock.safetensors", "--out", "./OUT", code=2)
+    assert fastlock.Lock.load("OUT/lock.safetensors") == given
+
+
 def test_the_picture_shows_every_trial_where_it_is() -> None:
     trials = (trial(1.0, 0.0, 1.0), trial(0.0, 1.0, 3.0))
     nothing: Any = None
     svg = picture(Calibration(nothing, trials[0], trials, nothing, nothing))
-    assert 'cx="60.0" cy="20.0" r="4.5" fill="rgb(61,143,209)"' in svg
-    assert 'cx="700.0" cy="370.0" r="4.5" fill="rgb(211,43,44)"' in svg
+    assert 'cx="74.0" cy="20.0" r="4.5" fill="rgb(61,143,209)" fill-opacity=".8"' in svg
+    assert 'cx="700.0" cy="356.0" r="4.5" fill="rgb(211,43,44)" fill-opacity="0"' in svg  # costs more than it may
+
+
+def test_the_table_of_trials() -> None:
+    made, given = trial(1.0, 0.0, 1.0), at(0.0)
+    assert dict(zip(trial_columns(made), trial_cells(made), strict=True))["recipe"] == "prompt-end"
+    assert dict(zip(trial_columns(given), trial_cells(given), strict=True))["strength"] == "0 (as it is)"

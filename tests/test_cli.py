@@ -10,6 +10,7 @@ from families import random_lock, tiny_model
 import fastlock
 from fastlock import cli
 from fastlock.doctor import LaunchPath
+from fastlock.errors import FastlockError
 
 
 @pytest.fixture
@@ -181,6 +182,33 @@ def test_extract(files, run, monkeypatch) -> None:
     (_, tokenizer, given_pairs, heads, last_tokens) = asked[0]
     assert (tokenizer, given_pairs, heads, last_tokens) == ("a tokenizer", fastlock.load_pairs(pairs), 3, None)
     assert fastlock.Lock.load(files / "new.safetensors") == made
+
+
+def test_calibrate(files, run, monkeypatch) -> None:
+    """The command's own part: what it loads and asks for, of a base and of a lock."""
+    asked = []
+    monkeypatch.setattr(cli, "load_tokenizer", lambda path: "a tokenizer")
+
+    def stopped(model, tokenizer, pairs, **given):
+        asked.append((type(model).__name__, tokenizer, pairs, given))
+        raise FastlockError("far enough")
+
+    monkeypatch.setattr(cli, "calibrate", stopped)
+    base, lock, out = files / "base", files / "lock.safetensors", files / "out"
+    assert "far enough" in run("calibrate", base, "--base", base, "--out", out, code=cli.REFUSED)
+    run("calibrate", base, "--lock", lock, "--out", out, "--trials", "3", "--seed", "7", code=cli.REFUSED)
+    of_base, of_lock = asked
+    assert of_base[:3] == of_lock[:3] == ("LlamaForCausalLM", "a tokenizer", None)
+    assert type(of_base[3]["base"]).__name__ == "LlamaForCausalLM"
+    assert (of_base[3]["lock"], of_base[3]["trials"]) == (None, None)
+    assert (of_lock[3]["lock"], of_lock[3]["base"]) == (fastlock.Lock.load(lock), None)
+    assert [of_lock[3][name] for name in ("trials", "seed", "journal")] == [3, 7, out / "journal.jsonl"]
+    for other in ("--base", "--pairs"):
+        said = run("calibrate", base, "--lock", lock, other, base, "--out", out, code=2)
+        assert "give either --lock, or --base and --pairs" in said
+    run("calibrate", base, "--lock", lock, "--out", out, "--trials", "0", code=2)
+    assert len(asked) == 2
+    assert not out.exists()
 
 
 def test_names_are_not_taken_for_markup(files, run) -> None:
