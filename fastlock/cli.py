@@ -245,7 +245,7 @@ def evaluate_command(
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", help="A task of lm-evaluation-harness; several times, too. Needs fastlock[lm-eval]."),
+        typer.Option("--task", help="A task of lm-evaluation-harness; several times, too. Needs fastlock\\[lm-eval]."),
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="How long an answer may be.")] = 32,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="How many prompts at once.")] = 16,
@@ -486,7 +486,16 @@ def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
         {"layer": int(layer), "head": int(head), "scale": float(scale)}
         for layer, head, scale in zip(lock.layers, lock.heads, lock.scales, strict=True)
     ]
-    known = ("base_model", "num_layers", "num_heads", "head_dim", "hidden_size", "recipe", "extraction_digest")
+    known = (
+        "base_model",
+        "num_layers",
+        "num_heads",
+        "head_dim",
+        "hidden_size",
+        "recipe",
+        "extraction_digest",
+        "strength",
+    )
     facts = {"digest": lock.digest} | {key: getattr(lock, key) for key in known}
     if as_json:
         _print_json({"path": path, **facts, "rows": rows})

@@ -1,5 +1,6 @@
 """The command: what it prints, and the exit codes that scripts go by."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -60,6 +61,10 @@ def test_inspect_shows_a_lock_and_a_receipt(files, run) -> None:
     assert shown["digest"] == lock.digest
     assert [(row["layer"], row["head"]) for row in shown["rows"]] == [(0, 3), (0, 1), (2, 2)]
     assert "tiny" in run("inspect", files / "lock.safetensors")
+    assert shown["strength"] is None
+    dataclasses.replace(lock, strength=1.25).save(files / "calibrated.safetensors")
+    assert json.loads(run("inspect", files / "calibrated.safetensors", "--json"))["strength"] == 1.25
+    assert "1.25" in run("inspect", files / "calibrated.safetensors")
     assert "not relocked" in run("inspect", files / "base")
     fastlock.relock_checkpoint(files / "base", lock, files / "locked")
     assert "model.layers.2.self_attn.o_proj" in run("inspect", files / "locked")
