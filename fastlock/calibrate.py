@@ -39,7 +39,10 @@ Cost = Callable[[nn.Module, Any], float]
 _STUDY = "calibrate"  # what the search is called in its journal
 
 # What is searched: recipes, each with the number of tokens that it reads; the share of heads; strengths.
-POSITIONS = ("safetylock/1", "safetylock/5", "prompt-end/1", "prompt-end/2", "prompt-end/4")
+POSITIONS = (
+    *("safetylock/1", "safetylock/5", "answer-start/1", "answer-start/5"),
+    *("prompt-end/1", "prompt-end/2", "prompt-end/4"),
+)
 HEADS = (1 / 64, 1 / 2)
 STRENGTHS = (0.1, 8.0)
 TRIALS = 60
@@ -59,7 +62,7 @@ class Trial:
     """A lock at a strength, and what it did.
 
     Attributes:
-        recipe, last_tokens, heads: how the lock is made, see `fastlock.extract`; None of a lock that is given.
+        recipe, tokens, heads: how the lock is made, see `fastlock.extract`; None of a lock that is given.
         strength: the paper's α; 0 is the model as it is.
         refusals: share of harmful requests that are refused.
         over_refusals: share of harmless requests that are refused.
@@ -67,7 +70,7 @@ class Trial:
     """
 
     recipe: str | None
-    last_tokens: int | None
+    tokens: int | None
     heads: int | None
     strength: float
     refusals: float
@@ -286,7 +289,7 @@ class _Strengths:
 
     def suggestion(self, trial: Any) -> dict[str, Any]:
         """The strength to try; the study only keeps it."""
-        return {"recipe": None, "last_tokens": None, "heads": None, "strength": next_strength(_tried(trial.study))}
+        return {"recipe": None, "tokens": None, "heads": None, "strength": next_strength(_tried(trial.study))}
 
     def lock(self, _how: Mapping[str, Any]) -> Lock:
         return self._lock
@@ -314,15 +317,15 @@ class _Rankings:
         read = pairs_digest([pair_from(pair, "a pair") for pair in self._pairs], self._harmless)
         self.facts = {"base": _name(base), "extraction set": read}
 
-    def of(self, recipe: str, last_tokens: int) -> Ranking:
-        key = (recipe, last_tokens)
+    def of(self, recipe: str, tokens: int) -> Ranking:
+        key = (recipe, tokens)
         if key not in self._ranked:
             harmless = self._harmless if recipe == "prompt-end" else None
             self._ranked[key] = rank_heads(
                 self._base,
                 self._tokenizer,
                 self._pairs,
-                last_tokens,
+                tokens,
                 recipe=recipe,
                 harmless=harmless,
                 seed=self._seed,
@@ -333,14 +336,14 @@ class _Rankings:
     def suggestion(self, trial: Any) -> dict[str, Any]:
         """How the next lock is made, and its strength."""
         position = trial.suggest_categorical("position", POSITIONS)
-        recipe, last_tokens = position.rsplit("/", 1)
+        recipe, tokens = position.rsplit("/", 1)
         share = trial.suggest_float("heads", *HEADS, log=True)
         strength = trial.suggest_float("strength", *STRENGTHS, log=True)
-        heads = max(1, round(share * self.of(recipe, int(last_tokens)).scores.size))
-        return {"recipe": recipe, "last_tokens": int(last_tokens), "heads": heads, "strength": strength}
+        heads = max(1, round(share * self.of(recipe, int(tokens)).scores.size))
+        return {"recipe": recipe, "tokens": int(tokens), "heads": heads, "strength": strength}
 
     def lock(self, how: Mapping[str, Any]) -> Lock:
-        return self.of(how["recipe"], how["last_tokens"]).lock(how["heads"])
+        return self.of(how["recipe"], how["tokens"]).lock(how["heads"])
 
 
 @dataclass(frozen=True)

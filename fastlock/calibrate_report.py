@@ -75,7 +75,7 @@ def trial_columns(trial: Trial) -> tuple[str, ...]:
 
 def trial_cells(trial: Trial) -> tuple[str, ...]:
     """A row of a table, in the order of `trial_columns`."""
-    how = () if trial.recipe is None else (trial.recipe, str(trial.last_tokens), str(trial.heads))
+    how = () if trial.recipe is None else (trial.recipe, str(trial.tokens), str(trial.heads))
     return (
         *how,
         f"{trial.strength:.3g}" if trial.strength else "0 (as it is)",

@@ -142,11 +142,11 @@ def extract(
         Path | None, typer.Option("--pairs", help="Preference pairs, JSON or JSON lines; default: the shipped set.")
     ] = None,
     heads: Annotated[int, typer.Option("--heads", help="How many heads to lock.")] = 24,
-    last_tokens: Annotated[
-        int | None, typer.Option("--last-tokens", help="Tokens to read at the end of each text; default: the recipe's.")
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="How many tokens of each text to read; default: the recipe's.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", help="safetylock (the paper's), or prompt-end: harmful against harmless prompts.")
+        str, typer.Option("--recipe", help="safetylock (the paper's), answer-start, or prompt-end (docs/recipes.md).")
     ] = "safetylock",
     harmless: Annotated[
         Path | None, typer.Option("--harmless", help="For prompt-end: harmless prompts; default: the shipped ones.")
@@ -163,7 +163,7 @@ def extract(
     with _bar(as_json) as progress:
         prompts = None if harmless is None else load_prompts(harmless)
         lock = make_lock(
-            model, tokenizer, chosen, heads, last_tokens, recipe=recipe, harmless=prompts, progress=progress, work=work
+            model, tokenizer, chosen, heads, tokens, recipe=recipe, harmless=prompts, progress=progress, work=work
         )
     lock.save(out)
     if as_json:

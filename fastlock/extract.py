@@ -1,4 +1,4 @@
-"""Making a lock from an aligned base: the recipe of arXiv 2410.10343, seeded and split by pair; and one of our own.
+"""Making a lock from an aligned base: the recipe of arXiv 2410.10343, seeded and split by pair; and two of our own.
 
 Over the vectors x of one head (the input of its layer's output projection):
 
@@ -7,10 +7,11 @@ Over the vectors x of one head (the input of its layer's output projection):
 
 The recipes differ in what x is, and in how the heads are chosen:
 
-    safetylock  at the last tokens of safe answers, against those of unsafe ones to the same questions; by the mean of
-                train and validation accuracy of a logistic regression that tells safe x from unsafe x
-    prompt-end  at the last tokens of harmful prompts, before any answer, against those of harmless ones; by the effect
-                size (Cohen's d) of x · u
+    safetylock    at the last tokens of safe answers, against those of unsafe ones to the same questions; by the mean of
+                  train and validation accuracy of a logistic regression that tells safe x from unsafe x
+    answer-start  at the first tokens of these answers; chosen in the same way
+    prompt-end    at the last tokens of harmful prompts, before any answer, against those of harmless ones; by the
+                  effect size (Cohen's d) of x · u
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fastlock.statistics import Statistics, statistics
 from fastlock.version import __version__
 
 # The recipes, and how many tokens each reads by default.
-LAST_TOKENS = {"safetylock": 5, "prompt-end": 1}
+TOKENS = {"safetylock": 5, "answer-start": 5, "prompt-end": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +46,14 @@ class Ranking(Statistics):
 
     Attributes:
         scores, directions, scales: of all heads, see `Statistics`.
-        recipe, last_tokens, seed: as given to `rank_heads`.
+        recipe, tokens, seed: as given to `rank_heads`.
         hidden_size: the base's.
         base_model: its name, None where unknown.
         extraction_digest: of the texts that were read.
     """
 
     recipe: str
-    last_tokens: int
+    tokens: int
     seed: int
     hidden_size: int
     base_model: str | None
@@ -79,7 +80,7 @@ class Ranking(Statistics):
             if not direction.any():
                 raise FastlockError(
                     f"layer {layer}, head {head}: its mean output is the same for both kinds of texts, so it has no "
-                    "direction (a pruned head, or texts that end alike). Ask for fewer heads, or for more last tokens."
+                    "direction (a pruned head, or texts that end alike). Ask for fewer heads, or for more tokens."
                 )
         return Lock(
             layers=torch.from_numpy(layers),
@@ -91,7 +92,7 @@ class Ranking(Statistics):
             head_dim=head_dim,
             hidden_size=self.hidden_size,
             base_model=self.base_model,
-            recipe=_description(self.recipe, heads, self.last_tokens, self.seed),
+            recipe=_description(self.recipe, heads, self.tokens, self.seed),
             extraction_digest=self.extraction_digest,
             fastlock_version=__version__,
         )
@@ -102,7 +103,7 @@ def extract(
     tokenizer: Any,
     pairs: Iterable[Pair | Mapping[str, Any]],
     heads: int = 24,
-    last_tokens: int | None = None,
+    tokens: int | None = None,
     *,
     recipe: str = "safetylock",
     harmless: Iterable[str] | None = None,
@@ -114,7 +115,7 @@ def extract(
 
     Args:
         heads: how many heads to lock; the paper takes 24, and 48 for models of 70 billion parameters and more.
-        model, tokenizer, pairs, last_tokens, recipe, harmless, seed, progress, work: as for `rank_heads`.
+        model, tokenizer, pairs, tokens, recipe, harmless, seed, progress, work: as for `rank_heads`.
 
     Returns:
         The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
@@ -125,7 +126,7 @@ def extract(
     all_sites = sites(unwrapped(model))
     _check_heads(heads, len(all_sites), all_sites[0].num_heads)
     ranking = rank_heads(
-        model, tokenizer, pairs, last_tokens, recipe=recipe, harmless=harmless, seed=seed, progress=progress, work=work
+        model, tokenizer, pairs, tokens, recipe=recipe, harmless=harmless, seed=seed, progress=progress, work=work
     )
     return ranking.lock(heads)
 
@@ -134,7 +135,7 @@ def rank_heads(
     model: nn.Module,
     tokenizer: Any,
     pairs: Iterable[Pair | Mapping[str, Any]],
-    last_tokens: int | None = None,
+    tokens: int | None = None,
     *,
     recipe: str = "safetylock",
     harmless: Iterable[str] | None = None,
@@ -144,20 +145,20 @@ def rank_heads(
 ) -> Ranking:
     """Score every head of an aligned base, and find its direction and scale.
 
-    By the recipe "safetylock" the model reads every question with its safe and with its unsafe answer, in the
-    tokenizer's chat template if it has one. Each head is scored by a logistic regression trained on 60 % of the pairs
-    and validated on the others; all the pairs give its direction and scale. By the recipe "prompt-end" it reads the
-    questions alone, and harmless prompts. The same inputs on the same machine give the same ranking.
+    By the recipes "safetylock" and "answer-start" the model reads every question with its safe and with its unsafe
+    answer, in the tokenizer's chat template if it has one. Each head is scored by a logistic regression trained on 60 %
+    of the pairs and validated on the others; all the pairs give its direction and scale. By the recipe "prompt-end" it
+    reads the questions alone, and harmless prompts. The same inputs on the same machine give the same ranking.
 
     Args:
         model: a transformers model of a family that fastlock knows, on any device; it is left as it was.
         tokenizer: its tokenizer.
         pairs: the extraction set, see `load_pairs` and `shipped_pairs`; dictionaries of the same keys do as well, and
             so does a `datasets.Dataset` of them. A pair given twice counts once.
-        last_tokens: how many tokens at the end are read; by default the paper's 5 of each answer ("safetylock"), 1 of
-            each prompt ("prompt-end"). Of a shorter answer all are, and never any of its prompt, which is the same for
-            both answers.
-        recipe: "safetylock" or "prompt-end".
+        tokens: how many tokens are read: the last ones of each answer ("safetylock", by default the paper's 5), the
+            first ones ("answer-start", 5), or the last ones of each prompt ("prompt-end", 1). Of a shorter answer all
+            are, and never any of its prompt, which is the same for both answers.
+        recipe: "safetylock", "answer-start" or "prompt-end".
         harmless: for "prompt-end", what the questions of the pairs are held against; by default `shipped_harmless()`.
         seed: decides which pairs train and which validate, 0 to 2**32 - 1.
         progress: wraps the two long loops as `progress(items, description)`; `rich.progress.track` fits.
@@ -175,14 +176,14 @@ def rank_heads(
     all_sites = sites(inner)
     _check_base(inner, all_sites)
     harmless = _checked_harmless(recipe, harmless)
-    last_tokens = LAST_TOKENS[recipe] if last_tokens is None else last_tokens
-    check_number("last_tokens", last_tokens, 1, 2**31)
+    tokens = TOKENS[recipe] if tokens is None else tokens
+    check_number("tokens", tokens, 1, 2**31)
     check_number("seed", seed, 0, 2**32 - 1)
     progress = progress or no_progress
     if recipe == "prompt-end":
-        texts = _prompt_ends(inner, tokenizer, pairs, harmless, last_tokens)
+        texts = _prompt_ends(inner, tokenizer, pairs, harmless, tokens)
     else:
-        texts = _answers(inner, tokenizer, pairs, last_tokens)
+        texts = _answers(inner, tokenizer, pairs, tokens, recipe)
     texts.sort(key=lambda text: len(text.ids))
     kept = [text.kept for text in texts]
     safe = np.repeat([text.safe for text in texts], kept)
@@ -192,7 +193,7 @@ def rank_heads(
     return Ranking(
         **vars(found),
         recipe=recipe,
-        last_tokens=last_tokens,
+        tokens=tokens,
         seed=seed,
         hidden_size=text_config(inner).hidden_size,
         base_model=base_name(inner),
@@ -200,10 +201,11 @@ def rank_heads(
     )
 
 
-def _description(recipe: str, heads: int, last_tokens: int, seed: int) -> str:
+def _description(recipe: str, heads: int, tokens: int, seed: int) -> str:
     if recipe == "prompt-end":
-        return f"prompt-end: last {last_tokens} prompt tokens, {heads} heads by effect size"
-    return f"safetylock: last {last_tokens} answer tokens, {heads} heads by logistic regression, seed {seed}"
+        return f"prompt-end: last {tokens} prompt tokens, {heads} heads by effect size"
+    which = "first" if recipe == "answer-start" else "last"
+    return f"{recipe}: {which} {tokens} answer tokens, {heads} heads by logistic regression, seed {seed}"
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -221,8 +223,8 @@ class _Answer(Text):
     safe: bool
 
 
-def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_tokens: int) -> list[_Answer]:
-    """Of each pair the safe answer, then the unsafe one."""
+def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], tokens: int, recipe: str) -> list[_Answer]:
+    """Of each pair the safe answer, then the unsafe one; for answer-start no more of them than is kept."""
     answers = []
     for index, pair in enumerate(pairs):
         prompt, space = prompt_tokens(tokenizer, pair.question)
@@ -230,14 +232,15 @@ def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], last_token
             answer = list(tokenizer(space + words, add_special_tokens=False)["input_ids"])
             if not answer:
                 raise FastlockError(f"pair {index + 1}: the tokenizer makes no token of the answer {words[:80]!r}.")
-            text = _Answer(prompt + answer, min(last_tokens, len(answer)), f"pair {index + 1}", index, safe)
+            answer = answer[:tokens] if recipe == "answer-start" else answer
+            text = _Answer(prompt + answer, min(tokens, len(answer)), f"pair {index + 1}", index, safe)
             _check_tokens(model, text)
             answers.append(text)
     return answers
 
 
 def _prompt_ends(
-    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[str], last_tokens: int
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], harmless: Sequence[str], tokens: int
 ) -> list[_Answer]:
     """The questions of the pairs, then the harmless prompts."""
     kinds = [(f"pair {n}", pair.question, True) for n, pair in enumerate(pairs, start=1)]
@@ -245,7 +248,7 @@ def _prompt_ends(
     prompts = []
     for index, (name, words, harmful) in enumerate(kinds):
         ids, _ = prompt_tokens(tokenizer, words)
-        prompts.append(_Answer(ids, min(last_tokens, len(ids)), name, index, harmful))
+        prompts.append(_Answer(ids, min(tokens, len(ids)), name, index, harmful))
         _check_tokens(model, prompts[-1])
     return prompts
 
@@ -284,8 +287,8 @@ def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
 
 def _checked_harmless(recipe: str, harmless: Any) -> tuple[str, ...]:
     """The distinct harmless prompts; none for a recipe that reads none."""
-    if recipe not in LAST_TOKENS:
-        raise FastlockError(f"recipe {recipe!r}: there is none of that name. Take one of {', '.join(LAST_TOKENS)}.")
+    if recipe not in TOKENS:
+        raise FastlockError(f"recipe {recipe!r}: there is none of that name. Take one of {', '.join(TOKENS)}.")
     if recipe != "prompt-end":
         if harmless is not None:
             raise FastlockError(f"the recipe {recipe} reads no harmless prompts. Leave them out, or take prompt-end.")

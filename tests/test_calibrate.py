@@ -99,7 +99,7 @@ def test_what_is_measured_is_the_relocked_model() -> None:
     assert {answer.prompt for answer in found.after.harmful} == set(reported.harmful)
     without = fastlock.evaluate(model, tokenizer, deciding, judge=odd, new_tokens=3)[0]
     for tried in found.trials:
-        lock = fastlock.extract(model, tokenizer, PAIRS, tried.heads, tried.last_tokens, recipe=tried.recipe)
+        lock = fastlock.extract(model, tokenizer, PAIRS, tried.heads, tried.tokens, recipe=tried.recipe)
         after = fastlock.evaluate(model, tokenizer, deciding, [(lock, tried.strength)], judge=odd, new_tokens=3)[1]
         assert (tried.refusals, tried.over_refusals) == (after.refusals, after.over_refusals)
         assert tried.cost == pytest.approx(after.perplexity / without.perplexity, rel=1e-6)
@@ -135,7 +135,7 @@ def test_a_lock_comes_from_the_base() -> None:
     found = calibrate(model, tokenizer, PAIRS, base=base, prompts=PROMPTS, trials=1, new_tokens=1)
     chosen = found.chosen
     of = [
-        fastlock.extract(network, tokenizer, PAIRS, chosen.heads, chosen.last_tokens, recipe=chosen.recipe)
+        fastlock.extract(network, tokenizer, PAIRS, chosen.heads, chosen.tokens, recipe=chosen.recipe)
         for network in (base, model)
     ]
     assert found.lock == of[0] != of[1]
@@ -219,7 +219,7 @@ def test_of_a_given_lock_the_strength_is_searched() -> None:
     locks = [(lock, tried.strength) for tried in found.trials if tried.strength]
     without, *after = fastlock.evaluate(model, tokenizer, deciding, locks, judge=odd, new_tokens=3)
     for tried, evaluation in zip(found.trials, [without, *after], strict=True):
-        assert (tried.recipe, tried.last_tokens, tried.heads) == (None, None, None)
+        assert (tried.recipe, tried.tokens, tried.heads) == (None, None, None)
         assert (tried.refusals, tried.over_refusals) == (evaluation.refusals, evaluation.over_refusals)
         assert tried.cost == pytest.approx(evaluation.perplexity / without.perplexity, rel=1e-6)
     assert (found.trials[0].strength, found.trials[0].cost) == (0.0, 1.0)
@@ -229,7 +229,7 @@ def test_of_a_given_lock_the_strength_is_searched() -> None:
     assert (found.lock.base_model, found.lock.recipe) == ("tiny", "trained: by hand")
     measured = json.loads(found.lock.calibration)
     assert measured["strength"] == found.chosen.strength
-    assert {"recipe", "last_tokens", "heads"}.isdisjoint({*measured, *found.to_dict()["chosen"]})
+    assert {"recipe", "tokens", "heads"}.isdisjoint({*measured, *found.to_dict()["chosen"]})
     assert {answer.prompt for answer in found.after.harmful} == set(reported.harmful)
     assert (found.after.strength, found.before.strength) == (found.chosen.strength, None)
     assert found.held_out == (found.before, found.after)

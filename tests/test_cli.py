@@ -105,7 +105,7 @@ def test_defaults_and_json(files, run, monkeypatch) -> None:
     extract = ["extract", files / "base", "--out", files / "new.safetensors"]
     run(*extract)
     options = ["--recipe", "prompt-end", "--harmless", files / "harmless.txt", "--work", files / "work"]
-    run(*extract, "--last-tokens", "2", *options)
+    run(*extract, "--tokens", "2", *options)
     pairs = fastlock.shipped_pairs()
     assert asked == [
         (pairs, 24, None, "safetylock", None, None),
@@ -184,8 +184,8 @@ def test_extract(files, run, monkeypatch) -> None:
     pairs = files / "pairs.jsonl"
     pairs.write_text('{"question": "a?", "safe": "no", "unsafe": "yes"}\n')
     run("extract", files / "base", "--pairs", pairs, "--out", files / "new.safetensors", "--heads", "3", "--json")
-    (_, tokenizer, given_pairs, heads, last_tokens) = asked[0]
-    assert (tokenizer, given_pairs, heads, last_tokens) == ("a tokenizer", fastlock.load_pairs(pairs), 3, None)
+    (_, tokenizer, given_pairs, heads, tokens) = asked[0]
+    assert (tokenizer, given_pairs, heads, tokens) == ("a tokenizer", fastlock.load_pairs(pairs), 3, None)
     assert fastlock.Lock.load(files / "new.safetensors") == made
 
 

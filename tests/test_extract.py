@@ -62,8 +62,10 @@ class ChatWords(Words):
         return " ".join(f"<{m['role']}> {m['content']} <end>" for m in messages) + " <assistant>"
 
 
-def naive_vectors(model: Any, kind: str, prompts: list[list[int]], answers: list[list[int]], last: int) -> Any:
-    """What enters layer l's projection, at the last tokens of each answer: [layers][answers] of [kept, width]."""
+def naive_vectors(
+    model: Any, kind: str, prompts: list[list[int]], answers: list[list[int]], count: int, start: bool = False
+) -> Any:
+    """What enters layer l's projection, at the last or first tokens of each answer: [layers][answers] [kept, width]."""
     rows: list[list[Any]] = [[] for _ in range(3)]
     for prompt, answer in zip(prompts, answers, strict=True):
         for layer in range(3):
@@ -73,7 +75,8 @@ def naive_vectors(model: Any, kind: str, prompts: list[list[int]], answers: list
             with torch.no_grad():
                 model(torch.tensor([prompt + answer]))
             handle.remove()
-            positions = range(len(prompt) + max(0, len(answer) - last), len(prompt) + len(answer))
+            positions = range(len(prompt), len(prompt) + len(answer))
+            positions = positions[:count] if start else positions[-count:]
             rows[layer].append(np.stack([seen[0][0, p].float().numpy() for p in positions]))
     return rows
 
@@ -82,7 +85,7 @@ def ids(text: str) -> list[int]:
     return Words()(text, add_special_tokens=False)["input_ids"]
 
 
-def naive_rows(model: Any, kind: str, chat: bool, last: int, train_pairs: set[int]) -> dict[Any, Any]:
+def naive_rows(model: Any, kind: str, chat: bool, last: int, train_pairs: set[int], start: bool) -> dict[Any, Any]:
     """(layer, head) -> (score, direction, scale), all in float64."""
     prompts, answers, labels, owners = [], [], [], []
     for index, pair in enumerate(PAIRS):
@@ -93,7 +96,7 @@ def naive_rows(model: Any, kind: str, chat: bool, last: int, train_pairs: set[in
             count = min(last, len(answers[-1]))
             labels += [label] * count
             owners += [index] * count
-    vectors = naive_vectors(model, kind, prompts, answers, last)
+    vectors = naive_vectors(model, kind, prompts, answers, last, start)
     y, train = np.array(labels), np.array([owner in train_pairs for owner in owners])
     num_heads, head_dim = MODELS[kind]
     found = {}
@@ -111,14 +114,15 @@ def naive_rows(model: Any, kind: str, chat: bool, last: int, train_pairs: set[in
     return found
 
 
-@pytest.mark.parametrize("last_tokens", [1, 3, 5])
+@pytest.mark.parametrize("recipe", ["safetylock", "answer-start"])
+@pytest.mark.parametrize("tokens", [1, 3, 5])
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int) -> None:
+def test_against_a_naive_extraction(kind: str, chat: bool, tokens: int, recipe: str) -> None:
     model: Any = tiny_model(kind)
-    train = extract_module._split(len(PAIRS), 42)
-    expected = naive_rows(model, kind, chat, last_tokens, set(np.flatnonzero(train).tolist()))
-    lock = extract(model, ChatWords() if chat else Words(), PAIRS, heads=5, last_tokens=last_tokens)
+    train = set(np.flatnonzero(extract_module._split(len(PAIRS), 42)).tolist())
+    expected = naive_rows(model, kind, chat, tokens, train, start=recipe == "answer-start")
+    lock = extract(model, ChatWords() if chat else Words(), PAIRS, heads=5, tokens=tokens, recipe=recipe)
     best = sorted(sorted(expected, key=lambda row: (-expected[row][0], *row))[:5])
     assert list(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)) == best
     for row, direction, scale in zip(best, lock.directions, lock.scales, strict=True):
@@ -126,9 +130,11 @@ def test_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int) -> 
         np.testing.assert_allclose(float(scale), expected[row][2], rtol=1e-5)
     num_heads, head_dim = MODELS[kind]
     assert (lock.num_layers, lock.num_heads, lock.head_dim, lock.hidden_size) == (3, num_heads, head_dim, 64)
+    which = {"safetylock": "last", "answer-start": "first"}[recipe]
+    assert lock.recipe == f"{recipe}: {which} {tokens} answer tokens, 5 heads by logistic regression, seed 42"
 
 
-@pytest.mark.parametrize("recipe", ["safetylock", "prompt-end"])
+@pytest.mark.parametrize("recipe", ["safetylock", "answer-start", "prompt-end"])
 def test_one_ranking_gives_the_locks_of_any_number_of_heads(recipe: str) -> None:
     model, locks = tiny_model("llama"), {}
     ranking = rank_heads(model, Words(), PAIRS, 2, recipe=recipe, seed=7)
@@ -171,15 +177,15 @@ def test_a_work_directory_is_read_from_by_the_next_call(tmp_path: Path) -> None:
 HARMLESS = ("what is this", "where do bees live", "tell me a story", "what is this", "how is bread made")
 
 
-@pytest.mark.parametrize("last_tokens", [None, 2])
+@pytest.mark.parametrize("tokens", [None, 2])
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_prompt_ends_against_a_naive_extraction(kind: str, chat: bool, last_tokens: int | None) -> None:
+def test_prompt_ends_against_a_naive_extraction(kind: str, chat: bool, tokens: int | None) -> None:
     model: Any = tiny_model(kind)
     texts = [pair.question for pair in PAIRS] + list(dict.fromkeys(HARMLESS))
     prompts = [ids(f"<user> {t} <end> <assistant>") if chat else [1, *ids(f"Question: {t}\nAnswer:")] for t in texts]
-    vectors = naive_vectors(model, kind, [[] for _ in prompts], prompts, last_tokens or 1)
-    harmful = np.repeat(np.arange(len(texts)) < len(PAIRS), last_tokens or 1)
+    vectors = naive_vectors(model, kind, [[] for _ in prompts], prompts, tokens or 1)
+    harmful = np.repeat(np.arange(len(texts)) < len(PAIRS), tokens or 1)
     num_heads, head_dim = MODELS[kind]
     expected = {}
     for layer in range(3):
@@ -192,14 +198,14 @@ def test_prompt_ends_against_a_naive_extraction(kind: str, chat: bool, last_toke
             cohens_d = (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 2)
             expected[layer, head] = (cohens_d, u, np.concatenate([a, b]).std())
     tokenizer = ChatWords() if chat else Words()
-    lock = extract(model, tokenizer, PAIRS, 5, last_tokens, recipe="prompt-end", harmless=HARMLESS)
+    lock = extract(model, tokenizer, PAIRS, 5, tokens, recipe="prompt-end", harmless=HARMLESS)
     best = sorted(sorted(expected, key=lambda row: -expected[row][0])[:5])
     assert list(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)) == best
     for row, direction, scale in zip(best, lock.directions, lock.scales, strict=True):
         np.testing.assert_allclose(direction.numpy(), expected[row][1], rtol=0, atol=1e-5)
         np.testing.assert_allclose(float(scale), expected[row][2], rtol=1e-5)
-    assert lock.recipe == f"prompt-end: last {last_tokens or 1} prompt tokens, 5 heads by effect size"
-    other = extract(model, tokenizer, PAIRS, 5, last_tokens, recipe="prompt-end", harmless=HARMLESS[1:])
+    assert lock.recipe == f"prompt-end: last {tokens or 1} prompt tokens, 5 heads by effect size"
+    other = extract(model, tokenizer, PAIRS, 5, tokens, recipe="prompt-end", harmless=HARMLESS[1:])
     assert other.extraction_digest != lock.extraction_digest
 
 
@@ -217,7 +223,7 @@ def test_a_head_that_is_the_same_for_all_prompts_has_no_effect() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "other"}, "there is none of that name. Take one of safetylock, prompt-end"),
+        ({"recipe": "other"}, "there is none of that name. Take one of safetylock, answer-start, prompt-end"),
         ({"harmless": ["a", "b"]}, "the recipe safetylock reads no harmless prompts"),
         ({"recipe": "prompt-end", "harmless": "text"}, "harmless is a str"),
         ({"recipe": "prompt-end", "harmless": 3}, "harmless is a int"),
@@ -298,7 +304,7 @@ def test_the_same_inputs_give_the_same_lock_and_the_same_bytes(tmp_path: Path) -
 
 def test_provenance(tmp_path: Path) -> None:
     model: Any = tiny_model("llama")
-    lock = extract(model, Words(), PAIRS, heads=2, last_tokens=3, seed=7)
+    lock = extract(model, Words(), PAIRS, heads=2, tokens=3, seed=7)
     assert lock.recipe == "safetylock: last 3 answer tokens, 2 heads by logistic regression, seed 7"
     assert lock.fastlock_version == fastlock.__version__
     assert lock.base_model is None
@@ -545,7 +551,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"heads": 13}, r"heads is 13.*the model has 3 layers of 4"),
         ({"heads": True}, "heads is True"),
         ({"heads": 2.0}, "heads is 2.0"),
-        ({"last_tokens": 0}, "last_tokens is 0"),
+        ({"tokens": 0}, "tokens is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"tokenizer": Words(vocabulary=10_000)}, "pair 1: the tokenizer gives token"),
