@@ -1,12 +1,13 @@
 """The fold, by every path, on random checkpoints of the shape of Llama-3 8B and 70B; see run.py.
 
-The rounds of a benchmark rotate among models, so that caches are cold. What the last timed round returned, into
-outputs filled with NaN before, is held against float64.
+The rounds of a benchmark rotate among models, so that caches are cold; or, warm, use one model again and again. What
+the last timed round returned, into outputs filled with NaN before, is held against float64.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,15 +22,19 @@ from workloads import COLD, Zoo, errors
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ZOOS = [("8B", BF16), ("8B", FP16), ("8B", FP32), ("70B", BF16), ("70B", FP16)]
-SECONDS = {"cpu": 1.5, "cuda": 0.5}
+SECONDS = {"cpu": 1.5, "cuda": 0.4}
 ROUNDS = (9, 300)
 DEVICE_ROUNDS = 40
-# Read before each device timing: it empties the L2, and keeps the GPU busy while the host queues what is timed.
-FLUSH_BYTES, FLUSHES = 2**31, 20
+# Read before each device timing of cold weights: it empties the L2, and keeps the GPU busy while the host queues.
+FLUSH_BYTES, FLUSHES = 2**31, 8
+# Else the GPU waits: this many cycles, some 5 ms.
+WAIT = 10**7
 ABOUT_RIGHT = 0.02
 
-
 ALL = 0
+MANY = {"launch": (1, 2, 4, 8, 16, 32, 64), "plan": (1, 2, 4, 8, 16, 32, 64), "kernel": (1, 4), "relock": (1, 4)}
+# The same model again and again, so that its columns may be in the cache.
+WARM = ("launch", "plan", "columns", "linear", "authors")
 
 
 def cases() -> Iterator[Any]:
@@ -37,31 +42,34 @@ def cases() -> Iterator[Any]:
     for shape, dtype in ZOOS:
         for path in PATHS:
             if dtype in path.dtypes and (on_gpu or not path.cuda):
+                name = f"{shape}-{str(dtype).removeprefix('torch.')}-{path.name}"
                 for count in counts(shape, dtype, path, on_gpu):
-                    name = f"{shape}-{str(dtype).removeprefix('torch.')}-{path.name}-{count or 'all'}"
-                    yield pytest.param(shape, dtype, path, count, id=name)
+                    yield pytest.param(shape, dtype, path, count, False, id=f"{name}-{count or 'all'}")
+                if shape == "8B" and dtype != FP32 and path.name in WARM:
+                    yield pytest.param(shape, dtype, path, 1, True, id=f"{name}-warm")
 
 
 def counts(shape: str, dtype: torch.dtype, path: Path, on_gpu: bool) -> tuple[int, ...]:
     """How many models in one call."""
-    if (shape, dtype) != ZOOS[0] or path.name not in ("kernel", "launch", "relock"):
+    if (shape, dtype) != ZOOS[0] or path.name not in MANY:
         return (1,)
-    return (1, 4, ALL) if on_gpu else (1, ALL)
+    return MANY[path.name] if on_gpu else (1, ALL)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "path", "count"), list(cases()))
+@pytest.mark.parametrize(("shape", "dtype", "path", "count", "warm"), list(cases()))
 def test_fold(
-    benchmark: Any, zoo_of: Callable[..., Zoo], shape: str, dtype: torch.dtype, path: Path, count: int
+    benchmark: Any, zoo_of: Callable[..., Zoo], shape: str, dtype: torch.dtype, path: Path, count: int, warm: bool
 ) -> None:
     zoo = zoo_of(shape, dtype)
     count = count or len(zoo.models)
     if count > len(zoo.models):
         pytest.skip(f"memory for {len(zoo.models)} models, not {count}")
-    batches = make_batches(zoo, path, count)
+    batches = make_batches(zoo, path, count)[: 1 if warm else None]
     with torch.no_grad():
         results, last = time_rounds(benchmark, path, batches, zoo.device)
         error = errors(last.weights, last.displacements, results, last.biases)
-        on_device = device_times(path, batches, zoo.device) if path.queued and zoo.device.type == "cuda" else []
+        queued = path.queued and zoo.device.type == "cuda"
+        on_device = device_times(path, batches, zoo.device, warm) if queued else []
     moved = count * ((zoo.matrix_bytes if path.whole else zoo.locked_bytes) + zoo.bias_bytes)
     rotated = len(batches) * moved
     benchmark.extra_info.update(
@@ -76,7 +84,9 @@ def test_fold(
         bytes=moved,
         rotated_bytes=rotated,
         cold=rotated >= COLD * machine.cache_bytes(),
+        warm=warm,
         copy_bytes_per_second=zoo.copy,
+        empty_launch_seconds=zoo.empty,
         matches=error["bounds"] <= 1,
         error_in_bounds=error["bounds"],
         relative_error=error["relative"],
@@ -88,9 +98,14 @@ def test_fold(
 
 
 def make_batches(zoo: Zoo, path: Path, count: int) -> list[Batch]:
-    shells = zoo.shells() if path.name == "relock" else []
-    starts = range(0, len(zoo.models) - count + 1, count)
-    return [Batch(zoo, list(range(start, start + count)), shells) for start in starts]
+    """As many as a rotation needs to be cold, if there are so many."""
+    needed = math.ceil(COLD * machine.cache_bytes() / (count * zoo.locked_bytes))
+    batches = []
+    for start in range(0, len(zoo.models) - count + 1, count)[:needed]:
+        members = list(range(start, start + count))
+        with_models = path.name in ("relock", "plan of models")
+        batches.append(Batch(zoo, members, [zoo.shell(zoo.models[i]) for i in members] if with_models else []))
+    return batches
 
 
 def time_rounds(
@@ -125,20 +140,22 @@ def duration(run: Callable[[Batch], Any], batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def device_times(path: Path, batches: list[Batch], device: torch.device) -> list[float]:
+def device_times(path: Path, batches: list[Batch], device: torch.device, warm: bool) -> list[float]:
     """Seconds between two events on the device around each call, with everything queued before the device starts."""
     flush = torch.randn(FLUSH_BYTES // 4, device=device)
+
+    def busy() -> None:
+        if warm:
+            torch.cuda._sleep(WAIT)
+        else:
+            for _ in range(FLUSHES):
+                flush.sum()
+
     times = []
     for batch in itertools.islice(itertools.cycle(batches), DEVICE_ROUNDS):
         batch.reset()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(FLUSHES):
-            flush.sum()
-        start.record()
-        path.run(batch)
-        end.record()
-        all_queued = not start.query()  # otherwise the host's pace is in the time
-        machine.synchronize(device)
-        if all_queued:
-            times.append(start.elapsed_time(end) / 1000)
+        if warm:
+            path.run(batch)
+        times.append(machine.between_events(lambda batch=batch: path.run(batch), busy))
+    times = [seconds for seconds in times if not math.isnan(seconds)]
     return times if len(times) >= DEVICE_ROUNDS // 2 else []

@@ -25,7 +25,8 @@ def zoo_of() -> Callable[[str, torch.dtype], workloads.Zoo]:
             copy = machine.copy_bandwidth(device)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            held[shape, dtype] = workloads.make_zoo(workloads.SHAPES[shape], dtype, device, copy)
+            empty = machine.empty_launch(device)
+            held[shape, dtype] = workloads.make_zoo(workloads.SHAPES[shape], dtype, device, copy, empty)
         return held[shape, dtype]
 
     return make

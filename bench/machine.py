@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,6 +64,30 @@ def copy_bandwidth(on: torch.device) -> float:
         synchronize(on)
         times.append(time.perf_counter() - start)
     return 2 * COPY_BYTES[on.type] / statistics.median(times[2:])
+
+
+def empty_launch(on: torch.device) -> float | None:
+    """Seconds on the device from an event to the next with the kernel between, on one row of weights; None on a CPU."""
+    if on.type == "cpu":
+        return None
+    from fastlock.kernels.fold import build_table, launch
+
+    weight, values = torch.randn(1, 128, device=on).bfloat16(), torch.randn(1, 128)
+    out = weight.new_empty(1)
+    table = build_table([weight], [(0,)], [values], [None], [out])
+    return statistics.median(between_events(lambda: launch(table), lambda: torch.cuda._sleep(10**6)) for _ in range(41))
+
+
+def between_events(run: Callable[[], object], busy: Callable[[], object]) -> float:
+    """Seconds on the device around what `run` queues there, all of it queued while `busy` still runs; else NaN."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    busy()
+    start.record()
+    run()
+    end.record()
+    all_queued = not start.query()  # otherwise the host's pace is in the time
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000 if all_queued else math.nan
 
 
 def synchronize(on: torch.device) -> None:

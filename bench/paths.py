@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import fastlock
 from fastlock import reference
-from fastlock.fold import fold
+from fastlock.fold import Fold, fold
 from fastlock.lock import Displacement
 from workloads import STRENGTH, Zoo
 
@@ -23,7 +23,7 @@ class Batch:
 
     def __init__(self, zoo: Zoo, members: list[int], shells: list[nn.Module]) -> None:
         self.zoo = zoo
-        self.shells = [shells[i] for i in members] if shells else []
+        self.shells = shells
         self.weights = [weight for i in members for weight in zoo.models[i]]
         self.layers = list(zoo.displacements) * len(members)
         self.displacements = [zoo.displacements[layer] for layer in self.layers]
@@ -32,14 +32,34 @@ class Batch:
         self.biases: list[torch.Tensor | None] = [None] * len(self.weights)
         self.names = [f"layer {layer}" for layer in self.layers]
         self.outs = [weight.new_empty(weight.shape[0]) for weight in self.weights]
+        self.projections = [dict(zip(zoo.displacements, zoo.models[i], strict=True)) for i in members]
+        self.plans: list[fastlock.Plan] = []
 
     def reset(self) -> None:
-        """Before each call, untimed: NaN where results go, and no lock in the models."""
+        """Before each call, untimed: NaN where results go, and no lock in the models that have no plan."""
         for out in self.outs:
             out.fill_(torch.nan)
-        for shell in self.shells:
+        for plan in self.plans:
+            for bias in results_of(plan):
+                bias.data.fill_(torch.nan)  # which torch does not count as a change of the bias
+        for shell in [] if self.plans else self.shells:
             if shell.model.layers[self.layers[0]].self_attn.o_proj.bias is not None:
                 fastlock.unlock(shell)
+
+    @cached_property
+    def plan(self) -> fastlock.Plan:
+        """Of the bare projections."""
+        return self._planned(self.projections)
+
+    @cached_property
+    def plan_of_models(self) -> fastlock.Plan:
+        return self._planned(self.shells)
+
+    def _planned(self, models: Any) -> fastlock.Plan:
+        plan = fastlock.Plan(models, self.zoo.lock, STRENGTH)
+        plan.relock()
+        self.plans.append(plan)
+        return plan
 
     @cached_property
     def table(self) -> Any:
@@ -74,7 +94,8 @@ def by_reference(batch: Batch) -> list[torch.Tensor]:
 
 
 def by_fold(batch: Batch) -> list[torch.Tensor]:
-    return fold(batch.weights, _from_lock(batch), batch.biases, batch.names)
+    sites = zip(batch.weights, _from_lock(batch), batch.biases, batch.names, strict=True)
+    return fold([Fold(*site) for site in sites])
 
 
 def by_kernel(batch: Batch) -> list[torch.Tensor]:
@@ -95,6 +116,20 @@ def by_relock(batch: Batch) -> list[torch.Tensor]:
     fastlock.relock_many(batch.shells, batch.zoo.lock, STRENGTH)
     layers = list(batch.zoo.displacements)
     return [shell.model.layers[layer].self_attn.o_proj.bias for shell in batch.shells for layer in layers]
+
+
+def by_plan(batch: Batch) -> list[torch.Tensor]:
+    batch.plan.relock()
+    return results_of(batch.plan)
+
+
+def by_plan_of_models(batch: Batch) -> list[torch.Tensor]:
+    batch.plan_of_models.relock()
+    return results_of(batch.plan_of_models)
+
+
+def results_of(plan: fastlock.Plan) -> list[torch.Tensor]:
+    return [bias for of_model in plan.biases for bias in of_model.values()]
 
 
 def by_linear(batch: Batch) -> list[torch.Tensor]:
@@ -134,7 +169,7 @@ class Path:
     """One way to fold.
 
     Attributes:
-        starts_from: what is ready before the clock starts.
+        starts_from: what is ready before the clock starts; what "plan" and "table" hold was checked and sent before.
         exact: held to `reference.error_bound`; the others only to be about right.
         whole: reads whole matrices, not only the locked columns.
         queued: the host never waits for the device inside, so that its device time can be measured.
@@ -177,6 +212,20 @@ PATHS = [
         "`fastlock.kernels.fold.launch`: the launch alone",
         queued=True,
         cuda=True,
+    ),
+    Path(
+        "plan",
+        by_plan,
+        "plan",
+        "`fastlock.Plan.relock` on bare output projections: they are looked up again, folded (on CUDA: one launch), "
+        "waited for and checked to be finite, into the same biases as before",
+    ),
+    Path(
+        "plan of models",
+        by_plan_of_models,
+        "plan",
+        "`fastlock.Plan.relock` on LlamaForCausalLM models, into the biases that act in them",
+        dtypes=(torch.bfloat16,),
     ),
     Path(
         "relock",

@@ -9,25 +9,31 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import report_rows
+from tables import table
+
 HOW_TO_READ = """\
 - A **lock** shifts some attention heads; the **fold** b = W d turns the shift into a bias, one per locked layer.
   Weights are random, of the shape of Llama-3 8B and 70B; no model was downloaded.
 - **starts from**: what was ready before the clock started: the lock; d (its product, on the device, in the form that
-  the path wants); the kernel's table on the device.
+  the path wants); the kernel's table on the device; a plan, which relocked once before.
 - **median**: of whole calls by the host's clock, the device waited for, launches and Python included; in brackets
   the 95 % interval of the median (order statistics). **fastest**: the fastest call. **rounds**: how many calls.
 - **GB/s**: bytes counted over the median, 10⁹ bytes a second. Counted are the weights that the path must read (the
   locked columns; for `linear` and `authors` the whole matrices) and the biases written, once each. **of copy**: that
   over the bandwidth of a large `copy_` (read plus written), measured just before on the same device. A path that
   reads fewer bytes is faster at the same GB/s; one that only reads can pass 100 %.
-- **vs authors**: the time of the authors' way (float16, same shape and lock, same run) over this path's, per model.
+- **vs authors**: the time of the authors' way (float16, same shape and lock, same run) over this path's, per model;
+  **vs linear**: that of `linear`, in the same dtype. Both of cold weights, one model a call.
 - **right**: every number within `fastlock.reference.error_bound` of float64: one unit in the last place, plus the
   bound of a float32 sum; in brackets the largest error in units of that bound. Checked on what the last timed call
   returned. `columns`, `linear` and `authors` sum in other precisions and are not held to it, only to 2 % in norm.
-- The calls rotate among models; **cold**: the bytes of the whole rotation are at least 4 times the cache."""
+- The calls rotate among models; **cold**: the bytes of the whole rotation are at least 4 times the cache. **warm**:
+  one model again and again, so that what fits the cache is read from there. Results are filled with NaN before."""
 ON_DEVICE = """\
 - **on the device**: between two CUDA events around the call, queued while the GPU still read a 2 GiB buffer over and
-  over, which empties the L2 cache and keeps the host's pace out; for paths in which the host never waits for the GPU.
+  over, which empties the L2 cache and keeps the host's pace out (warm: while it waited, after the same call); for paths
+  in which the host never waits for the GPU.
   The ratio there is to `linear` in float16: the authors' products alone, without their copies to the GPU."""
 ON_CPU = """\
 - On a CPU, `fold` and `relock` run the reference: float64 products of the locked columns. There is no CPU kernel."""
@@ -59,6 +65,17 @@ OF_FIRST = """\
 A model of Llama-3 8B's shape in bfloat16, on the device, in a fresh process: from the call of `fastlock.relock` until
 the device is done; everything imported and the context ready before. Medians over the processes. **cubin**: the kernel
 that was compiled ahead of time. **JIT, compiled before**: Triton finds it in its cache. **JIT**: the cache is empty."""
+
+
+OF_ROOFLINE = """\
+Bytes counted a second against bytes counted in a call, both logarithmic; bfloat16, cold. The level roof is the copy
+bandwidth of the same run; on a GPU the slanted one is what a launch takes that folds next to nothing. Dots: on the
+device, where that was measured, else by the host's clock."""
+
+OF_HOST = """\
+The Python of a planned relock of Llama-3 8B's shape, the driver replaced by C functions that do nothing: median and
+95 % interval of 200 means over 50 calls. **looking up**: whether a module, tensor or lock was moved or replaced.
+**launch**: packed once, so reading the stream and calling the driver."""
 
 
 def interval_of_median(values: list[float]) -> list[float] | None:
@@ -143,7 +160,13 @@ def markdown(result: dict[str, Any]) -> str:
         lines += _parity(result["parity"])
     if result["first"]:
         lines += _first(result["first"])
+    if result["host"]:
+        lines += _host(result["host"])
+    if result["rows"]:
+        lines += report_rows.section(result["rows"])
     if result["benchmarks"]:
+        if result["picture"]:
+            lines += ["## Roofline", "", f"![bytes a second]({result['picture']})", "", OF_ROOFLINE, ""]
         lines += ["## How to read the tables", "", HOW_TO_READ, ON_DEVICE if on_gpu else ON_CPU, ""]
         lines += _paths(result["benchmarks"])
     for key in dict.fromkeys((row["shape"], row["dtype"]) for row in result["benchmarks"]):
@@ -151,15 +174,6 @@ def markdown(result: dict[str, Any]) -> str:
     if result["checkpoints"]:
         lines += _checkpoints(result["checkpoints"])
     return "\n".join(lines).rstrip() + "\n"
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, and the empty line after it."""
-    return [_line(head), _line(["---"] * len(head)), *map(_line, rows), ""]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _outcomes(steps: list[dict[str, Any]]) -> list[str]:
@@ -184,6 +198,20 @@ def _first(rows: list[dict[str, Any]]) -> list[str]:
     return ["## The first relock of a process", "", OF_FIRST, "", *table(head, cells)]
 
 
+def _host(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["what", "models", "sites", "relock (95 %)", "looking up (95 %)", "launch (95 %)"]
+    cells = [
+        [
+            row["what"],
+            str(row["models"]),
+            str(row["sites"]),
+            *(_span(row[k]) for k in ("relock", "looking up", "launch")),
+        ]
+        for row in rows
+    ]
+    return ["## What a planned relock costs the host", "", OF_HOST, "", *table(head, cells)]
+
+
 def _paths(rows: list[dict[str, Any]]) -> list[str]:
     whats = {row["path"]: [f"`{row['path']}`", row["starts_from"], row["what"]] for row in rows}
     return table(["path", "starts from", "what it is"], list(whats.values())) if whats else []
@@ -201,18 +229,21 @@ def _section(shape: str, dtype: str, every: list[dict[str, Any]], on_gpu: bool) 
         "GB/s",
         "of copy",
         "vs authors",
+        "vs linear",
         "right",
         "cold",
     ]
     if on_gpu:
         head += ["on the device (95 %)", "GB/s", "of copy", "vs `linear` float16"]
-    authors = _per_model(every, shape, "authors", "seconds")
-    linear = _per_model(every, shape, "linear", "device_seconds")
+    authors = _per_model(every, shape, "float16", "authors", "seconds")
+    of_layers = _per_model(every, shape, dtype, "linear", "seconds")
+    linear = _per_model(every, shape, "float16", "linear", "device_seconds")
     cells = []
     for row in rows:
         line = [f"`{row['path']}`", str(row["models"]), *_timing(row, "seconds", authors)]
         line[3:3] = [_time(row["fastest_seconds"]), str(row["rounds"])]
-        line += [f"{_yes(row['matches'])} ({row['error_in_bounds']:.2g})", _yes(row["cold"])]
+        line += [_ratio(row, "seconds", of_layers)]
+        line += [f"{_yes(row['matches'])} ({row['error_in_bounds']:.2g})", "warm" if row["warm"] else _yes(row["cold"])]
         cells.append(line + (_timing(row, "device_seconds", linear) if on_gpu else []))
     title = f"## Shape of Llama-3 {shape}, {dtype}"
     note = f"Lock: {first['lock']}. Copy: {first['copy_bytes_per_second'] / 1e9:.4g} GB/s."
@@ -250,8 +281,7 @@ def _pages(row: dict[str, Any]) -> str:
 def _ways(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
     lines = []
     for way, row in rows.items():
-        (median, low, high), (ratio, least, most) = row["seconds"], row["ours_over_this"]
-        span = f"{_time(median)} ({_time(low)}–{_time(high)})"
+        span, (ratio, least, most) = _span(row["seconds"]), row["ours_over_this"]
         over = "" if way == "relock_checkpoint" else f"{ratio:.3g} ({least:.3g}–{most:.3g})"
         lines.append([f"`{way}`", span, _time(row["fastest_seconds"]), str(row["rounds"]), over])
     return lines
@@ -261,17 +291,29 @@ def _timing(row: dict[str, Any], key: str, authors: float | None) -> list[str]:
     """Median and interval, GB/s, fraction of the copy, ratio to the authors' way."""
     if not row[key]:
         return [""] * 4
-    median, low, high = row[key]
-    rate = row["bytes"] / median
-    ratio = f"{authors * row['models'] / median:.3g}×" if authors else ""
-    span = f"{_time(median)} ({_time(low)}–{_time(high)})"
-    return [span, f"{rate / 1e9:.3g}", f"{rate / row['copy_bytes_per_second']:.0%}", ratio]
+    rate = row["bytes"] / row[key][0]
+    return [
+        _span(row[key]),
+        f"{rate / 1e9:.3g}",
+        f"{rate / row['copy_bytes_per_second']:.0%}",
+        _ratio(row, key, authors),
+    ]
 
 
-def _per_model(rows: list[dict[str, Any]], shape: str, path: str, key: str) -> float | None:
-    wanted = (shape, "float16", path, 1)
-    found = [row[key] for row in rows if (row["shape"], row["dtype"], row["path"], row["models"]) == wanted]
+def _ratio(row: dict[str, Any], key: str, other: float | None) -> str:
+    """The other's time over this row's, per model."""
+    return f"{other * row['models'] / row[key][0]:.3g}×" if other else ""
+
+
+def _per_model(rows: list[dict[str, Any]], shape: str, dtype: str, path: str, key: str) -> float | None:
+    wanted = (shape, dtype, path, 1, False)
+    found = [r[key] for r in rows if (r["shape"], r["dtype"], r["path"], r["models"], r["warm"]) == wanted]
     return float(found[0][0]) if found and found[0] else None
+
+
+def _span(interval: list[float]) -> str:
+    median, low, high = interval
+    return f"{_time(median)} ({_time(low)}–{_time(high)})"
 
 
 def _time(seconds: float) -> str:

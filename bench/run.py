@@ -23,27 +23,32 @@ from typing import Any
 
 import machine
 import report
+import roofline
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
 TESTS = BENCH.parent / "tests"
+KERNEL_TESTS = ("fold", "dispatch", "locked_linear")
 SPREAD = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-# Name, what pytest is to run, and the seconds it may take: 440 together, so that `make gpu` ends within 8 minutes.
+# Name, what pytest is to run, and the seconds it may take: 470 together, so that `make gpu` ends within 8 minutes.
 PARITY = [
-    ("parity", ["parity.py", *SPREAD], 80),
-    ("tests/kernels/test_fold.py", [str(TESTS / "kernels" / "test_fold.py"), *SPREAD], 90),
-    ("tests/test_relock.py -k devices", [str(TESTS / "test_relock.py"), "-k", "devices"], 30),
-    ("tests/test_families.py", [str(TESTS / "test_families.py"), *SPREAD], 60),
+    ("parity", ["parity.py", *SPREAD], 70),
+    ("tests/kernels", [*(str(TESTS / "kernels" / f"test_{name}.py") for name in KERNEL_TESTS), *SPREAD], 70),
+    ("tests/test_relock.py -k devices", [str(TESTS / "test_relock.py"), "-k", "devices"], 20),
+    ("tests/test_families.py", [str(TESTS / "test_families.py"), *SPREAD], 45),
+    ("compute-sanitizer", ["bench_sanitizer.py"], 45),
 ]
-FIRST_SECONDS = 50
-BENCHMARK_SECONDS = {"cpu": 600, "cuda": 130}
+FIRST_SECONDS = 40
+HOST_SECONDS = 20
+ROWS_SECONDS = {"cpu": 200, "cuda": 60}
+BENCHMARK_SECONDS = {"cpu": 600, "cuda": 100}
 CHECKPOINT_SECONDS = 600
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="on a GPU only: parity first, then the benchmarks")
-    parser.add_argument("--only", choices=["fold", "checkpoints"], help="one of the benchmarks")
+    parser.add_argument("--only", choices=["fold", "host", "rows", "checkpoints"], help="one of the benchmarks")
     parser.add_argument("--big", action="store_true", help="checkpoints: also of 123B parameters, 10 GB on disk")
     options = parser.parse_args()
     kind = machine.device().type
@@ -51,7 +56,8 @@ def main() -> int:
         print("run.py --gpu: torch finds no CUDA device here. `make bench` measures on a CPU.", file=sys.stderr)
         return 2
     # `make gpu` measures the device: what checkpoints cost on disk has nothing to do with it.
-    benchmarks = [options.only] if options.only else ["fold"] if options.gpu else ["fold", "checkpoints"]
+    every = ["host", "rows", "fold"] if options.gpu else ["host", "rows", "fold", "checkpoints"]
+    benchmarks = [options.only] if options.only else every
     return measure(PARITY if options.gpu else [], benchmarks, kind, options.big)
 
 
@@ -65,10 +71,16 @@ def measure(parity: list[tuple[str, list[str], int]], benchmarks: list[str], kin
         for name, arguments, limit in parity:
             steps.append(run_pytest(name, arguments, limit, junit))
             errors += report.parity(junit)
-        rows, checkpoints, first = [], [], []
+        rows, checkpoints, first, host, of_rows = [], [], [], [], []
         if parity:
             steps.append(run_pytest("first relock", ["bench_first.py"], FIRST_SECONDS, junit))
             first = report.recorded(junit, "first")
+        if "host" in benchmarks:
+            steps.append(run_pytest("host", ["bench_host.py"], HOST_SECONDS, junit))
+            host = report.recorded(junit, "host")
+        if "rows" in benchmarks:
+            steps.append(run_pytest("locks per request", ["bench_rows.py"], ROWS_SECONDS[kind], junit))
+            of_rows = report.recorded(junit, "rows")
         if "fold" in benchmarks:
             timing = ["bench_fold.py", f"--benchmark-json={data}"]
             timing += ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=name"]
@@ -76,8 +88,7 @@ def measure(parity: list[tuple[str, list[str], int]], benchmarks: list[str], kin
             written = data.is_file() and data.stat().st_size > 0
             rows = report.benchmarks(json.loads(data.read_text()) if written else {})
         if "checkpoints" in benchmarks:
-            # As the reports of older pytest versions are: the newer ones have no place for what a test records.
-            arguments = ["bench_checkpoint.py", "-o", "junit_family=xunit1", *([] if big else ["-k", "not 123b"])]
+            arguments = ["bench_checkpoint.py", *([] if big else ["-k", "not 123b"])]
             steps.append(run_pytest("checkpoints", arguments, CHECKPOINT_SECONDS, junit))
             checkpoints = report.recorded(junit, "checkpoint")
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -88,14 +99,20 @@ def measure(parity: list[tuple[str, list[str], int]], benchmarks: list[str], kin
         "command": shlex.join(["python", "bench/run.py", *sys.argv[1:]]),
         "took_seconds": time.perf_counter() - start,
         "json": f"{name}.json",
+        "picture": None,
         "machine": described,
         "steps": steps,
         "parity": errors,
         "first": first,
+        "host": host,
+        "rows": of_rows,
         "benchmarks": rows,
         "checkpoints": checkpoints,
     }
     RESULTS.mkdir(exist_ok=True)
+    if (svg := roofline.picture(rows)) is not None:
+        result["picture"] = f"{name}.svg"
+        (RESULTS / result["picture"]).write_text(svg)
     text = report.markdown(result)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     (RESULTS / f"{name}.md").write_text(text)
@@ -109,7 +126,8 @@ def run_pytest(name: str, arguments: list[str], limit: int, junit: Path) -> dict
     print(f"== {name}", flush=True)
     junit.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-    command += [f"--benchmark-storage=file://{junit.parent}", *arguments]
+    # As the reports of older pytest versions are: the newer ones have no place for what a test records.
+    command += ["-o", "junit_family=xunit1", f"--benchmark-storage=file://{junit.parent}", *arguments]
     start = time.perf_counter()
     # From bench/, so that the repository's own folders are not on the path: `fastlock` is the installed one.
     process = subprocess.Popen(command, cwd=BENCH, start_new_session=True)

@@ -18,7 +18,9 @@ STRENGTH = 6.0
 RELEASED_LOCKS = machine.REPOSITORY.parent / "shared" / "released_locks"
 # The rotation reads this many times the cache before it comes back to the same weights, if memory allows.
 COLD = 4
-ZOO_BYTES = {"cpu": 6 * 10**9, "cuda": 24 * 10**9}
+ZOO_BYTES = {"cpu": 6 * 10**9, "cuda": 27 * 10**9}
+# The most models in one call, of the shape that this is measured for.
+MOST_MODELS = 64
 # A prime length, so that tiling it makes no two rows of a weight alike.
 NOISE = 4_194_301
 
@@ -51,6 +53,7 @@ class Zoo:
         lock_source: which lock it is.
         models: per model the weights, [hidden, num_heads * head_dim] each, by layer.
         copy: bytes a second of a large copy on this device, read plus written.
+        empty: seconds on the device of a launch of the kernel that folds next to nothing; None on a CPU.
     """
 
     shape: Shape
@@ -60,6 +63,7 @@ class Zoo:
     lock_source: str
     models: list[list[torch.Tensor]]
     copy: float
+    empty: float | None
 
     @cached_property
     def displacements(self) -> dict[int, Displacement]:
@@ -80,11 +84,8 @@ class Zoo:
         """Bytes of the biases written for one model."""
         return self.shape.locked_layers * self.shape.hidden * self.dtype.itemsize
 
-    def shells(self) -> list[nn.Module]:
-        """Each model as a real LlamaForCausalLM; only what relocking may read is there, the rest is on meta."""
-        return [self._shell(weights) for weights in self.models]
-
-    def _shell(self, weights: list[torch.Tensor]) -> nn.Module:
+    def shell(self, weights: list[torch.Tensor]) -> nn.Module:
+        """A model as a real LlamaForCausalLM; only what relocking may read is there, the rest is on meta."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         shape = self.shape
@@ -110,11 +111,11 @@ def matrix_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return shape.locked_layers * shape.num_heads * shape.head_dim * shape.hidden * dtype.itemsize
 
 
-def make_zoo(shape: Shape, dtype: torch.dtype, device: torch.device, copy: float) -> Zoo:
+def make_zoo(shape: Shape, dtype: torch.dtype, device: torch.device, copy: float, empty: float | None) -> Zoo:
     """Enough random models that the locked columns of all are several times the cache, if memory allows."""
     wanted = math.ceil(COLD * machine.cache_bytes() / locked_bytes(shape, dtype))
-    if device.type == "cuda" and shape.name == "8B":
-        wanted = max(wanted, 16)  # for the launches over many models
+    if device.type == "cuda" and (shape.name, dtype) == ("8B", torch.bfloat16):
+        wanted = max(wanted, MOST_MODELS)
     count = max(1, min(wanted, ZOO_BYTES[device.type] // matrix_bytes(shape, dtype)))
     generator = torch.Generator(device).manual_seed(0)
     noise = torch.randn(NOISE, device=device, generator=generator).mul_(0.02).to(dtype)
@@ -125,7 +126,7 @@ def make_zoo(shape: Shape, dtype: torch.dtype, device: torch.device, copy: float
         piece = flat[start : start + NOISE]
         piece.copy_(noise[: len(piece)])
     lock, source = lock_for(shape)
-    return Zoo(shape, dtype, device, lock, source, [list(model) for model in weights], copy)
+    return Zoo(shape, dtype, device, lock, source, [list(model) for model in weights], copy, empty)
 
 
 def lock_for(shape: Shape) -> tuple[Lock, str]:

@@ -394,6 +394,22 @@ def test_bare_projections_that_are_written_to_or_replaced() -> None:
     assert torch.equal(plan.biases[0][0], kept)
 
 
+def test_a_bare_bias_that_is_written_to_or_replaced() -> None:
+    model = tiny_model("gpt_oss")
+    lock = random_lock(model)
+    zoo = [bare(model, lock)]
+    c = zoo[0][2][1]
+    plan = fastlock.Plan(zoo, lock, 2.0)
+    plan.relock()
+    without = plan.biases[0][2] - c
+    c.add_(1)
+    plan.relock()
+    torch.testing.assert_close(plan.biases[0][2], without + c)
+    c.data = torch.randn_like(c)
+    plan.relock()
+    torch.testing.assert_close(plan.biases[0][2], without + c)
+
+
 def test_bare_projections_that_do_not_fit() -> None:
     model = tiny_model("llama")
     anywhere = random_lock(model)
@@ -491,6 +507,18 @@ def test_what_is_shared_is_folded_once(kind: str, folded: list[str]) -> None:
     for model in (models[0], models[2], models[3]):
         fastlock.unlock(model)
     assert all(same_state(state(model), b) for model, b in zip(models, before, strict=True))
+
+
+def test_models_that_share_weights_but_no_biases_share_nothing_else(folded: list[str]) -> None:
+    base = tiny_model("gpt_oss")
+    lock = random_lock(base)
+    other = sharing(base, lock)
+    for site in sites_for(other, lock):
+        site.module.bias = nn.Parameter(torch.randn_like(site.bias))
+    want = [expected_biases(model, lock, 6.0) for model in (base, other)]
+    fastlock.relock_many([base, other], lock)
+    assert len(folded) == 4
+    assert all(same_biases(biases(model), w) for model, w in zip((base, other), want, strict=True))
 
 
 def test_one_bias_parameter_in_two_models_is_refused() -> None:

@@ -1,6 +1,7 @@
 """`relock` through the kernel: one launch for a whole model, and the biases that its own weights give."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,3 +106,61 @@ def test_biases_that_are_not_contiguous_are_read_as_they_are_now(launches: list[
     plan.relock()
     torch.testing.assert_close(plan.biases[0][1], before + 1)
     assert launches == [1, 1]
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_gpu
+def test_a_captured_graph_goes_on_with_the_new_bias() -> None:
+    """A plan writes where the bias is: a forward that was captured before adds what was folded after."""
+    model = tiny_model("llama", torch.bfloat16).to(DEVICE)
+    lock = random_lock(model, [(0, 1), (2, 0)])
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    ids = torch.randint(3, 128, (1, 8), device=DEVICE)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(ids, use_cache=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(ids, use_cache=False).logits
+        for strength in (5.0, 0.0):
+            plan.relock(strength=strength)
+            graph.replay()
+            torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
+
+
+@needs_gpu
+def test_two_streams_at_once() -> None:
+    """Plans of their own, launched side by side, each on its thread's stream."""
+    models = [tiny_model("llama", seed=seed).to(DEVICE) for seed in range(2)]
+    lock = random_lock(models[0], [(0, 1), (2, 0)])
+    plans = [fastlock.Plan([model], lock, 2.0) for model in models]
+    torch.cuda.synchronize()
+
+    def run(plan: fastlock.Plan) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for strength in (1.0, 2.0, 3.0) * 20:
+                plan.relock(strength=strength)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, plans))
+    assert all(fastlock.verify(model, lock).strength == 3.0 for model in models)
+
+
+@needs_gpu
+def test_models_on_the_cpu_and_on_the_gpu_in_one_call() -> None:
+    models = [tiny_model("llama", torch.bfloat16, seed=1), tiny_model("llama", torch.bfloat16, seed=2).to(DEVICE)]
+    lock = random_lock(models[0])
+    plan = fastlock.Plan(models, lock)
+    for strength in (1.0, 2.0):
+        plan.relock(strength=strength)
+        assert all(fastlock.verify(model, lock).strength == strength for model in models)
+    models[1].cpu()
+    plan.relock()
+    assert all(fastlock.verify(model, lock).strength == 2.0 for model in models)

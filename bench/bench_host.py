@@ -1,0 +1,88 @@
+"""What a planned relock costs the host, the device's and the driver's own work apart.
+
+A model of Llama-3 8B's shape, and a zoo of them as bare projections. The functions of the driver are replaced by C
+functions that do nothing, and what is on the CPU counts as on a device: all of fastlock's own Python runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastlock
+from fastlock import fold as fold_module
+from fastlock.kernels import cubins
+from fastlock.kernels import fold as kernels
+from report import interval_of_median
+from workloads import SHAPES, STRENGTH, Zoo, lock_for
+
+SHAPE = SHAPES["8B"]
+ROUNDS, CALLS = 200, 50
+LIBC = ctypes.CDLL(None)
+
+
+class NoDriver:
+    """A driver that does nothing, by functions of the C library that then return 0.
+
+    The handles of the kernel and its context are 0: `ffs(0)` is 0, and so is the length of eight zero bytes as text.
+    """
+
+    def function_named(self, name: str) -> Any:
+        return {"cuCtxGetCurrent": LIBC.strlen, "cuLaunchKernel": LIBC.ffs}[name]
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = cubins.Cubin("", "sm_90a", "", "", "", tuple((8 * i, 8) for i in range(6)), 0, 8, 64, "12.8")
+    kernel = cubins.Kernel(NoDriver(), described, 0, None, 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(cubins, "choose", lambda variant, index: cubins.Choice(kernel, "it does nothing"))
+    monkeypatch.setattr(cubins, "_current_stream", lambda device: 0)
+    monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
+
+
+@pytest.mark.parametrize("models", [1, 32])
+@pytest.mark.usefixtures("stubbed")
+def test_a_planned_relock(models: int, record_property: Callable[..., None]) -> None:
+    lock, _ = lock_for(SHAPE)
+    layers = list(lock.displacement(STRENGTH))
+    # Only addresses are read, so one row of every weight is enough, and any number of zoos fits.
+    weights = [torch.randn(1, SHAPE.num_heads * SHAPE.head_dim).bfloat16() for _ in range(models * len(layers))]
+    zoo = [dict(zip(layers, weights[i * len(layers) :], strict=False)) for i in range(models)]
+    record("bare projections", models, fastlock.Plan(zoo, anywhere(lock), STRENGTH), record_property)
+    if models == 1:
+        whole = [
+            torch.randn(1).bfloat16().expand(SHAPE.hidden, SHAPE.num_heads * SHAPE.head_dim).clone() for _ in layers
+        ]
+        model = Zoo(SHAPE, torch.bfloat16, torch.device("cpu"), lock, "", [whole], 0, None).shell(whole)
+        record("a model", models, fastlock.Plan([model], lock, STRENGTH), record_property)
+
+
+def anywhere(lock: fastlock.Lock) -> fastlock.Lock:
+    """The same rows, of a base of any size."""
+    return fastlock.Lock(lock.layers, lock.heads, lock.directions, lock.scales)
+
+
+def record(what: str, models: int, plan: fastlock.Plan, record_property: Callable[..., None]) -> None:
+    plan.relock()
+    found: dict[str, Any] = {"what": what, "models": models, "sites": sum(map(len, plan.biases))}
+    for name, run in {
+        "relock": plan.relock,
+        "looking up": plan._built.moved,
+        "launch": plan._built._plan._groups[0][1].start,
+    }.items():
+        found[name] = interval_of_median([seconds_of(run) for _ in range(ROUNDS)])
+    record_property("host", json.dumps(found))
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        run()
+    return (time.perf_counter() - start) / CALLS

@@ -1,0 +1,66 @@
+"""Every kernel on the device, for `compute-sanitizer` to watch, run by bench_sanitizer.py; exit code 1 if one is wrong.
+
+Weights lie at the very end of their allocations, so that reading past one is reading past an allocation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that each tensor is an allocation of its own
+
+import torch
+
+import bench_rows
+import machine
+from fastlock.kernels import cubins, fold, locked_linear
+from fastlock.lock import Displacement
+from workloads import errors
+
+DEVICE = machine.device()
+HEADS = (0, 2)
+
+
+def site(dtype: torch.dtype, head_dim: int, transposed: bool, hidden: int) -> tuple[torch.Tensor, Displacement]:
+    lines, length = (3 * head_dim, hidden) if transposed else (hidden, 3 * head_dim)
+    weight = torch.randn(lines, length, device=DEVICE).to(dtype)
+    values = torch.randn(len(HEADS), head_dim, dtype=torch.float64)
+    return weight.t() if transposed else weight, Displacement(HEADS, values)
+
+
+def worst_of_rows() -> float:
+    """The largest error of the projections with a lock per row, by a way of each kind; no tile divides the rows."""
+    worst = 0.0
+    for rows in (1, 136):
+        case = bench_rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(bench_rows.DTYPE), rows)
+        (inputs,) = case.inputs
+        ways = locked_linear.ways_for(inputs) if bench_rows.ON_GPU else [locked_linear.BY_TORCH]
+        for way in {way.kind: way for way in ways}.values():
+            y = locked_linear.run(way, inputs)
+            machine.synchronize(DEVICE)
+            worst = max(worst, bench_rows.error_in_bounds(inputs, case.d, y))
+    return worst
+
+
+def main() -> int:
+    worst = worst_of_rows()
+    for switch in ("1", "0"):  # by a cubin, where there is one, and by Triton's JIT
+        os.environ[cubins.SWITCH] = switch
+        cubins.forget()
+        for dtype, head_dim, transposed in itertools.product(fold.DTYPES, (64, 80), (False, True)):
+            sites = [site(dtype, head_dim, transposed, hidden) for hidden in (1000, 33, 1)]
+            weights, displacements = zip(*sites, strict=True)
+            biases = [torch.randn(len(weight)).to(weight) for weight in weights]
+            outs = [torch.full_like(bias, torch.nan) for bias in biases]
+            values = [displacement.values for displacement in displacements]
+            fold.fold_sites(weights, [HEADS] * 3, values, biases, outs)
+            machine.synchronize(DEVICE)
+            worst = max(worst, errors(weights, displacements, outs, biases)["bounds"])
+    print(f"largest error, in units of reference.error_bound: {worst:.2f}")
+    return 0 if worst <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
