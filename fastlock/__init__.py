@@ -7,6 +7,7 @@ from fastlock.errors import FastlockError
 from fastlock.evaluate import evaluate
 from fastlock.extract import extract
 from fastlock.lock import Lock
+from fastlock.locked_linear import LockedLinear, RequestLocks
 from fastlock.pairs import Pair, load_pairs, shipped_pairs
 from fastlock.plan import Plan
 from fastlock.receipt import Receipt
@@ -18,9 +19,11 @@ from fastlock.version import __version__
 __all__ = [
     "FastlockError",
     "Lock",
+    "LockedLinear",
     "Pair",
     "Plan",
     "Receipt",
+    "RequestLocks",
     "Verification",
     "__version__",
     "calibrate",

@@ -1,7 +1,8 @@
 """Compile the fold kernel ahead of time, without a GPU, and check the code: wide loads, no spills, rounding.
 
 Run as `python -m fastlock.kernels.build`. It compiles what `jit.launch` would, from the same definitions. With
-`--cubins DIRECTORY` it writes the cubins and their manifest, which `setup.py` puts into the wheel.
+`--cubins DIRECTORY` it writes the cubins and their manifest, which `setup.py` puts into the wheel. Unless only kernels
+that are shipped are asked for, it goes on with those of `build_locked_linear`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -37,6 +38,9 @@ from fastlock.kernels.jit import INTERPRETED, SIGNATURE, constants, fold_kernel
 
 ARCHS = (80, 90, 100, 120)
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+
+_Wanted = TypeVar("_Wanted")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,23 @@ def shipped(variant: Variant) -> bool:
     return variant.aligned
 
 
-def compile_variant(arch: int, variant: Variant) -> Report:
-    """Compile the fold kernel for one compute capability, with Triton's own ptxas.
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel.
+
+    Attributes:
+        kernel: Triton's.
+        elf: what cuobjdump reads in it.
+        memory: bytes of one thread that should be registers, by what they are: spills, local memory, stack.
+    """
+
+    kernel: Any
+    elf: _Elf
+    memory: dict[str, int]
+
+
+def compiled(source: ASTSource, arch: int, options: dict[str, Any]) -> Compiled:
+    """Compile a kernel for one compute capability, with Triton's own ptxas.
 
     Of the two that Triton brings, it is the older one, for every architecture: a newer toolkit's cubins need a newer
     driver. No path of this machine gets into the code, as line numbers are left out.
@@ -108,6 +127,23 @@ def compile_variant(arch: int, variant: Variant) -> Report:
     """
     if INTERPRETED:
         raise FastlockError("Triton can't compile under TRITON_INTERPRET=1: unset it and start Python again.")
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.compilation.always_compile = True  # a kernel from the cache leaves no ptxas log
+        triton.knobs.compilation.disable_line_info = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.nvidia.ptxas_blackwell = triton.knobs.nvidia.ptxas.path
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    elf = _read_elf(kernel.asm["cubin"], kernel.metadata.name)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    if not spills:
+        raise FastlockError(f"ptxas said nothing about spills:\n{log.getvalue()}")
+    memory = {"spills": sum(map(int, spills)), "local memory": elf.usage["LOCAL"], "stack": elf.usage["STACK"]}
+    return Compiled(kernel, elf, memory)
+
+
+def compile_variant(arch: int, variant: Variant) -> Report:
+    """Compile the fold kernel for one compute capability; see `compiled`."""
     constexprs = constants(variant)
     source = ASTSource(
         fold_kernel,
@@ -115,19 +151,9 @@ def compile_variant(arch: int, variant: Variant) -> Report:
         constexprs=constexprs,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(SIGNATURE))},
     )
-    log, ptxas = io.StringIO(), triton.knobs.nvidia.ptxas
-    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        triton.knobs.compilation.always_compile = True  # a kernel from the cache leaves no ptxas log
-        triton.knobs.compilation.disable_line_info = True
-        triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.nvidia.ptxas_blackwell = ptxas.path
-        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options())
-    elf = _read_elf(kernel.asm["cubin"])
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
-    if not spills:
-        raise FastlockError(f"ptxas said nothing about spills:\n{log.getvalue()}")
+    found = compiled(source, arch, variant.options())
+    kernel, elf, memory = found.kernel, found.elf, found.memory
     ptx = kernel.asm["ptx"]
-    memory = {"spills": sum(map(int, spills)), "local memory": elf.usage["LOCAL"], "stack": elf.usage["STACK"]}
     cubin = cubins.Cubin(
         variant=variant.name,
         target=f"sm_{elf.target}",
@@ -138,7 +164,7 @@ def compile_variant(arch: int, variant: Variant) -> Report:
         shared=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
         registers=elf.usage["REG"],
-        ptxas=ptxas.version,
+        ptxas=triton.knobs.nvidia.ptxas.version,
     )
     return Report(
         arch=arch,
@@ -240,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--shipped", action="store_true", help="every variant that the wheel has")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports, PTX included, to this file")
     parser.add_argument("--cubins", type=Path, metavar="DIRECTORY", help="write the cubins and their manifest here")
-    parser.add_argument("--jobs", type=int, default=_processors(), help="processes (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=processors(), help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
     wanted = [
         (arch, variant)
@@ -249,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     reports = []
     print(f"{'arch':<7}{'variant':<32}{'regs':>5}{'spills':>8}{'local':>7}{'shared':>8}{'v4':>4}")
-    for report in _compile_all(wanted, options.jobs):
+    for report in in_processes(compile_variant, wanted, options.jobs):
         reports.append(report)
         print(
             f"sm_{report.arch:<4}{report.variant:<32}{report.registers:>5}{report.spill_bytes:>8}"
@@ -264,19 +290,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = write_cubins(reports, options.cubins)
         size = sum(path.stat().st_size for path in options.cubins.iterdir())
         print(f"{options.cubins}: {len(manifest.cubins)} cubins, {size / 1e6:.1f} MB")
+    if not options.cubins and not options.shipped:
+        from fastlock.kernels import build_locked_linear
+
+        others = list(build_locked_linear.compile_all(options.arch, options.all, options.jobs))
+        bad += build_locked_linear.conclude(others)
     return 1 if bad else 0
 
 
-def _compile_all(wanted: Sequence[tuple[int, Variant]], jobs: int) -> Iterator[Report]:
+def in_processes(
+    compile_one: Callable[[int, _Wanted], _Found], wanted: Sequence[tuple[int, _Wanted]], jobs: int
+) -> Iterator[_Found]:
     """Each in turn; over several processes, as ptxas and Triton's passes use one thread each."""
     if jobs == 1:
-        yield from (compile_variant(arch, variant) for arch, variant in wanted)
+        yield from (compile_one(arch, each) for arch, each in wanted)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compile_variant, *zip(*wanted, strict=True), chunksize=4)
+        yield from pool.map(compile_one, *zip(*wanted, strict=True), chunksize=4)
 
 
-def _processors() -> int:
+def processors() -> int:
     """How many processors this process may use, at most 16."""
     return min(16, len(os.sched_getaffinity(0)))
 
@@ -296,15 +329,15 @@ class _Elf:
     parameters: tuple[tuple[int, int], ...]
 
 
-def _read_elf(cubin: bytes) -> _Elf:
-    """Read a cubin by Triton's own cuobjdump."""
+def _read_elf(cubin: bytes, kernel: str) -> _Elf:
+    """Read a cubin of a kernel of this name by Triton's own cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-elf", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    own = text.partition(f"\n.nv.info.{fold_kernel.__name__}\n")[2].partition("\n\n\n")[0]
+    own = text.partition(f"\n.nv.info.{kernel}\n")[2].partition("\n\n\n")[0]
     found = re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: 0x(\w+)\s+Size\s+: 0x(\w+)", own)
     parameters = sorted(tuple(int(number, 16) for number in numbers) for numbers in found)
     (target,) = set(re.findall(r"\bsm=(\w+),", text))
