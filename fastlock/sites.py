@@ -402,6 +402,8 @@ def check_lock_fits(lock: Lock, num_layers: int, config: Any, name: str) -> None
 def check_foldable(site: Site) -> None:
     """The projection is a plain floating-point matrix that is really there, of the shape its config says."""
     kind = type(site.module)
+    if f"{kind.__module__}.{kind.__qualname__}" == "fastlock.locked_linear.LockedLinear":
+        raise FastlockError(f"{site.name} has locks per request. Take them out first: RequestLocks.remove().")
     if f"{kind.__module__}.{kind.__qualname__}" not in _PROJECTIONS:
         raise FastlockError(
             f"{site.name} is a {kind.__module__}.{kind.__name__}, not a plain linear layer. Quantised models and "

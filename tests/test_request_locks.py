@@ -409,6 +409,8 @@ def test_models_and_locks_that_are_refused() -> None:
     request_locks = RequestLocks(model, locks)
     with pytest.raises(fastlock.FastlockError, match="per request already"):
         RequestLocks(model, locks[:1])
+    with pytest.raises(fastlock.FastlockError, match=r"has locks per request.*RequestLocks\.remove"):
+        fastlock.relock(model, locks[0])
     request_locks.remove()
     fastlock.relock(model, locks[0])
     with pytest.raises(fastlock.FastlockError, match="is relocked"):

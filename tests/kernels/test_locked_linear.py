@@ -22,6 +22,16 @@ EVERY = [GATHER, SHIFT, ADD, AROUND, BY_TORCH]
 SLOTS = [[0, 1], [3, -1], [-1, 4], [-1, -1]]
 
 
+@pytest.fixture(autouse=True)
+def _float32_sums():
+    """As the bounds say: cuBLAS may else add parts of 16-bit sums in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def named(way):
     return way.name
 
