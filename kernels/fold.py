@@ -31,6 +31,7 @@ ALIGNED_ROWS = 32
 PLAIN_ROWS = 16
 THREADS_PER_COLUMN = 2
 MIN_WARPS = 4
+MOST_REGISTERS = 64
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ class Variant:
         return max(MIN_WARPS, self.block_columns * THREADS_PER_COLUMN // 32)
 
     def options(self) -> dict[str, Any]:
-        """Triton's compile options. Fusion is set because its default is not the same in every Triton."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        """Triton's compile options. Fusion is set because its default is not the same in every Triton.
+
+        Without a limit of its own, ptxas spills a few registers to come to a number that lets more programs in.
+        """
+        return {"num_warps": self.num_warps, "maxnreg": MOST_REGISTERS, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_build_and_launch_share_their_constants():
     variant = BY_NAME["bfloat16-rows-128-aligned"]
     names = [*jit.SIGNATURE, *jit.constants(variant)]
     assert names == list(jit.fold_kernel.arg_names)
-    assert set(variant.options()) == {"num_warps", "enable_fp_fusion"}
+    assert set(variant.options()) == {"num_warps", "maxnreg", "enable_fp_fusion"}
 
 
 @pytest.mark.skipif(not jit.INTERPRETED, reason="needs Triton's interpreter")
