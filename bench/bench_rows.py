@@ -132,7 +132,7 @@ def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
     candidates = locked_linear.ways_for(first) if ON_GPU else [locked_linear.BY_TORCH]
     for kind in dict.fromkeys(way.kind for way in candidates):
         of_kind = [way for way in candidates if way.kind == kind]
-        way = locked_linear.fastest(of_kind, lambda one: locked_linear.seconds(one, first))
+        way = locked_linear.fastest(of_kind, lambda one: locked_linear.seconds(one, case.inputs))
         tiles[kind] = way.tile.name if way.tile else ""
         found[kind] = lambda inputs, way=way: locked_linear.run(way, inputs)
     found["chosen"] = lambda inputs: op(*(getattr(inputs, name) for name in inputs.__dataclass_fields__))

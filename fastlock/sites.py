@@ -177,6 +177,9 @@ _REASONS = {
 }
 REFUSED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
 
+# The mark of a module whose place a `LockedLinear` has taken.
+REPLACED = "_fastlock_replaced"
+
 # By exact type: quantised and adapted layers inherit from nn.Linear and compute something else.
 _PROJECTIONS = (
     "fastlock.sites.Bare",
@@ -408,6 +411,16 @@ def check_foldable(site: Site) -> None:
         raise FastlockError(
             f"{site.name} is a {kind.__module__}.{kind.__name__}, not a plain linear layer. Quantised models and "
             "adapters can't be relocked yet: load the checkpoint unquantised, or merge its adapters first."
+        )
+    if site.module.__dict__.get(REPLACED):
+        raise FastlockError(
+            f"{site.name} is part of another model too, which has locks per request. Take them out first: "
+            "RequestLocks.remove()."
+        )
+    if isinstance(site.module, nn.Module) and "weight" not in site.module._parameters:
+        raise FastlockError(
+            f"{site.name}.weight is no parameter, but computed before each forward pass (pruned or normed, say). Make "
+            "it one first, as by torch.nn.utils.prune.remove(module, 'weight')."
         )
     parameter = site.module.weight
     hook = getattr(site.module, "_hf_hook", None)

@@ -6,6 +6,7 @@ Run as `python -m fastlock.kernels.build_locked_linear`; `python -m fastlock.ker
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -110,20 +111,16 @@ class Report:
 def jobs(arch: int) -> Iterator[Job]:
     """Every kernel that production may launch on an architecture for the head sizes of known models; some twice."""
     for dtype in DTYPES:
-        yield from _of_tiles(arch, dtype, 128)
         for head_dim in HEAD_DIMS:
-            yield from (Job(way, dtype, head_dim) for way in ways_on(arch, dtype, head_dim) if way.kind == "shift")
+            for way in ways_on(arch, dtype, head_dim):
+                # Only what adds d to x as it is read knows of heads.
+                if way.kind == "shift" or head_dim == 128:
+                    for transposed, has_bias in itertools.product((False, True), repeat=2):
+                        yield Job(way, dtype, head_dim, transposed, has_bias)
+                    if way.kind == "gather":
+                        yield Job(way, dtype, head_dim, even=False)
             yield from (Job(Way("around"), dtype, head_dim, put_back=put_back) for put_back in (False, True))
         yield Job(Way("add"), dtype)
-
-
-def _of_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> Iterator[Job]:
-    for way in ways_on(arch, dtype, head_dim):
-        for transposed in (False, True):
-            yield Job(way, dtype, head_dim, transposed)
-        yield Job(way, dtype, head_dim, has_bias=False)
-        if way.kind == "gather":
-            yield Job(way, dtype, head_dim, even=False)
 
 
 def ways_on(arch: int, dtype: torch.dtype, head_dim: int) -> list[Way]:

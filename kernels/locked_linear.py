@@ -5,8 +5,11 @@ Nothing here imports Triton before a kernel is launched.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeAlias
@@ -116,6 +119,11 @@ class Way:
 BY_TORCH = Way("torch")
 
 
+def layout_of(weight: torch.Tensor) -> str:
+    """What of W lies next to one another in memory: its "rows"' numbers, its "columns"' (GPT-2's Conv1D), or "none"."""
+    return "rows" if weight.stride(1) == 1 else "columns" if weight.stride(0) == 1 else "none"
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What it is computed from; all on one device.
@@ -158,20 +166,20 @@ class Inputs:
 
     @property
     def transposed(self) -> bool:
-        """Whether the columns of W lie next to one another in memory, not the rows (GPT-2's Conv1D)."""
-        return self.weight.stride(1) != 1
+        """Whether a column of W lies in one piece in memory, not a row."""
+        return layout_of(self.weight) == "columns"
 
     def shape(self) -> tuple[object, ...]:
         """Inputs for which this is the same are computed in the same way."""
         x, weight = self.x, self.weight
-        return x.device, x.dtype, *weight.shape, self.transposed, self.head_dim, bucket(self.rows)
+        return x.device, x.dtype, *weight.shape, layout_of(weight), self.head_dim, bucket(self.rows)
 
 
 def locked_linear(inputs: Inputs) -> torch.Tensor:
     """Compute it on a CUDA device by the way that was fastest there when it was first called for such a shape.
 
-    What is chosen changes the result by no more than rounding. While a CUDA graph is captured nothing can be timed:
-    then the first of `ways` is taken, this once.
+    What is chosen changes the result by no more than rounding. While a CUDA graph is captured nothing can be timed, or
+    loaded on the device: for a shape that was not computed before, torch alone does it, this once.
 
     Returns:
         y, [rows, hidden] of x's dtype.
@@ -179,11 +187,10 @@ def locked_linear(inputs: Inputs) -> torch.Tensor:
     shape = inputs.shape()
     way = _chosen.get(shape)
     if way is None:
-        candidates = ways_for(inputs)
         with torch.cuda.device(inputs.x.device):
             if torch.cuda.is_current_stream_capturing():
-                return run(candidates[0], inputs)
-            way = _chosen[shape] = fastest(candidates, partial(seconds, inputs=inputs))
+                return run(BY_TORCH, inputs)
+            way = _chosen[shape] = fastest(ways_for(inputs), partial(seconds, many=cold(inputs)))
     return run(way, inputs)
 
 
@@ -201,9 +208,15 @@ def forget() -> None:
 
 
 def fastest(candidates: Iterable[Way], time: Callable[[Way], float]) -> Way:
-    """The candidate that takes the least time, the first of them if there are several; alone, it is not timed."""
+    """The candidate that takes the least time, the first of them if there are several; alone, it is not timed.
+
+    Where none of them runs, the last one.
+    """
     ways = list(candidates)
-    return ways[0] if len(ways) == 1 else min(ways, key=time)
+    if len(ways) == 1:
+        return ways[0]
+    times = {way: time(way) for way in ways}
+    return min(ways, key=times.__getitem__) if min(times.values()) < math.inf else ways[-1]
 
 
 def bucket(rows: int) -> int:
@@ -212,16 +225,16 @@ def bucket(rows: int) -> int:
 
 
 def ways_for(inputs: Inputs) -> list[Way]:
-    """The ways that these inputs can be computed in on their device; the first one is the default."""
-    contiguous = 1 in inputs.weight.stride()
-    if inputs.x.dtype not in DTYPES or not contiguous or inputs.head_dim > MAX_HEAD_DIM or not _has_triton():
+    """The ways that these inputs can be computed in on their device."""
+    in_one_piece = layout_of(inputs.weight) != "none"
+    if inputs.x.dtype not in DTYPES or not in_one_piece or inputs.head_dim > MAX_HEAD_DIM or not _has_triton():
         return [BY_TORCH]
     device: Any = torch.cuda.get_device_properties(inputs.x.device)
     return ways(inputs.x.dtype, inputs.rows, inputs.head_dim, device.major, device.shared_memory_per_block_optin)
 
 
 def ways(dtype: torch.dtype, rows: int, head_dim: int, major: int, shared_bytes: int) -> list[Way]:
-    """The ways for a shape on a device; the first one is the default, where nothing can be timed.
+    """The ways for a shape on a device; of equally fast ones the first is taken.
 
     Args:
         major: of the device's compute capability.
@@ -232,7 +245,7 @@ def ways(dtype: torch.dtype, rows: int, head_dim: int, major: int, shared_bytes:
     by_triton += [Way("shift", tile) for tile in shift_tiles(found, head_dim, dtype)]
     by_cublas = [Way("around"), Way("add")]
     # A launch of its own costs some microseconds, of which a projection of few rows takes not many more.
-    return by_triton + by_cublas if bucket(rows) <= DECODE_ROWS else by_cublas + by_triton
+    return [*(by_triton + by_cublas if bucket(rows) <= DECODE_ROWS else by_cublas + by_triton), BY_TORCH]
 
 
 def tiles(dtype: torch.dtype, rows: int, major: int, shared_bytes: int) -> list[Tile]:
@@ -301,11 +314,13 @@ def by_torch(inputs: Inputs) -> torch.Tensor:
     """y by torch alone, on any device and of any dtype: the projection, then the folds added to the locked rows.
 
     Sums of 16-bit results are made in float32, and rounded once more. Rows without a lock are the plain projection's.
-    A lock that there is not gives NaN.
+    A lock that there is not gives NaN, and so does a negative strength.
     """
     y = functional.linear(inputs.x, inputs.weight, inputs.bias)
     lock = inputs.lock_of_row
-    there = (lock >= 0) & (lock < inputs.folds.shape[0])
+    if not inputs.rows:
+        return y
+    there = (lock >= 0) & (lock < inputs.folds.shape[0]) & (inputs.strength_of_row >= 0)
     strength = torch.where(there, inputs.strength_of_row, float("nan"))
     fold = strength[:, None] * inputs.folds[torch.where(there, lock, 0)]  # [entries, hidden] float32
     each = y.view(lock.shape[0], -1, y.shape[1])
@@ -325,36 +340,57 @@ def _around(inputs: Inputs, jit: Any) -> torch.Tensor:
         inputs = replace(inputs, x=x.contiguous())
     held = x.new_empty(inputs.rows, inputs.slots.shape[1], inputs.head_dim)
     jit.shift(inputs, held)
-    y = functional.linear(inputs.x, inputs.weight, inputs.bias)
-    if not own:
-        jit.put_back(inputs, held)
-    return y
-
-
-def seconds(way: Way, inputs: Inputs, runs: int = 10, repeats: int = 3) -> float:
-    """How long one way takes on the device; infinite where it needs more than the device has."""
-    from triton.runtime.errors import OutOfResources
-
     try:
-        run(way, inputs)  # compiled here
-    except OutOfResources:
-        return float("inf")
+        return functional.linear(inputs.x, inputs.weight, inputs.bias)
+    finally:  # the caller may go on with x where memory ran out
+        if not own:
+            jit.put_back(inputs, held)
+
+
+def cold(inputs: Inputs, runs: int = 10) -> list[Inputs]:
+    """The inputs with an x of their own; each with another copy of W, together twice as large as the L2 cache.
+
+    A model reads each W once in a forward pass, which has left the cache until the next one; and what fails while it
+    is timed must not have written to a user's x.
+    """
+    weight, x = inputs.weight, inputs.x.clone()
+    cache: int = torch.cuda.get_device_properties(inputs.x.device).L2_cache_size
+    count = min(runs, -(-2 * cache // (weight.numel() * weight.itemsize)))
+    copies = [weight]
+    with contextlib.suppress(torch.OutOfMemoryError):  # then as many as there is room for
+        while len(copies) < count:
+            copy = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
+            copies.append(copy.copy_(weight))
+    return [replace(inputs, x=x, weight=copies[i % len(copies)]) for i in range(runs)]
+
+
+def seconds(way: Way, many: Sequence[Inputs], repeats: int = 3) -> float:
+    """How long one way takes on the device, one of the inputs after the other; infinite where it does not run there.
+
+    That is said in a warning, unless the device only has too little shared memory for it.
+    """
+    try:
+        run(way, many[0])  # compiled here
+    except Exception as error:  # no compiler, an assembler that is too old: another way will do
+        if type(error).__name__ != "OutOfResources":
+            warnings.warn(f"fastlock goes without {way.name} on this device: {error}", RuntimeWarning, stacklevel=2)
+        return math.inf
     times: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The device waits while the host queues all runs, so that the host's pace is not in the time.
         torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
-        for _ in range(runs):
+        for inputs in many:
             run(way, inputs)
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / runs)
+        times.append(start.elapsed_time(end) / 1e3 / len(many))
     return statistics.median(times)
 
 
-# About a millisecond, in which the host queues ten runs.
-HOLD_CYCLES = 2_000_000
+# Some milliseconds, in which the host queues ten runs.
+HOLD_CYCLES = 8_000_000
 
 
 @cache

@@ -34,7 +34,9 @@ def rows_of(
     rows_per_entry: tl.tensor,
     num_locks: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The lock of each row, -1 where none acts, and its strength: 0 there, and NaN for a lock that there is not.
+    """The lock of each row, -1 where none acts, and its strength: 0 there.
+
+    For a lock that there is not, and for a negative strength, the strength is NaN.
 
     o_m: [BM] int32, the rows; those from `rows` on have no lock.
     """
@@ -42,7 +44,7 @@ def rows_of(
     b_lock = tl.load(p_lock + o_entry, mask=o_m < rows, other=-1)
     m_lock = (b_lock >= 0) & (b_lock < num_locks)
     b_strength = tl.load(p_strength + o_entry, mask=m_lock, other=0.0)
-    b_strength = tl.where(m_lock | (b_lock == -1), b_strength, float("nan"))
+    b_strength = tl.where((m_lock & (b_strength >= 0)) | (b_lock == -1), b_strength, float("nan"))
     return tl.where(m_lock, b_lock, -1), b_strength
 
 

@@ -7,12 +7,14 @@ import pickle
 import accelerate
 import pytest
 import torch
+import torch._inductor.config
+import torch.nn.utils.prune
 from families import CONFIGS, logits, random_lock, reload, same_state, state, tiny_model, tokens
 from torch import nn
 
 import fastlock
 from fastlock import reference
-from fastlock.locked_linear import LockedLinear, RequestLocks, locked_linear
+from fastlock.locked_linear import LockedLinear, RequestLocks, _dense, locked_linear
 from fastlock.sites import sites
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -330,6 +332,13 @@ def test_a_batch_that_was_not_assigned_is_an_error() -> None:
         request_locks.assign([0, 1, -1, 0])
         with pytest.raises(fastlock.FastlockError, match="a batch of 2 came"):
             logits(model, prompts(2))
+        request_locks.assign([0, 1] * 4)  # as many as the tokens of the one that comes
+        with pytest.raises(fastlock.FastlockError, match="a batch of 1 came"):
+            logits(model, prompts(1, length=8))
+        request_locks.assign([0, 1] * 4, packed=True)
+        logits(model, prompts(1, length=8))
+        with pytest.raises(fastlock.FastlockError, match="7 rows came, but locks were assigned to 8 rows of packed"):
+            logits(model, prompts(1, length=7))
 
 
 def test_one_sequence_may_have_a_lock_for_each_row() -> None:
@@ -340,7 +349,7 @@ def test_one_sequence_may_have_a_lock_for_each_row() -> None:
     locks = two_locks(model)
     with RequestLocks(model, locks) as request_locks:
         placed = model.model.layers[0].self_attn.o_proj
-        request_locks.assign([0, 0, -1, 1, 1, 1], 2.0)
+        request_locks.assign([0, 0, -1, 1, 1, 1], 2.0, packed=True)
         got = placed(x)
         assert torch.equal(placed(x[0]), got[0])
         for rows, lock in ((slice(0, 2), 0), (slice(2, 3), -1), (slice(3, 6), 1)):
@@ -436,6 +445,21 @@ def test_a_model_that_came_back_relocked_is_refused(tmp_path) -> None:
         RequestLocks(loaded, locks)
 
 
+def test_another_parameter_at_the_same_address_is_folded_again() -> None:
+    """As where one was freed, and the next one got its memory."""
+    model = tiny_model("llama")
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        placed = model.model.layers[0].self_attn.o_proj
+        before = placed.folds.clone()
+        placed.weight = old = nn.Parameter(placed.weight.data)
+        request_locks.assign([0, 1])
+        old.detach().numpy()[:] *= 3  # which torch does not count
+        placed.weight = nn.Parameter(old.data)
+        assert (placed.weight.data_ptr(), placed.weight._version) == (old.data_ptr(), old._version)
+        request_locks.assign([0, 1])
+        torch.testing.assert_close(placed.folds, 3 * before)
+
+
 @pytest.mark.parametrize("change", ["add_", "load_state_dict", "replace", "data"])
 def test_changed_weights_are_folded_again(change) -> None:
     """What is changed while the locks are in acts in the locks, and is still there afterwards."""
@@ -483,7 +507,7 @@ def test_another_dtype_keeps_the_tables() -> None:
         model.to(torch.bfloat16)
         got = logits(model, ids)
         placed = [locked for *_, locked in request_locks._placed]
-        assert {buffer.dtype for locked in placed for buffer in locked.buffers()} == {torch.float32, torch.int32}
+        assert {table.dtype for locked in placed for table in tables_of(locked)} == {torch.float32, torch.int32}
         assert len({locked.strength_of_row.data_ptr() for locked in placed}) == 1
     with RequestLocks(model, locks) as request_locks:
         request_locks.assign([0, 1], 0.7)
@@ -523,6 +547,32 @@ def test_tables_hold_each_lock(kind) -> None:
             assert {head for head, column in enumerate(locked.heads.tolist()) if column >= 0} == shifted
 
 
+def tables_of(locked):
+    return [*locked.buffers(), locked.lock_of_row, locked.strength_of_row]
+
+
+def test_layers_read_one_assignment_on_another_device() -> None:
+    """A graph that is captured there, before anything is assigned anew, sees what is assigned later."""
+    model = tiny_model("llama")
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        request_locks.assign([0, 1])
+        model.to("meta")
+        placed = [locked for *_, locked in request_locks._placed]
+        memory = {locked.lock_of_row.untyped_storage()._cdata for locked in placed}
+        assert len(memory) == 1
+        assert {table.device.type for locked in placed for table in tables_of(locked)} == {"meta"}
+
+
+def test_no_table_is_a_buffer_that_ddp_would_overwrite() -> None:
+    """Each process assigns its own requests; and what torch.compile takes for constant are a module's buffers."""
+    model = tiny_model("llama")
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        request_locks.assign([0, 1])
+        buffers = {id(buffer) for buffer in model.buffers()}
+        for *_, locked in request_locks._placed:
+            assert not {id(locked.lock_of_row), id(locked.strength_of_row)} & buffers
+
+
 def test_memory_stays_where_it_is() -> None:
     """CUDA graphs hold addresses: another assignment, or another fold, of the same size is written in place."""
     model = tiny_model("llama").to(DEVICE)
@@ -531,17 +581,20 @@ def test_memory_stays_where_it_is() -> None:
         placed = [locked for *_, locked in request_locks._placed]
 
         def addresses():
-            return [[buffer.data_ptr() for buffer in locked.buffers()] for locked in placed]
+            return [[table.data_ptr() for table in tables_of(locked)] for locked in placed]
 
         before = addresses()
         assert len({(own[-2], own[-1]) for own in before}) == 1, "all layers read one assignment"
         request_locks.assign([-1, 0], [1.0, 2.0])
         request_locks.refold()
         assert addresses() == before
-        request_locks.assign([-1, 0, 1])
-        assert [own[:-2] for own in addresses()] == [own[:-2] for own in before]
-        assert placed[0].lock_of_row.tolist() == [-1, 0, 1]
-        assert len({(own[-2], own[-1]) for own in addresses()}) == 1
+        for count in (3, 300, 2):  # other graphs' batches, and back again
+            request_locks.assign([-1, 0, 1] * count)
+            assert [own[:-2] for own in addresses()] == [own[:-2] for own in before]
+            assert placed[0].lock_of_row.tolist() == [-1, 0, 1] * count
+            assert len({(own[-2], own[-1]) for own in addresses()}) == 1
+        request_locks.assign([1, -1])
+        assert addresses() == before
 
 
 def test_inference_mode_and_training_go_together() -> None:
@@ -585,6 +638,81 @@ def test_hooks_and_mode_are_kept() -> None:
     later.remove()
 
 
+def test_hooks_of_every_kind_are_kept() -> None:
+    model = tiny_model("llama")
+    ids = prompts(2).cpu()
+    module = model.model.layers[0].self_attn.o_proj
+    seen = []
+
+    def register(module, when):
+        return [
+            module.register_forward_pre_hook(lambda _m, _a, _k: seen.append(f"{when} pre"), with_kwargs=True),
+            module.register_forward_hook(lambda _m, _a, _k, _y: seen.append(f"{when} post"), with_kwargs=True),
+            module.register_full_backward_hook(lambda *_: seen.append(f"{when} backward")),
+        ]
+
+    def run():
+        seen.clear()
+        model(ids, labels=ids).loss.backward()
+        return sorted(seen)
+
+    of_before = [f"before {kind}" for kind in ("backward", "post", "pre")]
+    of_inside = [f"inside {kind}" for kind in ("backward", "post", "pre")]
+    handles = register(module, "before")
+    request_locks = RequestLocks(model, two_locks(model))
+    request_locks.assign([0, 1])
+    assert run() == of_before
+    for handle in handles:
+        handle.remove()
+    assert run() == []
+    register(model.model.layers[0].self_attn.o_proj, "inside")
+    assert run() == of_inside
+    request_locks.remove()
+    assert run() == of_inside
+
+
+def test_a_module_with_a_backward_hook_first_set_inside() -> None:
+    model = tiny_model("llama")
+    seen = []
+    request_locks = RequestLocks(model, two_locks(model))
+    model.model.layers[0].self_attn.o_proj.register_full_backward_hook(lambda *_: seen.append(1))
+    request_locks.remove()
+    ids = prompts(2).cpu()
+    model(ids, labels=ids).loss.backward()
+    assert seen == [1]
+
+
+def test_modules_whose_place_cannot_be_taken_are_refused() -> None:
+    model = tiny_model("llama")
+    locks = two_locks(model)
+    module = model.model.layers[0].self_attn.o_proj
+    module.forward = lambda x: type(module).forward(module, x)
+    with pytest.raises(fastlock.FastlockError, match=r"layers\.0\.self_attn\.o_proj\.forward was replaced"):
+        RequestLocks(model, locks)
+    del module.forward
+    nn.utils.prune.l1_unstructured(module, "weight", amount=0.5)
+    for refused in (RequestLocks, fastlock.relock):
+        with pytest.raises(fastlock.FastlockError, match=r"weight is no parameter.*prune\.remove"):
+            refused(model, locks if refused is RequestLocks else locks[0])
+    nn.utils.prune.remove(module, "weight")
+    with RequestLocks(model, locks):
+        pass
+    fastlock.relock(model, locks[0])
+
+
+def test_a_twin_of_a_model_with_request_locks_is_not_relocked() -> None:
+    """Its biases would act in every request of the other."""
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    for mine, its in zip(model.model.layers, twin.model.layers, strict=True):
+        its.self_attn.o_proj = mine.self_attn.o_proj
+    with (
+        RequestLocks(model, two_locks(model)),
+        pytest.raises(fastlock.FastlockError, match=r"part of another model too, which has locks per request"),
+    ):
+        fastlock.relock(twin, two_locks(twin)[0])
+    fastlock.relock(twin, two_locks(twin)[0])
+
+
 def test_copies_and_pickles_work_by_themselves() -> None:
     model = tiny_model("llama")
     ids = prompts(2).cpu()
@@ -626,6 +754,112 @@ def test_autocast() -> None:
         request_locks.assign([0, 1])
         expected = logits(model, ids)
     assert (got - expected).norm() < (plain - expected).norm() / 8
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model = tiny_model("llama", torch.float64)
+    x = torch.randn(2, 3, 128, dtype=torch.float64)
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        request_locks.assign([0, 1])
+        placed = model.model.layers[0].self_attn.o_proj
+        expected = placed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(placed(x), expected)
+
+
+def test_the_op_is_not_cast() -> None:
+    """Its fake says x's dtype, and so does what runs."""
+    tensors, d = arguments((4,), locks=(0, 1, -1, 0))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = locked_linear(*tensors)
+    assert y.dtype == torch.float32
+    assert close(y, unfolded(tensors, d), tensors)
+
+
+def test_gradients_of_a_batch_whose_locks_are_gone() -> None:
+    """Assigned anew, in the same memory, before the gradients are made."""
+    model = tiny_model("llama")
+    x = torch.randn(2, 3, 128)
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        placed = model.model.layers[0].self_attn.o_proj
+        request_locks.assign([0, 1])
+        (expected,) = torch.autograd.grad(placed(x).pow(2).sum(), placed.weight)
+        y = placed(x).pow(2).sum()
+        request_locks.assign([-1, -1])
+        (got,) = torch.autograd.grad(y, placed.weight)
+    assert torch.equal(got, expected)
+
+
+def test_a_lock_that_there_is_not_has_no_gradient_of_another() -> None:
+    tensors, d = arguments((3,), locks=(1, 2, -2))
+    dense = _dense(*tensors[3:6], tensors[7])
+    torch.testing.assert_close(dense[0].double(), d[1])
+    assert dense[1:].isnan().all()
+
+
+def test_other_devices_have_a_way_too() -> None:
+    for key in ("MPS", "XPU", "PrivateUse1"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key("fastlock::locked_linear", key)
+
+
+def test_no_rows_and_no_entries() -> None:
+    tensors, _ = arguments((0,), locks=())
+    assert locked_linear(*tensors).shape == (0, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_strength_that_the_dtype_cannot_hold_is_refused(dtype) -> None:
+    model = tiny_model("llama", dtype)
+    locks, ids = two_locks(model), prompts(2).cpu()
+    with RequestLocks(model, locks) as request_locks:
+        request_locks.assign([0, 1], 2.0)
+        before = logits(model, ids)
+        with pytest.raises(fastlock.FastlockError, match=r"too large for lock 1.*Give \S+ at most") as refused:
+            request_locks.assign([0, 1], [1.0, 1e39 if dtype == torch.float32 else 3e6])
+        assert torch.equal(logits(model, ids), before)
+        most = float(str(refused.value).split("Give ")[1].split(" ")[0])
+        request_locks.assign([-1, 1], most * 0.99)
+        y = [locked(torch.zeros(2, 1, locked.weight.shape[1], dtype=dtype)) for *_, locked in request_locks._placed]
+        assert torch.stack(y).isfinite().all()
+        assert torch.stack(y).abs().max() > torch.finfo(dtype).max / 8
+
+
+@pytest.mark.parametrize("given", [torch.tensor(2.0), torch.tensor([2.0, 2.0])])
+def test_strengths_as_tensors(given) -> None:
+    model = tiny_model("llama")
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        request_locks.assign([0, 1], given)
+        assert request_locks._placed[0][3].strength_of_row.tolist() == [2, 2]
+
+
+def test_a_compiled_model_takes_any_batch_size() -> None:
+    """Compiled twice: for the first size, and for whatever size comes."""
+    torch._dynamo.reset()
+    model = tiny_model("llama", num_hidden_layers=2)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = prompts(12)
+    with RequestLocks(compiled, two_locks(model)) as request_locks:
+        for batch in range(2, 13):
+            request_locks.assign([i % 3 - 1 for i in range(batch)])
+            got, eager = logits(compiled, ids[:batch]), logits(model, ids[:batch])
+            torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_freezing_does_not_freeze_the_locks() -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", num_hidden_layers=2)
+    ids = prompts(2)
+    with (
+        RequestLocks(model, two_locks(model)) as request_locks,
+        torch._inductor.config.patch(freezing=True),
+        torch.no_grad(),
+    ):
+        compiled = torch.compile(model, fullgraph=True)
+        for locks in ([0, 1], [-1, 0], [1, -1]):
+            request_locks.assign(locks)
+            torch.testing.assert_close(logits(compiled, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

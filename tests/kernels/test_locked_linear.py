@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -369,7 +370,7 @@ def test_shift_is_inside_one_head():
 def test_there_is_always_a_way_that_fits(dtype, rows, major, shared):
     found = locked_linear.ways(dtype, rows, 128, major, shared * 1024)
     assert len(set(found)) == len(found)
-    assert {way.kind for way in found} == {"gather", "shift", "add", "around"}
+    assert {way.kind for way in found} == {"gather", "shift", "add", "around", "torch"}
     assert all(way.tile is None or way.tile.shared_bytes(dtype) <= shared * 1024 for way in found)
     assert found[0].kind == ("gather" if rows <= 64 else "around")
     assert any(way.tile and way.tile.hidden == 256 for way in found) == (
@@ -390,11 +391,12 @@ def chooser(monkeypatch):
     """The choice on a pretended GPU: what was timed, and whether a graph is captured there."""
     state = {"timed": [], "capturing": False, "times": {GATHER: 2.0, ADD: 1.0}}
 
-    def seconds(way, inputs):
+    def seconds(way, many):
         state["timed"].append(way)
         return state["times"][way]
 
     monkeypatch.setattr(locked_linear, "seconds", seconds)
+    monkeypatch.setattr(locked_linear, "cold", lambda inputs: [inputs])
     monkeypatch.setattr(locked_linear, "ways_for", lambda inputs: list(state["times"]))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
@@ -419,6 +421,9 @@ def test_each_shape_is_timed_once(chooser):
         assert len(chooser["timed"]) == 2
     locked_linear.locked_linear(make(8, 2, 16, 40, transposed=True))
     assert len(chooser["timed"]) == 4
+    every_other = dataclasses.replace(inputs, weight=torch.randn(80, 64)[::2, ::2])
+    locked_linear.locked_linear(every_other)
+    assert len(chooser["timed"]) == 6
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
@@ -428,10 +433,63 @@ def test_nothing_is_timed_while_a_graph_is_captured(chooser):
     y = locked_linear.locked_linear(inputs)
     assert chooser["timed"] == []
     assert locked_linear.chosen(inputs) is None
-    assert torch.equal(y, run(GATHER, inputs))
+    assert torch.equal(y, run(BY_TORCH, inputs))
     chooser["capturing"] = False
     locked_linear.locked_linear(inputs)
     assert locked_linear.chosen(inputs) == ADD
+
+
+def test_what_does_not_run_is_not_chosen():
+    times = {GATHER: math.inf, ADD: math.inf, BY_TORCH: math.inf}
+    assert locked_linear.fastest(times, times.__getitem__) == BY_TORCH
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), torch.OutOfMemoryError("no memory")])
+def test_a_way_that_fails_costs_no_more_than_a_warning(monkeypatch, error):
+    def fails(way, inputs, out=None):
+        raise error
+
+    monkeypatch.setattr(locked_linear, "run", fails)
+    with pytest.warns(RuntimeWarning, match=f"fastlock goes without {ADD.name} on this device: {error}"):
+        assert locked_linear.seconds(ADD, [make(4, 2, 16, 40)]) == math.inf
+
+
+def test_x_is_as_it_was_where_the_projection_fails(monkeypatch):
+    inputs = make(12, 2, 16, 40)
+    before = inputs.x.clone()
+
+    def no_memory(x, *_):
+        assert not torch.equal(x, before), "the displacement must be in x for this test to mean anything"
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(locked_linear.functional, "linear", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(AROUND, inputs)
+    assert torch.equal(inputs.x, before)
+
+
+@pytest.mark.parametrize("way", EVERY, ids=named)
+def test_a_negative_strength_gives_nan(way):
+    inputs = make(4, 2, 16, 40, locks=[0, 1, -1, 2])
+    inputs.strength_of_row[1] = -1.0
+    y = compute(way, inputs)
+    assert y[1].isnan().all()
+    assert y[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ways_are_timed_on_weights_that_left_the_cache(monkeypatch, transposed):
+    inputs = make(8, 2, 16, 40, transposed=transposed)
+    size = inputs.weight.numel() * inputs.weight.itemsize
+    device = types.SimpleNamespace(L2_cache_size=2 * size - 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    many = locked_linear.cold(inputs)
+    assert len(many) == 10
+    assert len({one.weight.data_ptr() for one in many}) == 4
+    assert {one.shape() for one in many} == {inputs.shape()}
+    assert all(torch.equal(one.weight, inputs.weight) and torch.equal(one.x, inputs.x) for one in many)
+    assert inputs.x.data_ptr() not in {one.x.data_ptr() for one in many}
 
 
 def test_what_no_kernel_takes_goes_by_torch():
