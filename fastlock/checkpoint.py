@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -386,6 +387,8 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
         raise _changed(checkpoint.where, f"{CONFIG} holds no receipt any more")
     if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         raise _changed(checkpoint.where, "the locked biases are not those that fastlock wrote")
+    if (name := changed_addition(checkpoint, receipt)) is not None:
+        raise _changed(checkpoint.where, f"{name}, which fastlock wrote as zeros, holds other numbers")
     if _carrier_note(raw).get("config_digest") != config_digest(raw):
         raise _changed(checkpoint.where, f"{CONFIG} is not the one that fastlock wrote")
     patches: dict[str, list[tuple[int, bytes]]] = {}
@@ -439,6 +442,17 @@ def stored_biases(checkpoint: Checkpoint, receipt: Receipt) -> list[torch.Tensor
         raise _changed(checkpoint.where, "its receipt names layers that it does not have")
     stored = [checkpoint.sites[locked.layer].bias for locked in receipt.sites]
     return [None if bias is None or bias.torch_dtype is None else checkpoint.read_vector(bias) for bias in stored]
+
+
+def changed_addition(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
+    """A tensor in fastlock's own shard that is neither a locked bias nor zeros, None where there is none."""
+    locked = {f"{checkpoint.sites[locked.layer].name}.bias" for locked in receipt.sites}
+    for name, stored in checkpoint.shards.tensors.items():
+        if stored.file == NEW_SHARD and name not in locked:
+            with checkpoint.files[NEW_SHARD].view(stored.start, stored.length) as view:
+                if np.frombuffer(view, np.uint8).any():
+                    return name
+    return None
 
 
 def _changed(where: str, what: str) -> FastlockError:

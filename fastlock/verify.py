@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastlock.carrier import CONFIG_KEY
-from fastlock.checkpoint import config_digest, original_biases_on_disk, receipt_in, stored_biases
+from fastlock.checkpoint import changed_addition, config_digest, original_biases_on_disk, receipt_in, stored_biases
 from fastlock.files import as_place
 from fastlock.folders import files_in
 from fastlock.loaded import is_loaded, original_biases, receipt_of, unchanged
@@ -142,6 +142,8 @@ def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> 
             return lost
     if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         return "the biases do not match the receipt's digest"
+    if (name := changed_addition(checkpoint, receipt)) is not None:
+        return f"{name}, which relocking wrote as zeros, holds other numbers"
     if "config_digest" in carrier and carrier["config_digest"] != config_digest(checkpoint.raw):
         return "config.json was changed since it was relocked"
     return None

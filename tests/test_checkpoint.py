@@ -419,11 +419,19 @@ def change_bias(locked) -> None:
     save_file(tensors, locked / NEW_SHARD, metadata={"format": "pt"})
 
 
+def change_zeros(locked) -> None:
+    """A constant that is added to head outputs can undo the displacement."""
+    tensors = load_file(locked / NEW_SHARD)
+    assert not tensors["model.layers.1.self_attn.v_proj.bias"].any()
+    tensors["model.layers.1.self_attn.v_proj.bias"] += 1
+    save_file(tensors, locked / NEW_SHARD, metadata={"format": "pt"})
+
+
 def change_config(locked) -> None:
     (locked / "config.json").write_text(json.dumps(config_of(locked) | {"rope_theta": 5.0}))
 
 
-@pytest.mark.parametrize("change", [change_bias, change_config])
+@pytest.mark.parametrize("change", [change_bias, change_zeros, change_config])
 def test_what_was_changed_since_is_not_thrown_away(change, tmp_path) -> None:
     _, lock, source = checkpoint(tmp_path)
     fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
