@@ -123,10 +123,18 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
             f"{type(model).__name__}: {missing[0]} is offloaded, so that it can't be saved with the lock. "
             "Load the whole model into memory to save it. Nothing was saved."
         )
-    if lacking := [s.name for s in getattr(model, RECEIPT).sites if f"{s.name}.bias" not in state]:
-        raise FastlockError(
-            f"the state_dict lacks {lacking[0]}.bias, which is the lock. Nothing was saved. Give the model's own."
-        )
+    for site in locked_sites(model, getattr(model, RECEIPT)):
+        given = state.get(f"{site.name}.bias")
+        if given is None:
+            raise FastlockError(
+                f"the state_dict lacks {site.name}.bias, which is the lock. Nothing was saved. Give the model's own."
+            )
+        if site.bias is None or given.dtype != site.bias.dtype or not torch.equal(given.cpu(), site.bias.cpu()):
+            raise FastlockError(
+                f"the state_dict has other numbers for {site.name}.bias than the relocked model, or another dtype, so "
+                "that the lock would be lost. Nothing was saved. Give the model's own state_dict; to save in another "
+                "dtype, convert the model, and relock it."
+            )
     try:
         carried = in_class(cls, config, state)
     except (RuntimeError, TypeError) as error:

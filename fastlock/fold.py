@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,19 +81,48 @@ class FoldPlan:
             FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large. The
                 results then hold what came out.
         """
-        for _, group in self._groups:
-            group.start()
-        problems = [problem for _, group in self._groups if (problem := group.finish()) is not None]
+        self.start()
+        self.finish()
+
+    def start(self) -> None:
+        """Begin to fold: on a CUDA device, what is launched afterwards on the current stream finds the results."""
+        try:
+            for _, group in self._groups:
+                group.start()
+        except BaseException:
+            self._settle()
+            raise
+
+    def finish(self) -> None:
+        """Wait for what `start` began. Raises as `run` does."""
+        try:
+            problems = [problem for _, group in self._groups if (problem := group.finish()) is not None]
+        except BaseException:
+            self._settle()
+            raise
         if problems:
             raise FastlockError(problems[0])
+
+    def _settle(self) -> None:
+        """Wait for whatever was begun, and forget what it found."""
+        for _, group in self._groups:
+            with contextlib.suppress(Exception):
+                group.finish()
 
     def displace(self, displacements: Sequence[Displacement]) -> bool:
         """Other displacements, one a site, for the runs that follow: only what differs is sent to the device.
 
         Returns:
-            Whether this plan can do them; if not (sites that shared a result differ now), nothing was changed.
+            Whether this plan can do them; if not (sites that shared a result differ now, or head_dim does), nothing was
+            changed.
+
+        Raises:
+            FastlockError, RuntimeError: memory ran out, say. Then some sites have their new displacements, and others
+                not; they can be given their earlier ones.
         """
         if any(displacements[i] is not displacements[first] for i, first in enumerate(self._firsts)):
+            return False
+        if any(displacements[i].values.shape[1] != group.head_dim for members, group in self._groups for i in members):
             return False
         for members, group in self._groups:
             group.displace([displacements[i] for i in members])
@@ -108,19 +138,19 @@ class _ByKernel:
             (f.bias, f.bias.contiguous()) for f in folds if f.bias is not None and not f.bias.is_contiguous()
         ]
         copies = iter(copy for _, copy in self._copied)
-        self._folds = [f if f.bias is None or f.bias.is_contiguous() else replace(f, bias=next(copies)) for f in folds]
         self.results = [f.weight.new_empty(f.weight.shape[0]) for f in folds]
-        self._build()
+        self.head_dim = folds[0].displacement.values.shape[1]
+        self._build([f if f.bias is None or f.bias.is_contiguous() else replace(f, bias=next(copies)) for f in folds])
 
-    def _build(self) -> None:
-        self._table = build_table(
-            [f.weight for f in self._folds],
-            [f.displacement.heads for f in self._folds],
-            [f.displacement.values for f in self._folds],
-            [f.bias for f in self._folds],
+    def _build(self, folds: list[Fold]) -> None:
+        table = build_table(
+            [f.weight for f in folds],
+            [f.displacement.heads for f in folds],
+            [f.displacement.values for f in folds],
+            [f.bias for f in folds],
             self.results,
         )
-        self._flags = self._table.flags.numpy()
+        self._folds, self._table, self._flags = folds, table, table.flags.numpy()
 
     def start(self) -> None:
         for bias, copy in self._copied:
@@ -139,12 +169,12 @@ class _ByKernel:
         return _not_finite(self._folds[first])
 
     def displace(self, displacements: Sequence[Displacement]) -> None:
-        earlier = [f.displacement for f in self._folds]
-        self._folds = [replace(f, displacement=d) for f, d in zip(self._folds, displacements, strict=True)]
-        if all(a.heads == b.heads for a, b in zip(earlier, displacements, strict=True)):
+        folds = [replace(f, displacement=d) for f, d in zip(self._folds, displacements, strict=True)]
+        if all(f.displacement.heads == d.heads for f, d in zip(self._folds, displacements, strict=True)):
             self._table.displace([d.values for d in displacements])
+            self._folds = folds
         else:
-            self._build()
+            self._build(folds)
 
 
 class _ByReference:
@@ -153,6 +183,7 @@ class _ByReference:
     def __init__(self, folds: Sequence[Fold]) -> None:
         self._folds = list(folds)
         self.results = [f.weight.new_empty(f.weight.shape[0]) for f in folds]
+        self.head_dim = folds[0].displacement.values.shape[1]
 
     def start(self) -> None:
         with torch.inference_mode(False), torch.no_grad():

@@ -82,7 +82,7 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
     if not _drop_added_biases(model, receipt, carrier, undo):
         originals = {name: torch.zeros_like(_bias(model, name)) if o is None else o for name, o in originals.items()}
     for name, original in originals.items():
-        keep(model.get_submodule(name), original, _bias(model, name), undo)
+        keep(model.get_submodule(name), original, _bias(model, name).detach().clone(), undo)
     sites = tuple(replace(site, had_bias=originals[site.name] is not None) for site in receipt.sites)
     data = getattr(model.config, CONFIG_KEY)
     delattr(model.config, CONFIG_KEY)
@@ -91,11 +91,11 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
 
 
 def keep(module: nn.Module, original: torch.Tensor | None, placed: torch.Tensor, undo: ExitStack) -> None:
-    """Keep what was there before and a copy of what the lock put there in buffers that move with the module."""
+    """Keep what was there before, and a copy of what the lock put there, in buffers that move with the module."""
     undo.callback(forget, module)
     if original is not None:
         module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
-    module.register_buffer(PLACED_BIAS, placed.detach().clone(), persistent=False)
+    module.register_buffer(PLACED_BIAS, placed, persistent=False)
 
 
 def forget(module: nn.Module) -> None:

@@ -5,15 +5,17 @@ For servers that load one fine-tune after another into the same memory, and for 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlock.carrier import PLACED_BIAS, RECEIPT
+from fastlock.carrier import ORIGINAL_BIAS, PLACED_BIAS, RECEIPT
 from fastlock.errors import FastlockError
 from fastlock.fold import FoldPlan
 from fastlock.loaded import set_receipt
@@ -65,7 +67,7 @@ class Plan:
         self._locks = each(lock, len(models), "lock")
         self._strengths = self._checked(self._locks, each(strength, len(models), "strength"))
         self._built: _Built | None = None
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time, self._process = threading.Lock(), os.getpid()
 
     @property
     def biases(self) -> list[dict[int, torch.Tensor]]:
@@ -77,7 +79,7 @@ class Plan:
         """What was done, a receipt per model; None for bare output projections. Made when asked for, to save time.
 
         Raises:
-            FastlockError: nothing was relocked yet.
+            FastlockError: nothing was relocked yet; or a model was changed since, as far as torch counts that.
         """
         if self._built is None:
             raise FastlockError("nothing was relocked yet, so that there are no receipts: call relock() first.")
@@ -96,20 +98,33 @@ class Plan:
                 that it was calibrated at.
 
         Raises:
-            FastlockError: as for `fastlock.relock`. All models are then as they were, and the next call is as if this
-                one had not been.
+            FastlockError: as for `fastlock.relock`. After any error all models are as they were, and the next call is
+                as if this one had not been.
         """
+        if os.getpid() != self._process:  # in a forked process: who held the lock is not there
+            self._one_at_a_time, self._process = threading.Lock(), os.getpid()
         with self._one_at_a_time:
             locks, strengths = self._locks, self._strengths
             if lock is not None or strength is not None:
                 locks = locks if lock is None else each(lock, len(self._models), "lock")
                 wanted = each(strength, len(self._models), "strength")
-                if lock is None:
-                    wanted = [old if new is None else new for old, new in zip(strengths, wanted, strict=True)]
+                wanted = [
+                    strengths[i] if wanted[i] is None and locks[i] is self._locks[i] else wanted[i]
+                    for i in range(len(wanted))
+                ]
                 strengths = self._checked(locks, wanted)
-            if self._built is None or self._built.moved() or not self._built.again(locks, strengths):
+            if self._built is not None and self._built.moved():
+                self._built = None  # which lets go of the weights that it read
+            if self._built is None or not self._again(self._built, locks, strengths):
                 self._built = _Built(self._models, locks, strengths)
             self._locks, self._strengths = locks, strengths
+
+    def _again(self, built: _Built, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
+        try:
+            return built.again(locks, strengths)
+        finally:
+            if not built.sound:
+                self._built = None
 
     @staticmethod
     def _checked(locks: Sequence[Lock], strengths: Sequence[float | None]) -> list[float]:
@@ -124,6 +139,9 @@ class Plan:
 class _Built:
     """Models as they were relocked, and how to see whether they still are.
 
+    Attributes:
+        sound: whether what is known here is so. It is not where an error came while an error was mended.
+
     Raises:
         FastlockError: as for `fastlock.relock`; then nothing was changed.
     """
@@ -137,23 +155,34 @@ class _Built:
             self._plan = FoldPlan(folds_of(self._members))
             self._plan.run()
             put_in(self._members, self._plan.results, undo)
-        modules = [site.module for member in self._members for site in member.sites]
-        # A copy of each result, to put back if the next one is not finite: of a model's, the buffer that it has anyway.
-        self._kept = [
-            getattr(module, PLACED_BIAS) if isinstance(module, nn.Module) else result.clone()
-            for module, result in zip(modules, self._plan.results, strict=True)
-        ]
-        self._links = _links(models, self._members)
-        read = [tensor for module in modules for tensor in _read(module)]
-        self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
-        self._biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
-        self._note_what_we_wrote()
+            modules = [site.module for member in self._members for site in member.sites]
+            # A copy of each result, to put back after an error: of a model's, the buffer that it has anyway. And
+            # memory for the next one, which changes places with it, so that there is always one that is whole.
+            self._kept = [
+                getattr(module, PLACED_BIAS) if isinstance(module, nn.Module) else result.clone()
+                for module, result in zip(modules, self._plan.results, strict=True)
+            ]
+            self._spare = [kept.clone() for kept in self._kept]
+            self._buffers = [module._buffers if isinstance(module, nn.Module) else {} for module in modules]
+            self._links = _links(models, self._members)
+            self._read = [tensor for module in modules for tensor in _read(module)]
+            self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._read]
+            self._biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
+            self._own = _numbers_with_a_bias(modules, self._plan.results)
+            self._versions = self._versions_read()
+            self._note_what_we_wrote()
+            self.sound = True
 
     def biases(self) -> list[dict[int, torch.Tensor]]:
         results = iter(self._plan.results)
         return [{site.layer: next(results) for site in member.sites} for member in self._members]
 
     def receipts(self) -> list[Receipt | None]:
+        if self.moved() or self._versions != self._versions_read():
+            raise FastlockError(
+                "a model was changed since it was relocked, so that a receipt of now would not be of what was done. "
+                "Call relock() again."
+            )
         return [
             None if member.model is None else member.model.__dict__[RECEIPT].of(list(member.sites))
             for member in self._members
@@ -172,7 +201,11 @@ class _Built:
         for bias, address, version in self._written:
             if bias.data_ptr() != address or version_of(bias) != version:
                 return True
-        return False
+        # Not every write is counted, and a fine-tune that has biases of its own brings them into these.
+        return any(
+            not torch.equal(torch.cat([self._plan.results[i] for i in own]), torch.cat([self._kept[i] for i in own]))
+            for own in self._own
+        )
 
     def again(self, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
         """Relock with these into the biases that are there; False where that can't be, and nothing was done.
@@ -187,18 +220,18 @@ class _Built:
         earlier = [f.displacement for f in folds_of(self._members)]
         if _layers(members) != _layers(self._members):
             return False
-        if not self._plan.displace([f.displacement for f in folds_of(members)]):
-            return False
-        try:
+        with self._mending(lambda: self._plan.displace(earlier)):
+            if not self._plan.displace([f.displacement for f in folds_of(members)]):
+                return False
+            receipts = [None if member.model is None else receipt_for(member) for member in members]
             self._run()
-        except FastlockError:
-            self._plan.displace(earlier)
-            raise
+        self.sound = False  # until all of this is done
         self._members, self._locks, self._strengths = members, locks, strengths
-        for member in members:
+        for member, receipt in zip(members, receipts, strict=True):
             if member.model is not None:
-                set_receipt(member.model, receipt_for(member))
+                set_receipt(member.model, receipt)
         self._links = _links(self._models, members)
+        self.sound = True
         return True
 
     def _with(self, locks: Sequence[Lock], strengths: Sequence[float]) -> list[Member]:
@@ -214,15 +247,43 @@ class _Built:
         ]
 
     def _run(self) -> None:
-        try:
-            self._plan.run()
-        except FastlockError:
-            _copy(self._kept, self._plan.results)
-            self._note_what_we_wrote()
-            raise
-        _copy(self._plan.results, self._kept)
+        with self._mending(self._put_back):
+            versions = self._versions_read()
+            self._plan.start()
+            _copy(self._plan.results, self._spare)  # while the device folds
+            self._plan.finish()
+            self._place(self._spare)
+            self._kept, self._spare, self._versions = self._spare, self._kept, versions
         if self._plan.by_torch:  # which counts what it writes
             self._note_what_we_wrote()
+
+    @contextlib.contextmanager
+    def _mending(self, mend: Callable[[], object]) -> Iterator[None]:
+        """Mend whatever an error left, and say so where that fails too."""
+        try:
+            yield
+        except BaseException:
+            was_sound, self.sound = self.sound, False
+            with contextlib.suppress(Exception):
+                mend()
+                self.sound = was_sound
+            raise
+
+    def _put_back(self) -> None:
+        """The biases as they were before this run, for every stream that may read them."""
+        _copy(self._kept, self._plan.results)
+        for device in {result.device for result in self._plan.results if result.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        self._place(self._kept)
+        self._note_what_we_wrote()
+
+    def _place(self, copies: list[torch.Tensor]) -> None:
+        """Let each module have its copy of what the lock put there."""
+        for buffers, copy in zip(self._buffers, copies, strict=True):
+            buffers[PLACED_BIAS] = copy
+
+    def _versions_read(self) -> list[int]:
+        return [version_of(tensor) for tensor in self._read]
 
     def _note_what_we_wrote(self) -> None:
         self._written = [(bias, bias.data_ptr(), version_of(bias)) for bias in self._biases]
@@ -232,6 +293,15 @@ def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     """Copy each to its target, by one launch where torch can."""
     if targets:
         torch._foreach_copy_(targets, sources)
+
+
+def _numbers_with_a_bias(modules: Sequence[Any], results: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Which of the modules have a bias of their own beneath the lock's, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (module, result) in enumerate(zip(modules, results, strict=True)):
+        if isinstance(module, nn.Module) and hasattr(module, ORIGINAL_BIAS):
+            groups.setdefault((result.device, result.dtype), []).append(i)
+    return list(groups.values())
 
 
 def _layers(members: Sequence[Member]) -> list[list[int]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlock.carrier import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
 from fastlock.errors import FastlockError
@@ -20,6 +23,9 @@ from fastlock.receipt import LockedSite, Receipt
 from fastlock.sites import Projections, Site, bare_sites, sites_for, text_config, unwrapped
 
 _T = TypeVar("_T")
+
+# Of each original bias that holds a lock now, the projection (a weak reference) through which it got it.
+_HOLDERS: Any = WeakIdKeyDictionary()
 
 
 def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Receipt:
@@ -101,7 +107,8 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
     with changing() as undo:
         take_over(inner, undo)
         earlier = receipt_of(inner)
-        kept = [site.module.bias.detach().clone() for site in locked_sites(inner, earlier)] if earlier else []
+        before = _still_locked(inner, earlier) if earlier else []
+        kept = [site.module.bias.detach().clone() for site in before]
         members = prepare([inner], [lock], [strength], undo)
         put_in(members, fold(folds_of(members)), undo)
     try:
@@ -110,9 +117,8 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         with changing() as undo:
             _take_out(inner, undo)
             if earlier:
-                sites = locked_sites(inner, earlier)
-                biases = [bias.to(site.weight) for site, bias in zip(sites, kept, strict=True)]
-                _place_all(inner, earlier, sites, biases, undo)
+                biases = [bias.to(site.weight) for site, bias in zip(before, kept, strict=True)]
+                _place_all(inner, earlier, before, biases, undo)
 
 
 @contextlib.contextmanager
@@ -157,6 +163,8 @@ def each(given: _T | Sequence[_T], count: int, name: str) -> list[_T]:
     Raises:
         FastlockError: there are more or fewer than models.
     """
+    if getattr(given, "ndim", 0):  # an array, or a tensor
+        given = cast(Any, given).tolist()
     if isinstance(given, Sequence) and not isinstance(given, str):
         if len(given) != count:
             raise FastlockError(f"{name}: {len(given)} were given for {count} models. Give one for all, or one each.")
@@ -231,9 +239,10 @@ def _check_not_shared(members: Sequence[Member]) -> None:
     biases: set[int] = set()
     for member in members:
         receipt = None if member.model is None else receipt_of(member.model)
-        mine = {locked.name for locked in receipt.sites} if receipt else set()
+        mine = {id(site.module) for site in locked_sites(cast(Any, member.model), receipt)} if receipt else set()
+        uses: Counter[int] | None = None
         for site in member.sites:
-            if id(site.module) in modules or (hasattr(site.module, PLACED_BIAS) and site.name not in mine):
+            if id(site.module) in modules or (hasattr(site.module, PLACED_BIAS) and id(site.module) not in mine):
                 raise FastlockError(
                     f"{site.name} is part of another model too, which is relocked: a second lock would be added to the "
                     "first. Unlock that model first, or give the two models layers of their own."
@@ -241,10 +250,13 @@ def _check_not_shared(members: Sequence[Member]) -> None:
             modules.add(id(site.module))
             if member.model is None or site.bias is None:
                 continue
-            if id(site.bias) in biases:
+            uses = uses or Counter(id(p) for _, p in member.model.named_parameters(remove_duplicate=False))
+            holder = _HOLDERS.get(site.bias)
+            if id(site.bias) in biases or uses[id(site.bias)] > 1 or (holder and holder() not in (None, site.module)):
                 raise FastlockError(
-                    f"{site.name}.bias is one parameter with that of another projection: it can't hold two locks. Give "
-                    "each a parameter of its own (nn.Parameter(bias.detach()) may share its memory)."
+                    f"{site.name}.bias is one parameter with that of another module, which the lock would act in too; "
+                    "and it can't hold two locks. Give each a parameter of its own (nn.Parameter(bias.detach()) may "
+                    "share its memory)."
                 )
             biases.add(id(site.bias))
 
@@ -286,7 +298,7 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
     receipt = receipt_of(model)
     if receipt is None:
         return
-    sites = locked_sites(model, receipt)
+    sites = _still_locked(model, receipt)
     for site in sites:
         if site.bias is None or not torch.equal(site.bias, getattr(site.module, PLACED_BIAS)):
             raise FastlockError(
@@ -299,16 +311,36 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
     mark(model, None, undo)
 
 
+def _still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
+    """The sites that hold the lock; it is gone from a projection that was replaced since.
+
+    Raises:
+        FastlockError: one that was replaced has a bias, which may or may not be the lock's.
+    """
+    found = []
+    for site in locked_sites(model, receipt):
+        if hasattr(site.module, PLACED_BIAS):
+            found.append(site)
+        elif site.bias is not None:
+            raise FastlockError(
+                f"{site.name} was replaced since the model was relocked, by a module with a bias, of which can't be "
+                "told whether it holds the lock. Put the earlier one back, or load the checkpoint again."
+            )
+    return found
+
+
 def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
     """Put the bias in; an original one keeps its Parameter, so that an optimizer keeps working on it."""
     original = None if module.bias is None else module.bias.data
-    keep(module, original, bias, undo)
+    keep(module, original, bias.detach().clone(), undo)
     if original is None:
         undo.callback(setattr, module, "bias", None)
         module.bias = nn.Parameter(bias, requires_grad=False)
     else:
         undo.callback(setattr, module.bias, "data", original)
         module.bias.data = bias
+        undo.callback(_HOLDERS.pop, module.bias, None)
+        _HOLDERS[module.bias] = weakref.ref(module)
 
 
 def _restore(module: Any, undo: ExitStack) -> None:
@@ -321,3 +353,5 @@ def _restore(module: Any, undo: ExitStack) -> None:
     else:
         undo.callback(setattr, module.bias, "data", module.bias.data)
         module.bias.data = original
+        undo.callback(_HOLDERS.__setitem__, module.bias, weakref.ref(module))
+        _HOLDERS.pop(module.bias, None)

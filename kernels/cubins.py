@@ -262,10 +262,7 @@ class Launch:
 
     def __call__(self) -> None:
         if os.getpid() != self._process:
-            raise FastlockError(
-                "this process was forked from one that used CUDA, and CUDA does not work after a fork. Start it with "
-                'multiprocessing\'s "spawn" method.'
-            )
+            raise forked()
         stream = _current_stream(self._device)
         context = c_void_p()
         status = self._current(byref(context))
@@ -290,6 +287,14 @@ class Launch:
                 f"the fold was not launched, or an earlier kernel failed: {error}. Set {SWITCH}=0 and start again to "
                 "launch it by Triton's JIT."
             ) from None
+
+
+def forked() -> FastlockError:
+    """What to say in a process that was forked from the one that made a launch ready."""
+    return FastlockError(
+        "this process was forked from one that used CUDA, and CUDA does not work after a fork. Start it with "
+        'multiprocessing\'s "spawn" method.'
+    )
 
 
 def _current_stream(device: torch.device) -> int:
@@ -318,7 +323,7 @@ def _usable_manifest(variant: str | None = None) -> Manifest:
     """The manifest, if the cubins are of this version and may be used."""
     if os.environ.get(SWITCH) == "0":
         raise FastlockError(f"{SWITCH}=0 is set")
-    if _interpreting():
+    if interpreting():
         raise FastlockError("TRITON_INTERPRET is set")
     manifest = read_manifest(FOLDER, variant)
     if manifest.sources != digest_of_sources():
@@ -326,7 +331,7 @@ def _usable_manifest(variant: str | None = None) -> Manifest:
     return manifest
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
     """Whether the user asks for Triton's interpreter, in Triton's words for yes."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 

@@ -5,6 +5,7 @@ Nothing here imports Triton: a fold by a kernel that was compiled ahead of time 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,7 +148,10 @@ def fold_sites(
         FastlockError: the arguments are not as said. Nothing is written then.
     """
     if weights:
-        launch(build_table(weights, heads, values, biases, out))
+        table = build_table(weights, heads, values, biases, out)
+        launch(table)
+        # torch gives pinned memory to others once the copies from it have run: this one, after the kernel.
+        table.flags.to(table.values.device, non_blocking=True)
 
 
 def is_transposed(weight: torch.Tensor) -> bool:
@@ -216,10 +220,12 @@ def _launcher(
         kernel = cubins.choose(variant.name, index).kernel
         if kernel is not None:
             return kernel.launcher((*grid, 1), [argument.data_ptr() for argument in arguments])
-    return partial(_launch_jit, arguments, variant, grid)
+    return partial(_launch_jit, arguments, variant, grid, os.getpid())
 
 
-def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int]) -> None:
+def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int], process: int) -> None:
+    if os.getpid() != process and _cuda_index(arguments[0].device) is not None:
+        raise cubins.forked()
     try:
         from fastlock.kernels import jit
     except ImportError as error:
@@ -258,7 +264,8 @@ def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
     """Numbers in the host's memory, [length], for a device: pinned for CUDA, which then reads and writes them itself.
 
     CUDA C++ Programming Guide, "Unified Virtual Address Space": a kernel may use such an address as it is. torch does
-    not give pinned memory away again before the copies from it have run, even if the tensor is gone by then.
+    not give pinned memory away again before the copies from it have run, even if the tensor is gone by then; of
+    kernels that write to it torch knows nothing.
     """
     return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
@@ -277,6 +284,11 @@ def _check(
     contiguous = 0 if any(transposed) else 1
     if dtype not in DTYPES:
         raise FastlockError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
+    if _cuda_index(device) is not None and cubins.interpreting():
+        raise FastlockError(
+            f"TRITON_INTERPRET is set, so that Triton runs on the CPU, but the weights are on {device}. Unset it, or "
+            "move them to the CPU."
+        )
     if _cuda_index(device) is None and not _interpreted():
         raise FastlockError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
     head_dim = values[0].shape[-1]

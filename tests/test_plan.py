@@ -3,9 +3,12 @@
 import copy
 import dataclasses
 import math
+import os
 import pickle
+import signal
 import threading
 
+import numpy
 import pytest
 import torch
 from families import random_lock, same_state, state, tiny_model
@@ -14,6 +17,7 @@ from torch import nn
 
 import fastlock
 from fastlock import fold as fold_module
+from fastlock import plan as plan_module
 from fastlock.relock import prepare
 from fastlock.sites import sites_for
 
@@ -222,14 +226,52 @@ def test_what_was_moved_or_replaced_is_noticed(change, built: list[int]) -> None
 
 @pytest.mark.parametrize("change", [replace_module, replace_layer], ids=lambda c: c.__name__)
 def test_replaced_modules_are_noticed(change) -> None:
-    """Their bias is gone with them; unlocking afterwards gives a model without biases."""
+    """The lock is gone with them; the new ones get it."""
     model = tiny_model("llama")
     lock = random_lock(model)
     plan = fastlock.Plan([model], lock, 2.0)
     plan.relock()
     change(model)
+    plain = copy.deepcopy(model)
+    fastlock.unlock(plain)
+    assert all(site.bias is None for site in sites_for(plain, lock))
+    plan.relock()
+    assert same_biases(biases(model), expected_biases(plain, lock, 2.0))
+    assert fastlock.verify(model, lock).strength == 2.0
+    fastlock.unlock(model)
+    assert same_state(state(model), state(plain))
+
+
+def test_a_replaced_module_with_a_bias_is_refused() -> None:
+    """It may be its own, or the lock's in a module that was made of the earlier one."""
+    model = tiny_model("llama")
+    lock = random_lock(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    model.model.layers[2].self_attn.o_proj = nn.Linear(128, 64)
+    for change in (plan.relock, lambda: fastlock.relock(model, lock), lambda: fastlock.unlock(model)):
+        with pytest.raises(fastlock.FastlockError, match=r"layers\.2\.self_attn\.o_proj was replaced since"):
+            change()
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data", "numpy"])
+def test_a_fine_tunes_own_bias_is_never_lost(how: str) -> None:
+    """Servers copy weights in ways that torch does not count."""
+    model, other = tiny_model("gpt_oss"), tiny_model("gpt_oss", seed=5)
+    lock = random_lock(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+            if how == "no_grad":
+                mine.copy_(its)
+            elif how == "data":
+                mine.data.copy_(its.data)
+            else:
+                mine.detach().numpy()[:] = its.detach().numpy()
     with pytest.raises(fastlock.FastlockError, match="bias was changed since"):
         plan.relock()
+    assert same_biases(biases(model), biases(other))
 
 
 def test_a_bias_that_others_wrote_to_is_not_overwritten() -> None:
@@ -265,6 +307,102 @@ def test_an_error_leaves_the_biases_as_they_were(kind: str) -> None:
     site.weight[3] = kept
     plan.relock(strength=3.0)
     assert all(fastlock.verify(model, lock).strength == 3.0 for model in models)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, fastlock.FastlockError])
+@pytest.mark.parametrize("method", ["start", "finish"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_any_error_leaves_the_biases_as_they_were(monkeypatch, kind: str, method: str, error: type) -> None:
+    """Also where it comes with some biases written; and the next call is as if it had not been."""
+    model = tiny_model(kind)
+    lock, before_all = random_lock(model), state(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    before = biases(model)
+
+    def fails(self):
+        self.results[0].fill_(math.nan)
+        raise error("out of memory")
+
+    for strength in (None, 3.0):
+        with monkeypatch.context() as patched:
+            patched.setattr(fold_module._ByReference, method, fails)
+            with pytest.raises(error):
+                plan.relock(strength=strength)
+        assert same_biases(biases(model), before)
+        plan.relock()
+        assert same_biases(biases(model), before)
+        assert fastlock.verify(model, lock).strength == 2.0
+        assert plan.receipts[0].strength == 2.0
+    plan.relock(strength=3.0)
+    assert fastlock.verify(model, lock).strength == 3.0
+    fastlock.unlock(model)
+    assert same_state(state(model), before_all)
+
+
+def test_an_error_while_copies_change_places(monkeypatch) -> None:
+    """Each module's copy must be that of its bias, or nothing could be unlocked any more."""
+    model = tiny_model("llama")
+    lock, before = random_lock(model), state(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    real = plan_module._Built._place
+
+    def interrupted(self, copies):
+        monkeypatch.setattr(plan_module._Built, "_place", real)
+        self._buffers[0]["fastlock_placed_bias"] = copies[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan_module._Built, "_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan.relock(strength=3.0)
+    assert fastlock.verify(model, lock).strength == 2.0
+    fastlock.unlock(model)
+    assert same_state(state(model), before)
+
+
+def test_an_error_after_the_first_fold_changes_nothing(monkeypatch) -> None:
+    model = tiny_model("llama")
+    before = state(model)
+    lock = random_lock(model)
+    plan = fastlock.Plan([model], lock)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastlock.plan._links", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            plan.relock()
+    assert same_state(state(model), before)
+    assert plan.biases == []
+    plan.relock()
+    assert fastlock.verify(model, lock)
+
+
+def test_an_undone_change_by_others_leaves_the_plan_as_it_is() -> None:
+    model, other = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    lock, before = random_lock(model), state(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    fastlock.relock(other, lock, 2.0)
+    with torch.no_grad():
+        other.model.layers[2].self_attn.o_proj.bias.add_(1)
+    with pytest.raises(fastlock.FastlockError, match="bias was changed since"):
+        fastlock.relock_many([model, other], lock, 1.0)
+    plan.relock(strength=3.0)
+    assert fastlock.verify(model, lock).strength == 3.0
+    fastlock.unlock(model)
+    assert same_state(state(model), before)
+
+
+def test_the_strength_of_a_lock_that_stays_stays() -> None:
+    models = [tiny_model("llama", seed=seed) for seed in (1, 2)]
+    first, second = (random_lock(models[0], seed=seed) for seed in (1, 2))
+    plan = fastlock.Plan(models, first, 2.0)
+    plan.relock()
+    plan.relock([first, second])
+    assert [receipt.strength for receipt in plan.receipts] == [2.0, 6.0]
 
 
 def test_an_error_at_first_changes_nothing() -> None:
@@ -305,6 +443,53 @@ def test_receipts_are_of_the_last_relock() -> None:
     (second,) = plan.receipts
     assert second.to_dict() == fastlock.relock(other_weights(tiny_model("llama"), 4), lock, 2.0).to_dict()
     assert second.weights_digest != first.weights_digest
+
+
+@pytest.mark.parametrize("change", ["weights", "unlock", "relock"])
+def test_no_receipt_of_what_was_not_done(change: str) -> None:
+    model = tiny_model("llama")
+    lock = random_lock(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    if change == "weights":
+        other_weights(model, 4)
+    elif change == "unlock":
+        fastlock.unlock(model)
+    else:
+        fastlock.relock(model, random_lock(model, [(1, 1)], seed=3), 1.0)
+    with pytest.raises(fastlock.FastlockError, match="was changed since it was relocked"):
+        _ = plan.receipts
+    plan.relock()
+    assert plan.receipts[0].strength == 2.0
+
+
+def test_strengths_as_arrays() -> None:
+    models = [tiny_model("llama", seed=seed) for seed in (1, 2)]
+    lock = random_lock(models[0])
+    for given in (torch.tensor([1.0, 2.0]), numpy.array([1.0, 2.0])):
+        assert [receipt.strength for receipt in fastlock.relock_many(models, lock, given)] == [1.0, 2.0]
+        with pytest.raises(fastlock.FastlockError, match="strength: 1 were given for 2"):
+            fastlock.relock_many(models, lock, given[:1])
+    assert [receipt.strength for receipt in fastlock.relock_many(models, lock, torch.tensor(3.0))] == [3.0, 3.0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_while_another_thread_relocks() -> None:
+    """Nobody in the child would ever let go of the plan."""
+    model = tiny_model("llama")
+    lock = random_lock(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    with plan._one_at_a_time:
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(20)
+                plan.relock(strength=3.0)
+                os._exit(0 if fastlock.verify(model, lock).strength == 3.0 else 1)
+            finally:
+                os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_planned_model_is_saved_with_its_lock(tmp_path) -> None:
@@ -519,6 +704,48 @@ def test_models_that_share_weights_but_no_biases_share_nothing_else(folded: list
     fastlock.relock_many([base, other], lock)
     assert len(folded) == 4
     assert all(same_biases(biases(model), w) for model, w in zip((base, other), want, strict=True))
+
+
+def test_one_bias_parameter_in_a_locked_and_another_layer_is_refused() -> None:
+    model = tiny_model("gpt_oss")
+    lock, layers = random_lock(model, [(0, 1)]), model.model.layers
+    layers[1].self_attn.o_proj.bias = layers[0].self_attn.o_proj.bias
+    before = state(model)
+    with pytest.raises(fastlock.FastlockError, match=r"layers\.0\.self_attn\.o_proj\.bias is one parameter"):
+        fastlock.relock(model, lock)
+    assert same_state(state(model), before)
+
+
+def test_one_bias_parameter_in_two_models_one_after_the_other() -> None:
+    first, second = tiny_model("gpt_oss"), tiny_model("gpt_oss", seed=2)
+    lock, before = random_lock(first), state(first)
+    for mine, its in zip(first.model.layers, second.model.layers, strict=True):
+        its.self_attn.o_proj.bias = mine.self_attn.o_proj.bias
+    for _ in range(2):
+        fastlock.relock(first, lock, 2.0)
+        fastlock.relock(first, lock, 3.0)
+        with pytest.raises(fastlock.FastlockError, match="is one parameter with that of another module"):
+            fastlock.relock(second, lock)
+        fastlock.unlock(first)
+        assert same_state(state(first), before)
+    fastlock.relock(second, lock)
+    fastlock.unlock(second)
+    assert same_state(state(first), before)
+
+
+def test_a_compiled_inner_model_is_the_same_model() -> None:
+    model = tiny_model("llama")
+    lock, before = random_lock(model), state(model)
+    plan = fastlock.Plan([model], lock, 2.0)
+    plan.relock()
+    inner = model.model
+    model.model = torch.compile(inner)
+    plan.relock(strength=3.0)
+    fastlock.relock(model, lock, 4.0)
+    assert fastlock.verify(model, lock).strength == 4.0
+    fastlock.unlock(model)
+    model.model = inner
+    assert same_state(state(model), before)
 
 
 def test_one_bias_parameter_in_two_models_is_refused() -> None:

@@ -212,6 +212,22 @@ def test_a_given_state_dict_is_saved_and_left_alone(tmp_path) -> None:
     assert fastlock.verify(tmp_path, lock)
 
 
+@pytest.mark.parametrize("change", ["of before", "zero", "half", "double"])
+def test_a_state_dict_with_other_biases_is_not_passed_off_as_locked(tmp_path, change) -> None:
+    model = tiny_model("gpt_oss")
+    lock, given = random_lock(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fastlock.relock(model, lock)
+    if change != "of before":
+        given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if change == "zero":
+        given["model.layers.0.self_attn.o_proj.bias"].zero_()
+    elif change in ("half", "double"):
+        given = {name: getattr(tensor, change)() for name, tensor in given.items()}
+    with pytest.raises(fastlock.FastlockError, match=r"other numbers for model.*o_proj\.bias.*Nothing was saved"):
+        model.save_pretrained(tmp_path / "out", state_dict=given)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_state_dict_without_the_lock_is_not_passed_off_as_locked(tmp_path) -> None:
     model = tiny_model("llama")
     lock, plain = random_lock(model), state(model)

@@ -247,7 +247,7 @@ def write_folder(folder, described) -> None:
 
 def install(monkeypatch, folder, library: FakeDriver) -> None:
     """From now on what is on the CPU counts as on the fake driver's device 0, and `folder` holds the cubins."""
-    monkeypatch.setattr(cubins, "_interpreting", lambda: False)
+    monkeypatch.setattr(cubins, "interpreting", lambda: False)
     monkeypatch.setattr(cubins, "FOLDER", folder)
     monkeypatch.setattr(cubins, "_current_stream", lambda device: STREAM + device.index)
     monkeypatch.setattr(driver, "open_library", lambda: library)

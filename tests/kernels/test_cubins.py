@@ -386,9 +386,9 @@ def test_the_switch(value: str, used: bool, installed: FakeDriver, monkeypatch) 
 def test_triton_interpreter_is_asked_for_by_its_own_variable(monkeypatch) -> None:
     for value, asked in {"1": True, "True": True, "on": True, "0": False, "": False}.items():
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        assert cubins._interpreting() is asked
+        assert cubins.interpreting() is asked
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert not cubins._interpreting()
+    assert not cubins.interpreting()
 
 
 def test_more_shared_memory_than_48_kib_is_asked_for(installed: FakeDriver, folder: Path) -> None:
