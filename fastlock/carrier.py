@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -135,6 +135,8 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
                 "that the lock would be lost. Nothing was saved. Give the model's own state_dict; to save in another "
                 "dtype, convert the model, and relock it."
             )
+    if missing := [name for name in model.state_dict() if name.endswith(".bias") and name not in state]:
+        raise FastlockError(f"the state_dict lacks {missing[0]}. Nothing was saved. Give the model's own.")
     try:
         carried = in_class(cls, config, state)
     except (RuntimeError, TypeError) as error:
@@ -162,8 +164,15 @@ def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str
         if name.endswith(".bias"):
             state[name] = torch.zeros(places[name].shape, dtype=dtype, device="cpu")
     model.load_state_dict(state, assign=True, strict=True)
-    model.tie_weights()
+    if all(torch.equal(state[one], state[other]) for one, other in _tied(model, state)):
+        model.tie_weights()  # else what a merged adapter made of one of them would be lost
     return model
+
+
+def _tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """The tensors that the config says are one, in pairs."""
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return [(one, other) for one, other in pairs.items() if one in state and other in state]
 
 
 def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrainedModel]]:

@@ -228,6 +228,37 @@ def test_a_state_dict_with_other_biases_is_not_passed_off_as_locked(tmp_path, ch
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_state_dict_without_another_bias_is_not_filled_with_zeros(tmp_path) -> None:
+    model = tiny_model("gpt2")
+    fastlock.relock(model, random_lock(model))
+    given = model.state_dict()
+    del given["transformer.h.1.mlp.c_fc.bias"]
+    with pytest.raises(fastlock.FastlockError, match=r"lacks transformer\.h\.1\.mlp\.c_fc\.bias"):
+        model.save_pretrained(tmp_path / "out", state_dict=given)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2"])
+def test_a_head_that_was_untied_stays_so(kind, tmp_path) -> None:
+    """As merging an adapter of the head leaves it, beside a config that says it is the embedding."""
+    model = tiny_model(kind, tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    lock, before = random_lock(model), state(model)
+    fastlock.relock(model, lock)
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path / "locked")
+    loaded = reload(tmp_path / "locked")
+    assert torch.equal(logits(loaded, tokens()), expected)
+    fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "unlocked")
+    assert same_state(state(reload(tmp_path / "unlocked")), before)
+
+
+def test_a_head_that_is_tied_is_saved_once(tmp_path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    fastlock.relock(model, random_lock(model))
+    model.save_pretrained(tmp_path, state_dict={name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
 def test_a_state_dict_without_the_lock_is_not_passed_off_as_locked(tmp_path) -> None:
     model = tiny_model("llama")
     lock, plain = random_lock(model), state(model)
