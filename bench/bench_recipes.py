@@ -8,6 +8,7 @@ an hour on two cores, most of it to make the models.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import sys
@@ -42,6 +43,7 @@ COLUMNS = ("fine-tune", "what is applied", "refuses harmful", "refuses harmless"
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     build()

@@ -137,7 +137,9 @@ def load() -> tuple[Any, Any]:
     file = next(directory.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32).eval()
-    del model.config.quantization_config  # the GGUF's: these weights are plain
+    # The GGUF's: these weights are plain, and can be saved.
+    del model.config.quantization_config
+    model.hf_quantizer = None
     return model, tokenizer
 
 
