@@ -36,6 +36,10 @@ from fastlock.sites import Site, sites, text_config, unwrapped
 from fastlock.statistics import Statistics, statistics
 from fastlock.version import __version__
 
+# For templates that tell the model today's date: a lock must not depend on the day on which it was made. It is the one
+# that Llama 3.2's template takes where it has no clock.
+DATE = "26 Jul 2024"
+
 # The recipes, and how many tokens each reads by default.
 TOKENS = {"safetylock": 5, "answer-start": 5, "prompt-end": 1}
 
@@ -256,11 +260,23 @@ def _prompt_ends(
 def prompt_tokens(tokenizer: Any, question: str) -> tuple[list[int], str]:
     """The tokens before the answer, and what goes between them and the answer's text."""
     if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": question}
-        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"]), ""
+        asked = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, date_string=DATE)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _space_after(tokenizer, asked, text)
     # The space belongs to the answer's first word, as in any text: tokenizers join them.
-    return list(tokenizer(f"Question: {question}\nAnswer:")["input_ids"]), " "
+    tokens = list(tokenizer(f"Question: {question}\nAnswer:")["input_ids"])
+    return tokens[:-1] if tokens[-1:] == [getattr(tokenizer, "eos_token_id", None)] else tokens, " "
+
+
+def _space_after(tokenizer: Any, asked: list[dict[str, str]], prompt: str) -> str:
+    """The space that a chat template puts between its prompt and an answer, if any."""
+    try:
+        answered = [*asked, {"role": "assistant", "content": "answer"}]
+        text: str = tokenizer.apply_chat_template(answered, tokenize=False, date_string=DATE)
+    except Exception:  # templates raise whatever they like, and some take no answers
+        return ""
+    between = text.removeprefix(prompt).partition("answer")[0] if text.startswith(prompt) else ""
+    return between if between.isspace() else ""
 
 
 def _split(num_pairs: int, seed: int) -> npt.NDArray[np.bool_]:

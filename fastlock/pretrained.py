@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_model(directory: str | os.PathLike[str]) -> PreTrainedModel:
+def load_model(directory: str | os.PathLike[str], *, to_run: bool = False) -> PreTrainedModel:
     """The causal language model in a directory, every tensor as it is there: safetensors only, no remote code.
+
+    Args:
+        to_run: spread it over the GPUs, if there are any, as accelerate does where it is installed; else all of it on
+            the first one. Otherwise it is on the CPU.
 
     Raises:
         FastlockError: there is none, or loading it would add, drop or change a tensor.
@@ -44,6 +49,7 @@ def load_model(directory: str | os.PathLike[str]) -> PreTrainedModel:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"device_map": _device_map()} if to_run and torch.cuda.is_available() else {}),
         )
     except Exception as error:  # transformers raises whatever its parts raise
         raise FastlockError(
@@ -52,7 +58,13 @@ def load_model(directory: str | os.PathLike[str]) -> PreTrainedModel:
         ) from error
     _check_nothing_lost(directory, model, report, dtypes)
     loaded: PreTrainedModel = model
+    if to_run and torch.cuda.is_available() and _device_map() is None:
+        loaded.to("cuda")
     return loaded
+
+
+def _device_map() -> str | None:
+    return "auto" if importlib.util.find_spec("accelerate") else None
 
 
 def _stored_dtypes(directory: Path) -> dict[str, torch.dtype]:

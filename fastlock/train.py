@@ -86,7 +86,7 @@ def train_lock(
         harmless: requests to be answered as before; by default the shipped ones.
         texts: ordinary texts to be read as before; by default the shipped ones.
         heads: how many heads to lock, those that moved most in the first half of the steps; by default all of them.
-        steps: how many steps.
+        steps: how many steps; at least 2 where `heads` is given.
         batch_size: how many requests, and how many texts, a step reads.
         seed: decides the order, 0 to 2**32 - 1.
         progress: wraps the loop over the steps as `progress(items, description)`.
@@ -107,7 +107,7 @@ def train_lock(
     total = len(geometry) * geometry[0].num_heads
     _check(base, models, geometry, learnt, harmless, texts)
     check_number("heads", total if heads is None else heads, 1, total)
-    check_number("steps", steps, 1, 2**31)
+    check_number("steps", steps, 1 if heads is None else 2, 2**31)  # heads are chosen after the first half
     check_number("batch_size", batch_size, 1, 2**31)
     check_number("seed", seed, 0, 2**32 - 1)
     lessons = list(_lessons(base, models, tokenizer, learnt, harmless, texts))
@@ -116,6 +116,7 @@ def train_lock(
     d = torch.zeros(len(geometry), geometry[0].num_heads, geometry[0].head_dim, requires_grad=True)
     optimizer = torch.optim.Adam([d], lr=RATE)
     with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.enable_grad())
         for model in models:
             undo.enter_context(_frozen(model))
         for step in (progress or no_progress)(range(steps), "Training the lock"):
@@ -212,6 +213,10 @@ def _lessons(
     ]
     read = [list(tokenizer(text)["input_ids"])[:TEXT_TOKENS] for text in texts]
     of_texts = [_Row(ids, len(ids) - 1) for ids in read if len(ids) > 1]
+    if not of_texts:
+        raise FastlockError(
+            "texts: none of them has two tokens, so that there is nothing to predict. Give longer ones."
+        )
     for number, model in enumerate(models, 1):
         own = evaluate(model, tokenizer, Prompts(harmless=tuple(harmless)), new_tokens=ANSWER_TOKENS)[0].harmless
         answers = [_row(tokenizer, answer.prompt, answer.text) for answer in own if answer.text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import importlib
 import json
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import random_lock, same_state, state, tiny_model
+from families import random_lock, same_state, state, tiny_model, word_tokenizer
 from sklearn.linear_model import LogisticRegression
 
 import fastlock
 from fastlock import FastlockError
 from fastlock.activations import Activations
-from fastlock.extract import extract, rank_heads
+from fastlock.extract import extract, prompt_tokens, rank_heads
 from fastlock.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
 from fastlock.prompts import shipped_prompts
 from fastlock.statistics import statistics
@@ -56,9 +57,9 @@ class Words:
 class ChatWords(Words):
     chat_template = "a template"
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
-        assert add_generation_prompt
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, **options: Any) -> str:
         assert not tokenize
+        assert options == {"add_generation_prompt": len(messages) == 1, "date_string": "26 Jul 2024"} or messages[1:]
         return " ".join(f"<{m['role']}> {m['content']} <end>" for m in messages) + " <assistant>"
 
 
@@ -375,6 +376,56 @@ def test_a_compiled_model_and_progress() -> None:
     lock = extract(compiled, Words(), PAIRS, heads=3, progress=progress)
     assert lock.digest == extract(model, Words(), PAIRS, heads=3).digest
     assert loops == ["Reading answers"] + ["Scoring heads"] * 3
+
+
+def real_tokenizer(template: str) -> Any:
+    words = word_tokenizer(PAIRS)
+    words.chat_template = template
+    return words
+
+
+def test_a_lock_does_not_depend_on_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+        "{{ date_string }} {{ messages[0]['content'] }}"
+    )
+    digests = set()
+    for day in (24, 25):
+
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, *_: Any, day: int = day) -> Any:
+                return datetime.datetime(2026, 11, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        words = real_tokenizer(template)
+        assert str(day) in words.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        digests.add(prompt_tokens(words, "x y")[0][0])
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("between", "space"),
+    [(" ", " "), ("", ""), ("{{ '\\n\\n' }}", "\n\n"), ("<think></think>", ""), ("{{ raise() }}", "")],
+)
+def test_what_a_template_puts_before_an_answer(between: str, space: str) -> None:
+    """Its words are tokenized as the model reads them; what is no space is for the model to say."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} bot:{% else %}"
+        + between
+        + "{{ m['content'] }} end{% endif %}{% endfor %}"
+    )
+    assert prompt_tokens(real_tokenizer(template), "answer me")[1] == space
+
+
+def test_a_prompt_does_not_end_in_the_end_of_all_text() -> None:
+    class Ending(Words):
+        eos_token_id = 2
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": super().__call__(text, add_special_tokens)["input_ids"] + [2] * add_special_tokens}
+
+    assert prompt_tokens(Ending(), "may I") == prompt_tokens(Words(), "may I")
 
 
 def test_a_pair_given_twice_counts_once() -> None:

@@ -137,7 +137,9 @@ def test_without_refusals_the_safe_answers_are_learnt() -> None:
         ([model_of(1)], {"harmless": []}, "harmless: there are none"),
         ([model_of(1)], {"texts": []}, "texts: there are none"),
         ([model_of(1)], {"heads": 13}, "heads is 13; it must be a whole number from 1 to 12"),
+        ([model_of(1)], {"texts": ["a", "b"]}, "texts: none of them has two tokens"),
         ([model_of(1)], {"steps": 0}, "steps is 0"),
+        ([model_of(1)], {"steps": 1, "heads": 3}, "steps is 1; it must be a whole number from 2"),
         ([model_of(1)], {"batch_size": 1.5}, "batch_size is 1.5"),
         ([model_of(1)], {"seed": True}, "seed is True"),
         (
@@ -150,6 +152,13 @@ def test_without_refusals_the_safe_answers_are_learnt() -> None:
 def test_what_is_refused(fine_tunes: list[Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(FastlockError, match=message):
         train_lock(model_of(0), fine_tunes, tokenizer(), **({"pairs": PAIRS} | OPTIONS | options))
+
+
+def test_gradients_that_are_off_around_it() -> None:
+    expected = train_lock(model_of(0), [model_of(1)], tokenizer(), PAIRS, steps=2, **OPTIONS)
+    with torch.no_grad():
+        lock = train_lock(model_of(0), [model_of(1)], tokenizer(), PAIRS, steps=2, **OPTIONS)
+    assert lock.digest == expected.digest
 
 
 def test_a_relocked_model_and_a_damaged_one_are_refused() -> None:
