@@ -158,7 +158,7 @@ def train(base: Any, tokenizer: Any) -> fastlock.Lock:
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         lock = fastlock.train_lock(base, [load(name) for name in REFERENCES], tokenizer)
-    lock.save(KEPT / "trained.safetensors")  # a copy of which the demo uses
+    lock.save(KEPT / "trained.safetensors")
     print(f"\nThe lock was trained on {' and '.join(REFERENCES)} in {time.perf_counter() - start:.0f} s.")
     return lock
 

