@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,19 @@ from fastlock.errors import FastlockError
 from fastlock.evaluate import Evaluation, evaluate
 from fastlock.evaluate_report import files_digest
 from fastlock.extract import Ranking, check_number, rank_heads
-from fastlock.judges import Judge, refuses
+from fastlock.files import write_atomic
+from fastlock.judges import Judge, judge_name, refuses
 from fastlock.loaded import receipt_of
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs
 from fastlock.prompts import Prompts, prompts_digest, shipped_prompts
+from fastlock.receipt import raw_bytes
 from fastlock.relock import relocked
-from fastlock.sites import unwrapped
+from fastlock.sites import check_foldable, head_geometry, sites, text_config, unwrapped
 
 Cost = Callable[[nn.Module, Any], float]
 _STUDY = "calibrate"  # what the search is called in its journal
+_OPENING = b'{"op_code":'  # how a journal begins
 
 # What is searched: recipes, each with the number of tokens that it reads; the share of heads; strengths.
 POSITIONS = (
@@ -67,6 +71,7 @@ class Trial:
         refusals: share of harmful requests that are refused.
         over_refusals: share of harmless requests that are refused.
         cost: the perplexity (or the user's own cost), divided by that of the model without the lock.
+        allowed: the share of harmless requests that may be refused: 2 %, or what the model refuses as it is.
     """
 
     recipe: str | None
@@ -76,11 +81,12 @@ class Trial:
     refusals: float
     over_refusals: float
     cost: float
+    allowed: float = MAX_OVER_REFUSALS
 
     @property
     def fits(self) -> bool:
         """Whether it costs no more than a lock may."""
-        return self.over_refusals <= MAX_OVER_REFUSALS and self.cost <= MAX_COST
+        return self.over_refusals <= self.allowed and self.cost <= MAX_COST
 
     def is_beaten_by(self, other: Trial) -> bool:
         """Whether the other is no worse in anything and better in something."""
@@ -168,10 +174,10 @@ def best(trials: Iterable[Trial]) -> Trial:
 
 
 def best_strength(trials: Sequence[Trial]) -> Trial:
-    """As `best`, but strength 0 where the best does nothing for the refusals: a lower cost alone needs no lock."""
+    """As `best`, but strength 0 where that refuses fewer harmful requests, or where only the cost is lower."""
     chosen, as_it_is = best(trials), next(trial for trial in trials if trial.strength == 0)
-    helps = chosen.refusals > as_it_is.refusals or chosen.over_refusals < as_it_is.over_refusals
-    return chosen if helps else as_it_is
+    fewer_mistakes = chosen.over_refusals < as_it_is.over_refusals and chosen.refusals == as_it_is.refusals
+    return chosen if chosen.refusals > as_it_is.refusals or fewer_mistakes else as_it_is
 
 
 def next_strength(trials: Sequence[Trial]) -> float:
@@ -220,36 +226,42 @@ def calibrate(
         pairs, harmless: what locks are extracted from, see `fastlock.extract`; by default the shipped ones.
         base: the aligned base, from which they are; by default `model`.
         lock: instead of all these a lock, of which only the strength is searched, strength 0 included.
-        prompts: what decides; by default the shipped prompts. Their harmful and harmless requests are both needed.
+        prompts: what decides; by default the shipped prompts. Their harmful and harmless requests are both needed. If
+            they have no texts, the perplexity is that of the shipped ones.
         held_out: what is reported of the chosen lock, and decides nothing; by default one half of `prompts`, drawn
             with the seed, and only the other half decides.
         trials: how many locks are tried, or how many strengths; by default 60, or 20 of a lock that is given.
         cost: instead of the perplexity of the texts, what a lock may raise by 3 %: a function of the model and the
-            tokenizer that gives a positive number.
+            tokenizer that gives a positive number, or NaN where a lock has broken the model.
         judge, new_tokens, batch_size: see `fastlock.evaluate`.
         seed: decides the halves, the search and the extraction. The same inputs on the same machine give the same lock.
-        journal: a file that keeps the trials, so that a run that was stopped goes on where it was; its directory is
-            made.
+        journal: a file that keeps the trials, so that a run that was stopped goes on where it was, and tries what it
+            would have tried without the stop; its directory is made.
         progress: wraps the loop over the trials, and those of extraction, as `progress(items, description)`.
 
     Returns:
         The lock, with its strength, and every trial. No lock if one was given that is best at strength 0.
 
     Raises:
-        FastlockError: prompts are missing, Optuna is not installed, a number can't be used, the model is relocked, both
-            a lock and what locks are made from are given, the journal is of another search; or as for
-            `fastlock.extract` and `fastlock.relock`.
+        FastlockError: prompts are missing, Optuna is not installed, a number can't be used, the model or the base is
+            relocked, the base is of another geometry, both a lock and what locks are made from are given, the journal
+            can't be written, is damaged or of another search; or as for `fastlock.extract` and `fastlock.relock`.
     """
     if trials is None:
         trials = TRIALS if lock is None else STRENGTH_TRIALS
     check_number("trials", trials, 1, 2**31)
     check_number("seed", seed, 0, 2**32 - 1)
     _check_unlocked(model)
-    deciding, reported = _divided(prompts or shipped_prompts(), held_out, seed)
+    prompts = prompts or shipped_prompts()
+    if not prompts.texts and cost is None:
+        prompts = replace(prompts, texts=shipped_prompts().texts)
+    deciding, reported = _divided(prompts, held_out, seed)
     asking = _Asking(model, tokenizer, deciding, cost, judge, new_tokens, batch_size)
     search: _Rankings | _Strengths
     if lock is None:
-        search = _Rankings(model if base is None else base, tokenizer, pairs, harmless, seed, progress)
+        base = model if base is None else base
+        _check_base(model, base)
+        search = _Rankings(base, tokenizer, pairs, harmless, seed, progress)
     else:
         _check_given(model, lock, {"base": base, "pairs": pairs, "harmless": harmless})
         search = _Strengths(lock)
@@ -258,12 +270,14 @@ def calibrate(
         **search.facts,
         "set of prompts": prompts_digest(deciding),
         "length of answers": new_tokens,
+        "judge": judge_name(judge),
+        "cost": "perplexity" if cost is None else getattr(cost, "__qualname__", type(cost).__qualname__),
         "seed": seed,
     }
-    study = _study(journal, seed, facts)
-    left = max(0, trials - len(_finished(study)))
+    study = _study(journal, facts)
+    left = max(0, trials - len(_tried(study)))
     for _ in (progress or no_progress)(range(left), search.doing):
-        study.optimize(lambda trial: _try(trial, search, asking), n_trials=1)
+        _try(study, search, asking, seed, journal)
     tried = _tried(study)
     chosen = search.best(tried)
     options: dict[str, Any] = {"judge": judge, "new_tokens": new_tokens, "batch_size": batch_size}
@@ -314,6 +328,8 @@ class _Rankings:
         self._base, self._tokenizer, self._seed, self._progress = base, tokenizer, seed, progress
         self._pairs = shipped_pairs() if pairs is None else tuple(pairs)
         self._harmless = shipped_harmless() if harmless is None else tuple(harmless)
+        geometry = _geometry(base)
+        self._num_heads = geometry["num_layers"] * geometry["num_heads"]
         read = pairs_digest([pair_from(pair, "a pair") for pair in self._pairs], self._harmless)
         self.facts = {"base": _name(base), "extraction set": read}
 
@@ -339,7 +355,7 @@ class _Rankings:
         recipe, tokens = position.rsplit("/", 1)
         share = trial.suggest_float("heads", *HEADS, log=True)
         strength = trial.suggest_float("strength", *STRENGTHS, log=True)
-        heads = max(1, round(share * self.of(recipe, int(tokens)).scores.size))
+        heads = max(1, round(share * self._num_heads))
         return {"recipe": recipe, "tokens": int(tokens), "heads": heads, "strength": strength}
 
     def lock(self, how: Mapping[str, Any]) -> Lock:
@@ -359,62 +375,142 @@ class _Asking:
     batch_size: int
 
     @functools.cached_property
+    def as_it_is(self) -> Evaluation:
+        return self._evaluation()
+
+    @functools.cached_property
     def cost_without(self) -> float:
-        found = self.cost(self.model, self.tokenizer) if self.cost else self._evaluation(self._texts).perplexity
-        if found is not None and not 0 < found < math.inf:
-            raise FastlockError(f"the model's cost without a lock is {found}; it must be a finite number above 0.")
-        return 1.0 if found is None else found
+        found = self._cost(self.as_it_is)
+        if found == math.inf:
+            raise FastlockError(
+                "the model's cost without a lock is nan or infinite; it must be a finite number above 0."
+            )
+        return found
 
     def measure(self, lock: Lock, strength: float) -> dict[str, float]:
         """Refusals, over-refusals and cost of the relocked model; at strength 0 of the model as it is."""
-        without = self.cost_without
-        with relocked(self.model, lock, strength) if strength else contextlib.nullcontext():
-            found = self._evaluation(self.prompts)
-            cost = self.cost(self.model, self.tokenizer) if self.cost else found.perplexity
-        shares = {"refusals": found.refusals, "over_refusals": found.over_refusals}
-        return {name: share or 0.0 for name, share in shares.items()} | {"cost": (cost or without) / without}
+        found, cost = self.as_it_is, self.cost_without
+        if strength:
+            with relocked(self.model, lock, strength):
+                found = self._evaluation()
+                cost = self._cost(found)
+        return {
+            "refusals": found.refusals or 0.0,
+            "over_refusals": _over_refusals(found),
+            "cost": cost / self.cost_without,
+            "allowed": max(MAX_OVER_REFUSALS, _over_refusals(self.as_it_is)),
+        }
 
-    @property
-    def _texts(self) -> Prompts:
-        return Prompts(texts=self.prompts.texts)
+    def _cost(self, found: Evaluation) -> float:
+        """Of the model as it is now; NaN, which can't be compared and Optuna does not take, is without end."""
+        cost = self.cost(self.model, self.tokenizer) if self.cost else found.perplexity
+        if cost is None or cost <= 0:
+            raise FastlockError(f"the model's cost is {cost}; it must be a number above 0.")
+        return math.inf if math.isnan(cost) else cost
 
-    def _evaluation(self, prompts: Prompts) -> Evaluation:
+    def _evaluation(self) -> Evaluation:
         options: dict[str, Any] = {"judge": self.judge, "new_tokens": self.new_tokens, "batch_size": self.batch_size}
-        return evaluate(self.model, self.tokenizer, prompts, **options)[0]
+        return evaluate(self.model, self.tokenizer, self.prompts, **options)[0]
 
 
-def _try(trial: Any, search: _Rankings | _Strengths, asking: _Asking) -> tuple[float, float, float]:
-    """One trial of the search: its three objectives; all of it is kept in the study."""
-    how = search.suggestion(trial)
+def _over_refusals(found: Evaluation) -> float:
+    """Where the judge has no verdict on any answer to a harmless request, nothing speaks for the lock."""
+    return 1.0 if found.over_refusals is None else found.over_refusals
+
+
+def _try(study: Any, search: _Rankings | _Strengths, asking: _Asking, seed: int, journal: Path | None) -> None:
+    """One trial of the search; all of it is kept in the study."""
+    with _keeping(journal):
+        study.sampler = _sampler(seed, len(_tried(study)))
+        trial = study.ask()
+        how = search.suggestion(trial)
     done = Trial(**(how | asking.measure(search.lock(how), how["strength"])))
-    trial.set_user_attr("trial", asdict(done))
-    return done.refusals, done.over_refusals, done.cost
+    with _keeping(journal):
+        trial.set_user_attr("trial", asdict(done))
+        study.tell(trial, (done.refusals, done.over_refusals, done.cost))
 
 
-def _study(journal: Path | None, seed: int, facts: dict[str, Any]) -> Any:
+def _sampler(seed: int, done: int) -> Any:
+    """What suggests the next trial, by nothing but the seed and the trials that are done.
+
+    So a search that goes on tries what it would have tried without the stop. The trial during which it was stopped
+    counts for nothing (Optuna's "constant liar" would count it).
+    """
+    mixed = int(np.random.SeedSequence((seed, done)).generate_state(1)[0])
+    return _optuna().samplers.TPESampler(seed=mixed, constant_liar=False)
+
+
+def _study(journal: Path | None, facts: dict[str, Any]) -> Any:
     """The search, taken up again if the journal has begun it."""
-    optuna = _optuna()
-    sampler, storage, names = optuna.samplers.TPESampler(seed=seed), None, []
-    if journal is not None:
-        try:
-            journal.parent.mkdir(parents=True, exist_ok=True)
-            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
-            names = optuna.get_all_study_names(storage)
-        except Exception as error:  # of the file system, or whatever Optuna's parts raise
-            problem = f"can't be gone on with ({type(error).__name__}: {error})"
-            raise FastlockError(f"{journal}: {problem}. Give another place, or remove it.") from None
-    if _STUDY in names:
-        study = optuna.load_study(study_name=_STUDY, sampler=sampler, storage=storage)
-    else:
-        directions = ["maximize", "minimize", "minimize"]
-        study = optuna.create_study(study_name=_STUDY, directions=directions, sampler=sampler, storage=storage)
-    begun = study.user_attrs.get("facts")
-    if begun is None:
-        study.set_user_attr("facts", facts)
-    elif begun != facts:
+    with _keeping(journal):
+        study = _new_study(None) if journal is None else _study_in(journal)
+        begun = study.user_attrs.get("facts")
+        if begun is None:
+            study.set_user_attr("facts", facts)
+    if begun not in (None, facts):
         changed = ", ".join(name for name in facts if begun.get(name) != facts[name])
         raise FastlockError(f"{journal}: is of another search (another {changed}). Give another place, or remove it.")
     return study
+
+
+def _new_study(storage: Any) -> Any:
+    directions = ["maximize", "minimize", "minimize"]
+    return _optuna().create_study(study_name=_STUDY, directions=directions, storage=storage)
+
+
+def _study_in(journal: Path) -> Any:
+    """The search of a journal, which is begun if it is not there."""
+    optuna = _optuna()
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    if journal.exists():
+        _drop_torn_line(journal)
+    # Left by a run that was killed while it wrote: Optuna would wait for it, and at a relative path without end.
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    try:
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+        if _STUDY not in optuna.get_all_study_names(storage):
+            return _new_study(storage)
+        study = optuna.load_study(study_name=_STUDY, storage=storage)
+        _tried(study)
+        return study
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna's parts raise, and ours, of lines that they did not write
+        raise _damaged(journal, f"{type(error).__name__}: {error}") from None
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Drop the last line if it was not written to its end (no room, no power): Optuna would write on behind it.
+
+    Nothing is lost but a part of a trial, which is tried again.
+    """
+    data = journal.read_bytes()
+    if not _OPENING.startswith(data[: len(_OPENING)]):
+        raise _damaged(journal, "it is no journal")
+    *lines, torn = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            raise _damaged(journal, f"line {number} is not JSON") from None
+    if torn:
+        write_atomic(journal, data.removesuffix(torn))
+
+
+def _damaged(journal: Path, why: str) -> FastlockError:
+    return FastlockError(f"{journal}: can't be gone on with ({why}). Give another place, or remove it.")
+
+
+@contextlib.contextmanager
+def _keeping(journal: Path | None) -> Iterator[None]:
+    """Around what reads and writes the journal: says what to do where the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise FastlockError(
+            f"{journal}: can't be written ({error}). Make room there or let it be written, and the same command goes "
+            "on; or give another place."
+        ) from None
 
 
 def _optuna() -> Any:
@@ -422,32 +518,56 @@ def _optuna() -> Any:
         import optuna
     except ImportError:
         raise FastlockError("calibration searches with Optuna: pip install 'fastlock[calibrate]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
 
-def _finished(study: Any) -> list[Any]:
-    """The trials that were measured; one during which the run was stopped was not."""
-    return [trial for trial in study.trials if "trial" in trial.user_attrs]
-
-
 def _tried(study: Any) -> tuple[Trial, ...]:
-    return tuple(Trial(**trial.user_attrs["trial"]) for trial in _finished(study))
+    """The trials that were measured; one during which the run was stopped was not."""
+    return tuple(Trial(**trial.user_attrs["trial"]) for trial in study.trials if trial.state.name == "COMPLETE")
 
 
 def _name(model: nn.Module) -> str:
-    """What tells a model from others: its name, and the state of its files where they are here."""
+    """What tells a model from others: its name, some of its weights, and the state of its files where they are here."""
     config: Any = unwrapped(model).config
     name = str(config._name_or_path or type(model).__name__)
-    return f"{name} {files_digest(name)}" if Path(name).is_dir() else name
+    rows = b"".join(raw_bytes(site.weight[0]) for site in sites(unwrapped(model)))
+    of_files = f" {files_digest(name)}" if Path(name).is_dir() else ""
+    return f"{name} {hashlib.sha256(rows).hexdigest()[:16]}{of_files}"
 
 
 def _check_unlocked(model: nn.Module) -> None:
     if receipt_of(unwrapped(model)) is not None:
         raise FastlockError(
-            f"{type(unwrapped(model)).__name__} is relocked, and what a lock does is measured against the model "
+            f"{type(unwrapped(model)).__name__} is relocked, and a lock is made of, and measured against, a model "
             "without one. Unlock it first: fastlock.unlock(model), or `fastlock unlock` for a checkpoint."
         )
+
+
+def _check_base(model: nn.Module, base: nn.Module) -> None:
+    """That locks of the base fit, which is to be known before anything is asked or written."""
+    _check_unlocked(base)
+    its = _geometry(base)
+    for key, value in _geometry(model).items():
+        if its[key] != value:
+            raise FastlockError(
+                f"base: its {key} is {its[key]}, but {value} in the model ({_name(model)}). Give the aligned base that "
+                "this model was made from."
+            )
+    for site in sites(model):
+        check_foldable(site)
+
+
+def _geometry(model: nn.Module) -> dict[str, int]:
+    """The numbers that a base and its fine-tunes share."""
+    config = text_config(unwrapped(model))
+    num_heads, head_dim = head_geometry(config)
+    return {
+        "num_layers": len(sites(model)),
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "hidden_size": config.hidden_size,
+    }
 
 
 def _check_given(model: nn.Module, lock: Lock, others: Mapping[str, Any]) -> None:

@@ -3,9 +3,11 @@
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fastlock import cli
 from fastlock.calibrate import Calibration, Trial, best, best_strength, calibrate, frontier, next_strength
 from fastlock.calibrate_report import calibration_html, picture, trial_cells, trial_columns
 from fastlock.errors import FastlockError
-from fastlock.prompts import Prompts
+from fastlock.prompts import Prompts, shipped_prompts
 
 module = importlib.import_module("fastlock.calibrate")  # the package's name `calibrate` is the function
 PAIRS = fastlock.shipped_pairs()[:6]
@@ -64,6 +66,22 @@ def test_the_frontier_is_what_nothing_beats() -> None:
 def test_the_best_that_fits_is_chosen() -> None:
     fits = trial(0.7, 0.02, 1.03)
     assert best([trial(1.0, 0.03, 1.0), trial(1.0, 0.0, 1.04), fits, trial(0.6, 0.0, 1.0)]) == fits
+
+
+def test_what_a_model_refuses_as_it_is_may_be_refused() -> None:
+    """Else only a lock that takes refusals away would fit."""
+    for tried, strength in (
+        ([(0, 0.95, 0.05, 1.0), (1, 0.97, 0.3, 1.01), (8, 0.10, 0.0, 1.0)], 0),
+        ([(0, 0.0, 0.05, 1.0), (1, 1.0, 0.05, 1.0), (8, 0.0, 0.0, 1.02)], 1),
+        ([(0, 0.9, 0.05, 1.0), (0.125, 0.85, 0.0, 1.0), (1, 1.0, 0.05, 1.0)], 1),
+    ):
+        assert (
+            best_strength([dataclasses.replace(at(*numbers), allowed=0.05) for numbers in tried]).strength == strength
+        )
+
+
+def test_a_strength_that_refuses_less_is_never_chosen() -> None:
+    assert best_strength([at(0, 0.95, 0.3, 1.0), at(1, 0.9, 0.0, 1.0)]).strength == 0
 
 
 def test_without_one_that_fits_the_best_compromise_is() -> None:
@@ -152,12 +170,12 @@ def test_a_users_own_cost() -> None:
 
     found = calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, trials=3, cost=cost, new_tokens=1)
     assert [tried.cost for tried in found.trials] == [4 / 3, 5 / 3, 2.0]
-    # of a lock, with nothing put in at strength 0 but what is there without it
+    # of a lock, whose strength 0 is the model as it is
     seen.clear()
     lock = random_lock(model)
     found = calibrate(model, tokenizer, lock=lock, prompts=PROMPTS, trials=3, cost=cost, new_tokens=1)
-    assert [tried.cost for tried in found.trials] == [4 / 3, 5 / 3, 2.0]
-    assert seen == [False, False, True, True]
+    assert [tried.cost for tried in found.trials] == [1.0, 4 / 3, 5 / 3]
+    assert seen == [False, True, True]
 
 
 def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
@@ -187,6 +205,212 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
         calibrate(model, tokenizer, PAIRS, trials=5, **(options | {"new_tokens": 2}))
 
 
+def steered(monkeypatch: pytest.MonkeyPatch, stop_in: int | None = None) -> None:
+    """Stand-in measurements that the search can follow; Ctrl-C in one of them, counted from 0."""
+    counted = iter(range(1000))
+
+    def measure(_self: Any, lock: Any, strength: float) -> dict[str, float]:
+        if next(counted) == stop_in:
+            raise KeyboardInterrupt
+        return {"refusals": len(lock) / 16, "over_refusals": strength / 8, "cost": 1 + abs(strength - 2)}
+
+    monkeypatch.setattr(module._Asking, "measure", measure)
+
+
+@pytest.mark.parametrize("stops", [[4], [0, 1, 0], [12], [3, 9]], ids=str)
+def test_a_stopped_search_tries_what_it_would_have_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
+) -> None:
+    """Each stop is in the middle of a trial, the last ones where Optuna goes by the earlier trials (from 10 on)."""
+    model, tokenizer = small()
+    options: dict[str, Any] = {"prompts": PROMPTS, "new_tokens": 1, "trials": 15}
+    steered(monkeypatch)
+    whole = calibrate(model, tokenizer, PAIRS, **options).trials
+    assert len({(one.recipe, one.tokens, one.heads, one.strength) for one in whole}) == 15
+    for stop in stops:
+        steered(monkeypatch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, tokenizer, PAIRS, journal=tmp_path / "journal.jsonl", **options)
+    steered(monkeypatch)
+    for trials in (8, 15):  # and one that was at its end, and gets more to try
+        found = calibrate(model, tokenizer, PAIRS, journal=tmp_path / "journal.jsonl", **(options | {"trials": trials}))
+        assert found.trials == whole[: max(trials, sum(stops))]
+
+
+def test_a_search_goes_by_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = small()
+    steered(monkeypatch)
+    first, second = (
+        calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, new_tokens=1, trials=3, seed=seed) for seed in (1, 2)
+    )
+    assert not {one.strength for one in first.trials} & {one.strength for one in second.trials}
+
+
+def test_a_journal_that_was_cut_off_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As no room, no power or a kill leave it: before a line's end, in its middle, in the first one; zeros behind."""
+    model, tokenizer = small()
+    steered(monkeypatch)
+    journal = tmp_path / "journal.jsonl"
+    options: dict[str, Any] = {"prompts": PROMPTS, "new_tokens": 1, "trials": 2, "journal": journal}
+    whole = calibrate(model, tokenizer, PAIRS, **options)
+    written = journal.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(written) if byte == ord("\n")]
+    assert len(ends) >= 8
+    for cut in {end - back for end in ends for back in (1, 20)} | {0, 1, 15}:
+        journal.write_bytes(written[:cut] + bytes(cut % 3 if cut > 15 else 0))
+        found = calibrate(model, tokenizer, PAIRS, **options)
+        assert (found.trials, found.chosen) == (whole.trials, whole.chosen)
+        for line in journal.read_bytes().splitlines():
+            json.loads(line)
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def test_a_run_that_was_killed_while_it_wrote_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna's own lock of the journal stays behind."""
+    model, tokenizer = small()
+    steered(monkeypatch)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
+    journal = tmp_path / "journal.jsonl"
+    options: dict[str, Any] = {"prompts": PROMPTS, "new_tokens": 1, "journal": journal}
+    calibrate(model, tokenizer, PAIRS, trials=1, **options)
+    (tmp_path / "journal.jsonl.lock").symlink_to(journal)
+    assert len(calibrate(model, tokenizer, PAIRS, trials=2, **options).trials) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def test_a_journal_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever line it is that is written in part: the same call goes on when there is room again."""
+    import optuna
+
+    backend = optuna.storages.journal.JournalFileBackend
+    append = backend.append_logs
+    model, tokenizer = small()
+    steered(monkeypatch)
+    journal = tmp_path / "journal.jsonl"
+    options: dict[str, Any] = {"prompts": PROMPTS, "new_tokens": 1, "trials": 2}
+    whole = calibrate(model, tokenizer, PAIRS, journal=journal, **options).trials
+    lines = journal.read_bytes().count(b"\n")
+    for room in range(lines):
+        journal.unlink()
+        left = iter([True] * room)
+
+        def appending(self: Any, logs: Any, left: Iterator[bool] = left) -> None:
+            if next(left, False):
+                return append(self, logs)
+            with journal.open("ab") as file:
+                file.write(json.dumps(logs[0], separators=(",", ":")).encode()[:20])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(backend, "append_logs", appending)
+        with pytest.raises(FastlockError, match=r"journal.jsonl: can't be written .*No space .* the same command goes"):
+            calibrate(model, tokenizer, PAIRS, journal=journal, **options)
+        monkeypatch.setattr(backend, "append_logs", append)
+        assert calibrate(model, tokenizer, PAIRS, journal=journal, **options).trials == whole
+
+
+def test_a_fault_of_the_judges_is_not_the_journals(tmp_path: Path) -> None:
+    model, tokenizer = small()
+
+    def judge(*_: str) -> bool:
+        raise OSError("the judge's own")
+
+    with pytest.raises(OSError, match="the judge's own"):
+        calibrate(
+            model, tokenizer, PAIRS, prompts=PROMPTS, new_tokens=1, judge=judge, journal=tmp_path / "journal.jsonl"
+        )
+
+
+def test_nothing_is_said_by_optuna(tmp_path: Path) -> None:
+    """Of a trial that fails or is stopped: the error says it."""
+    model, tokenizer = small()
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("optuna").addHandler(handler)
+    try:
+        for error in (KeyboardInterrupt, FastlockError):
+
+            def judge(*_: str, error: Any = error) -> bool:
+                raise error
+
+            with pytest.raises(error):
+                calibrate(
+                    model,
+                    tokenizer,
+                    PAIRS,
+                    prompts=PROMPTS,
+                    new_tokens=1,
+                    judge=judge,
+                    journal=tmp_path / "journal.jsonl",
+                )
+    finally:
+        logging.getLogger("optuna").removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
+
+
+def test_without_texts_the_shipped_ones_are_read() -> None:
+    """Their perplexity, measured by hand; none of them where the cost is the user's own."""
+    model, tokenizer = small()
+    asked = dataclasses.replace(PROMPTS, texts=())
+    options: dict[str, Any] = {"trials": 2, "new_tokens": 1}
+    for how in ({"pairs": PAIRS}, {"lock": random_lock(model)}):
+        found = calibrate(model, tokenizer, prompts=asked, **how, **options)
+        filled = dataclasses.replace(PROMPTS, texts=shipped_prompts().texts)
+        assert found.trials == calibrate(model, tokenizer, prompts=filled, **how, **options).trials
+        assert found.trials[-1].cost != 1.0
+        assert found.after.perplexity is not None
+    # where another set is held out, all of them decide
+    held_out = Prompts(("harm x it",), ("good x day",))
+    found = calibrate(model, tokenizer, PAIRS, prompts=asked, held_out=held_out, **options)
+    assert found.trials == calibrate(model, tokenizer, PAIRS, prompts=filled, held_out=held_out, **options).trials
+    found = calibrate(model, tokenizer, PAIRS, prompts=asked, cost=lambda *_: 2.0, **options)
+    assert [tried.cost for tried in found.trials] == [1.0, 1.0]
+    assert found.after.perplexity is None
+
+
+def test_a_cost_that_is_no_number_is_without_end() -> None:
+    model, tokenizer = small()
+    costs = iter([2.0, math.nan, 2.0])
+    found = calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, trials=2, cost=lambda *_: next(costs), new_tokens=1)
+    assert [tried.cost for tried in found.trials] == [math.inf, 1.0]
+    assert found.chosen == found.trials[1]
+
+
+@pytest.mark.parametrize("cost", [0.0, -1.0, None])
+def test_a_cost_that_is_no_cost(cost: float | None) -> None:
+    model, tokenizer = small()
+    for costs in (iter([cost]), iter([1.0, cost])):
+        with pytest.raises(FastlockError, match="must be a number above 0"):
+            calibrate(
+                model, tokenizer, PAIRS, prompts=PROMPTS, trials=1, cost=lambda *_, c=costs: next(c), new_tokens=1
+            )
+
+
+def test_without_a_verdict_on_harmless_requests_nothing_fits() -> None:
+    model, tokenizer = small()
+
+    def judge(prompt: str, answer: str) -> bool | None:
+        return None if prompt in PROMPTS.harmless else True
+
+    lock = random_lock(model)
+    found = calibrate(model, tokenizer, lock=lock, prompts=PROMPTS, trials=2, judge=judge, new_tokens=1)
+    assert {tried.over_refusals for tried in found.trials} == {1.0}
+
+
+@pytest.mark.parametrize("changed", ["judge", "cost", "model"])
+def test_a_journal_of_another_judge_cost_or_model_in_memory(tmp_path: Path, changed: str) -> None:
+    model, tokenizer = small()
+    options: dict[str, Any] = {"prompts": PROMPTS, "trials": 1, "new_tokens": 1, "journal": tmp_path / "j"}
+    calibrate(model, tokenizer, PAIRS, **options)
+    other: dict[str, Any] = {"judge": {"judge": odd}, "cost": {"cost": lambda *_: 1.0}, "model": {}}[changed]
+    if changed == "model":
+        model.model.layers[0].self_attn.o_proj.weight.data *= 2
+    with pytest.raises(FastlockError, match=rf"of another search \(another {changed}"):
+        calibrate(model, tokenizer, PAIRS, **options, **other)
+
+
 def test_a_lower_cost_alone_needs_no_lock() -> None:
     as_it_is = at(0, 0.9, 0.05)
     assert best_strength([at(1, 0.9, 0.05, 0.5), at(2, 0.8, 0.1, 0.5), as_it_is]) == as_it_is
@@ -212,7 +436,7 @@ def test_of_a_given_lock_the_strength_is_searched() -> None:
     """Every trial's numbers, measured again by hand; strength 0 is the model as it is, and its cost 1."""
     model, tokenizer = small()
     before = state(model)
-    lock = random_lock(model, base_model="tiny", recipe="trained: by hand", strength=6.0)
+    lock = random_lock(model, seed=6, base_model="tiny", recipe="trained: by hand", strength=6.0)
     found = calibrate(model, tokenizer, lock=lock, prompts=PROMPTS, trials=10, new_tokens=3, judge=odd)
     assert same_state(state(model), before)
     deciding, reported = module._divided(PROMPTS, None, 42)
@@ -311,7 +535,19 @@ def test_a_model_is_another_when_its_files_are(tmp_path: Path) -> None:
         calibrate(model, tokenizer, **options)
 
 
-@pytest.mark.parametrize("text", ["{\n}\n", "{}\n", "[1]\n", '{"op_code": 99, "worker_id": "x"}\n'])
+BEGUN = '{"op_code":0,"worker_id":"x","study_name":"calibrate","directions":[2,1,1]}\n'
+TRIAL = '{"op_code":4,"worker_id":"x","study_id":0,"datetime_start":null,"state":1,"value":null,"values":[0,0,1]}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{\n}\n", "{}\n", "[1]\n", '{"op_code":99,"worker_id":"x"}\n', "my notes", '{"op": "no end'),
+        *('{"mine": 1}\n{"mine": 2}', f"{BEGUN}{BEGUN[:30]}{BEGUN}", f"{BEGUN}{BEGUN[:30]}{BEGUN}{BEGUN[:30]}"),
+        *(f"{BEGUN}{TRIAL}", f"{BEGUN}\n", BEGUN + "[" * 100_000 + "\n", BEGUN.replace('"directions"', '"x"')),
+    ],
+    ids=lambda text: repr(text[:9]),
+)
 def test_a_journal_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     model, tokenizer = small()
     journal = tmp_path / "journal.jsonl"
@@ -328,8 +564,9 @@ def test_what_can_not_be_done_with_a_given_lock(tmp_path: Path) -> None:
     journal = tmp_path / "out" / "journal.jsonl"
 
     def refused(match: str, **options: Any) -> None:
+        given = {"model": model, "lock": lock, "prompts": PROMPTS, "journal": journal} | options
         with pytest.raises(FastlockError, match=match):
-            calibrate(model, tokenizer, **({"lock": lock, "prompts": PROMPTS, "journal": journal} | options))
+            calibrate(tokenizer=tokenizer, **given)
         assert not journal.parent.exists()
 
     refused("lock is a str; load it first", lock="a.lock.safetensors")
@@ -339,6 +576,15 @@ def test_what_can_not_be_done_with_a_given_lock(tmp_path: Path) -> None:
     refused("trials is 0; it must be a whole number from 1", trials=0)
     refused("16", lock=random_lock(tiny_model("llama", head_dim=16)))
     refused("layer 6", lock=random_lock(model, [(6, 0)]))
+    for key, value in (("num_layers", {"num_hidden_layers": 3}), ("head_dim", {"head_dim": 16})):
+        base = tiny_model("llama", **({"num_hidden_layers": 4, "vocab_size": 4096} | value))
+        refused(f"base: its {key} is {next(iter(value.values()))}, but .* Give the aligned base", lock=None, base=base)
+    base = small()[0]
+    fastlock.relock(base, lock)
+    refused("LlamaForCausalLM is relocked, .* Unlock it first", lock=None, base=base)
+    no_plain = small()[0]
+    no_plain.model.layers[2].self_attn.o_proj = torch.nn.Identity()
+    refused(r"layers.2.self_attn.o_proj is a .*Identity, not a plain linear layer", lock=None, model=no_plain)
     fastlock.relock(model, lock)
     refused("LlamaForCausalLM is relocked, .* Unlock it first")
     refused("LlamaForCausalLM is relocked, .* Unlock it first", lock=None, base=small()[0])
@@ -398,9 +644,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (tmp_path / f"{kind}.txt").write_text("\n".join(texts))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    files = [part for kind in vars(PROMPTS) for part in (f"--{kind}", f"{kind}.txt")]
 
-    def run(*options: str, code: int = 0) -> str:
+    def run(*options: str, code: int = 0, kinds: Any = ("harmful", "harmless", "texts")) -> str:
+        files = [part for kind in kinds for part in (f"--{kind}", f"{kind}.txt")]
         monkeypatch.setattr(sys, "argv", ["fastlock", "calibrate", "CHECKPOINT", *files, "--new-tokens", "1", *options])
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -466,17 +712,45 @@ def test_the_command_refuses_before_it_writes(command: Any) -> None:
     assert "either --lock, or --base and --pairs" in command(*lock, "--base", "CHECKPOINT", "--out", "OUT", code=2)
     assert "either --lock, or --base and --pairs" in command(*lock, "--pairs", "x.jsonl", "--out", "OUT", code=2)
     assert "--trials" in command(*lock, "--out", "OUT", "--trials", "0", code=2)
-    assert "harmful.txt/journal.jsonl: can't be" in command(*lock, "--out", "harmful.txt", code=cli.REFUSED)
     Path("damaged.safetensors").write_bytes(Path("given.safetensors").read_bytes()[:-3])
     assert "damaged.safetensors: " in command("--lock", "damaged.safetensors", "--out", "OUT", code=cli.REFUSED)
     random_lock(tiny_model("llama", head_dim=16)).save("other.safetensors")
     assert "head_dim" in command("--lock", "other.safetensors", "--out", "OUT", code=cli.REFUSED)
+    tiny_model("llama", vocab_size=4096).save_pretrained("BASE")
+    assert "base: its num_layers is 3" in command("--base", "BASE", "--out", "OUT", code=cli.REFUSED)
     given = fastlock.Lock.load("given.safetensors")
     fastlock.relock_checkpoint("CHECKPOINT", given, "RELOCKED")
     Path("CHECKPOINT").rename("ORIGINAL")
     Path("RELOCKED").rename("CHECKPOINT")
     assert "is relocked" in command(*lock, "--out", "OUT", code=cli.REFUSED)
-    assert not Path("OUT").exists()
+    assert not list(Path("OUT").iterdir())
+
+
+@pytest.mark.parametrize("out", ["harmful.txt", "harmful.txt/deeper", "/proc/fastlock"])
+def test_the_command_says_where_it_can_not_write(command: Any, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    """Before it loads a model."""
+    monkeypatch.setattr(cli, "load_model", lambda _: pytest.fail("a model was loaded"))
+    printed = command("--lock", "given.safetensors", "--out", out, code=cli.REFUSED)
+    assert printed.startswith(f"fastlock: {out}: ")
+    assert "Give another directory." in printed
+
+
+def test_the_command_without_texts(command: Any) -> None:
+    printed = json.loads(command("--out", "OUT", "--trials", "1", "--json", kinds=("harmful", "harmless")))
+    assert printed["held_out"][0]["perplexity"] > 1
+    assert "prompts: harmful and harmless" in command("--out", "NEW", code=cli.REFUSED, kinds=("harmful", "texts"))
+
+
+def test_the_command_that_is_stopped_goes_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steered(monkeypatch, 2)
+    options = ["--out", "OUT", "--trials", "4", "--json"]
+    assert command(*options, code=130) == "stopped; run the same command again to go on\n"
+    assert [path.name for path in Path("OUT").iterdir()] == ["journal.jsonl"]
+    with Path("OUT/journal.jsonl").open("ab") as journal:
+        journal.write(b'{"op_code":4,"wor')
+    steered(monkeypatch)
+    resumed = json.loads(command(*options))
+    assert resumed["trials"] == json.loads(command("--out", "NEW", "--trials", "4", "--json"))["trials"]
 
 
 def test_the_command_keeps_out_of_another_calibration(command: Any) -> None:
