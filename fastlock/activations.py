@@ -38,6 +38,37 @@ _FORMAT = "fastlock-activations 1"
 _MAX_INDEX_BYTES = 4096
 
 
+def writable_directory(given: str | os.PathLike[str]) -> Path:
+    """A directory that files can be written to, made where there is none.
+
+    Raises:
+        FastlockError: it can't be.
+    """
+    path = as_path(given)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # only a file tells: rights say little to root, or of a read-only disk
+            pass
+    except FileExistsError:
+        raise FastlockError(f"{path}: is there already, and is no directory. Give another directory.") from None
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{path}: can't be written ({error}). Give another directory.") from None
+    return path
+
+
+def work_directory(given: str | os.PathLike[str]) -> Path:
+    """A directory for a reading, made where there is none: only what a reading leaves there may be in it.
+
+    Raises:
+        FastlockError: it can't be written, or holds other files.
+    """
+    path = writable_directory(given)
+    for file in sorted(path.iterdir()):
+        if file.name not in (INDEX, VECTORS) and not file.name.startswith("."):  # a killed write leaves hidden files
+            raise FastlockError(f"{path}: holds other files ({file.name}). Give a new directory, or an empty one.")
+    return path
+
+
 def no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
     """The progress that shows nothing."""
     return items
@@ -108,11 +139,12 @@ def activations_of(
 
     Raises:
         FastlockError: an activation is NaN or infinite, memory runs out with one text, there is too little room on
-            the disk, or `work` is of another reading.
+            the disk, or `work` is of another reading, holds other files or can't be written.
     """
+    kept = None if work is None else work_directory(work)
     starts = [0, *np.cumsum([text.kept for text in texts]).tolist()]
     shape = (len(all_sites), all_sites[0].num_heads, starts[-1], all_sites[0].head_dim)
-    with tempfile.TemporaryDirectory(prefix="fastlock-") if work is None else contextlib.nullcontext(work) as directory:
+    with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="fastlock-") as directory:
         found = Activations(as_path(directory) / VECTORS, shape)
         batches = _batches(texts)
         index = None if work is None else _Index(found, _digest(model, shape, texts))
@@ -249,12 +281,11 @@ class _Index:
         self.path = activations.path.with_name(INDEX)
 
     def texts_read(self, possible: Sequence[int]) -> int:
-        """How many texts were read before, one of `possible`; where there is no directory or no index it is made.
+        """How many texts were read before, one of `possible`; where there is no index it is made.
 
         Raises:
             FastlockError: the directory is of another reading, or damaged.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists() and not self.activations.path.exists():
             self.record(0)
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fastlock.activations import Progress, input_device
+from fastlock.errors import FastlockError
 from fastlock.memory import in_halves
+from fastlock.sites import text_config
 
 Row = list[int]
 T = TypeVar("T")
@@ -28,17 +32,44 @@ def in_batches(
 
 
 def generate(model: nn.Module, tokenizer: Any, batch: Sequence[Row], new_tokens: int) -> list[str]:
-    """The greedy continuation of each row."""
+    """The greedy continuation of each row, whatever the model's generation_config says but for where an answer ends."""
     width, device = max(map(len, batch)), input_device(model)
-    pad = tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id if pad is None else pad
-    pad = 0 if pad is None else pad
+    ends = _ends(model)
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, *ends]
+    pad = next((token for token in known if token is not None and 0 <= token < vocabulary(model)), 0)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
     go_on: Any = model.generate
-    out = go_on(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
-    texts: list[str] = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    with _greedily(model, new_tokens, pad, ends) as config:
+        out = go_on(input_ids=ids, attention_mask=mask, generation_config=config)
+    # What stands behind an answer's end is padding.
+    answers = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in out[:, width:].tolist()]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _ends(model: nn.Module) -> list[int]:
+    """The tokens that end an answer."""
+    held: Any = getattr(model, "generation_config", None)
+    ends = getattr(held, "eos_token_id", None)
+    return [] if ends is None else [int(ends)] if isinstance(ends, int) else list(map(int, ends))
+
+
+@contextlib.contextmanager
+def _greedily(model: nn.Module, new_tokens: int, pad: int, ends: list[int]) -> Iterator[Any]:
+    """A config of greedy decoding. Held by the model, too: `generate` takes from there what a config leaves open."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=ends or None
+    )
+    holder: Any = model
+    held = holder.generation_config
+    holder.generation_config = config
+    try:
+        yield config
+    finally:
+        holder.generation_config = held
 
 
 def losses(model: nn.Module, batch: Sequence[Row]) -> list[float]:
@@ -53,6 +84,35 @@ def losses(model: nn.Module, batch: Sequence[Row]) -> list[float]:
         targets = torch.tensor(row[1:], device=predicted.device)
         found.append(float(nn.functional.cross_entropy(predicted, targets, reduction="sum")))
     return found
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens a model knows."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return rows
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a model reads at most; None where its config does not say."""
+    found: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return found or None
+
+
+def check_row(model: nn.Module, row: Row, name: str, new_tokens: int = 0) -> None:
+    """Refuse a row of no tokens, of a token that the model does not know, or that leaves no room for an answer."""
+    if not row:
+        raise FastlockError(f"{name}: the tokenizer makes no tokens of it. Remove it.")
+    if not 0 <= min(row) <= max(row) < vocabulary(model):
+        raise FastlockError(
+            f"{name}: the tokenizer gives token {max(row)}, but {type(model).__name__} has {vocabulary(model)}. Give "
+            "the tokenizer that belongs to this model."
+        )
+    most = positions(model)
+    if most is not None and len(row) + new_tokens > most:
+        raise FastlockError(
+            f"{name}: makes {len(row)} tokens, and {new_tokens} are to follow, but {type(model).__name__} reads {most} "
+            "at most. Shorten or remove it, or ask for shorter answers (--new-tokens)."
+        )
 
 
 def row_name(row: Row) -> str:

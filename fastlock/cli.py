@@ -19,11 +19,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fastlock import zoo_cli
 from fastlock.activations import Progress as ShowProgress
+from fastlock.activations import work_directory, writable_directory
 from fastlock.calibrate import Calibration, calibrate
 from fastlock.calibrate_report import LOCK_FILE, trial_cells, trial_columns, write_calibration
 from fastlock.calibrate_report import to_json as calibration_json
@@ -36,6 +37,7 @@ from fastlock.evaluate_report import (
     columns,
     files_digest,
     read_report,
+    table_rows,
     to_json,
     write_report,
 )
@@ -92,7 +94,7 @@ def main() -> None:
         _err.print(Text("fastlock: ", "bold red").append(str(error), "default"), soft_wrap=True)
         raise SystemExit(REFUSED) from None
     except (OSError, UnicodeError) as error:
-        print(f"fastlock: {error!a}", file=sys.stderr)
+        print(f"fastlock: {error}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
     except Exception:
         traceback.print_exc()
@@ -158,10 +160,13 @@ def extract(
 ) -> None:
     """Make a lock from an aligned base model and preference pairs."""
     chosen = shipped_pairs() if pairs is None else load_pairs(pairs)
+    prompts = None if harmless is None else load_prompts(harmless)
+    _check_lock_file(out)
+    if work is not None:
+        work_directory(work)
     with _working(f"loading {base}", as_json):
-        model, tokenizer = load_model(base), load_tokenizer(base)
+        model, tokenizer = load_model(base, to_run=True), load_tokenizer(base)
     with _bar(as_json) as progress:
-        prompts = None if harmless is None else load_prompts(harmless)
         lock = make_lock(
             model, tokenizer, chosen, heads, tokens, recipe=recipe, harmless=prompts, progress=progress, work=work
         )
@@ -170,6 +175,16 @@ def extract(
         _print_json({"out": str(out), "digest": lock.digest, "pairs": len(chosen)})
     else:
         _say(f"{out}: {lock!r}, from {len(chosen)} pairs")
+
+
+def _check_lock_file(out: Path) -> None:
+    """A lock can be written there: to be known before the work, not after it."""
+    if out.is_dir():
+        raise FastlockError(f"{out}: is a directory. Name a file in it for the lock: --out {out / LOCK_FILE}.")
+    if out.suffix != ".safetensors":
+        named = out.with_suffix(".safetensors")
+        raise FastlockError(f"{out}: a fastlock lock is a safetensors file. Name it so: --out {named}.")
+    writable_directory(out.parent)
 
 
 @app.command()
@@ -256,12 +271,16 @@ def evaluate_command(
     as_json: _Json = False,
 ) -> None:
     """Ask a model harmful and harmless questions, as it is and relocked, and measure its perplexity."""
+    if strengths and not locks:
+        raise typer.BadParameter("--strength says how hard a lock pulls: give the --lock, too.")
     prompts = _prompts(harmful, harmless, texts)
     loaded = [Lock.load(path) for path in locks or []]
     tried = [(lock, strength) for lock in loaded for strength in strengths or [strength_for(lock, None)]]
     check_tasks(tasks or [])
+    if out is not None:
+        writable_directory(out)
     with _working(f"loading {model}", as_json):
-        network, tokenizer = load_model(model), load_tokenizer(model)
+        network, tokenizer = load_model(model, to_run=True), load_tokenizer(model)
     with _working(f"opening the judge {judge}", as_json):
         opened = open_judge(judge, judge_model)
     facts = {
@@ -276,7 +295,6 @@ def evaluate_command(
     }
     known: list[Evaluation] = []
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         known = read_report(out, facts, [(lock.digest, strength) for lock, strength in tried])
 
     def finished(found: list[Evaluation]) -> None:
@@ -300,8 +318,8 @@ def evaluate_command(
     if as_json:
         _print_json(to_json(found, facts))
     else:
-        table = Table(*columns(found))
-        for row in map(cells, found):
+        table = _table(*columns(found))
+        for row in table_rows(found):
             table.add_row(*row)
         _out.print(table)
 
@@ -317,9 +335,10 @@ def train(
     as_json: _Json = False,
 ) -> None:
     """Train a lock on fine-tunes of an aligned base, to be applied to others of its fine-tunes."""
+    _check_lock_file(out)
     with _working(f"loading {base} and {len(fine_tunes)} fine-tunes", as_json):
-        aligned, tokenizer = load_model(base), load_tokenizer(base)
-        models = [load_model(path) for path in fine_tunes]
+        aligned, tokenizer = load_model(base, to_run=True), load_tokenizer(base)
+        models = [load_model(path, to_run=True) for path in fine_tunes]
     with _bar(as_json) as progress:
         lock = train_lock(aligned, models, tokenizer, heads=heads, steps=steps, seed=seed, progress=progress)
     lock.save(out)
@@ -348,7 +367,9 @@ def calibrate_command(
         Path | None, typer.Option("--harmful", help="Requests to refuse: one half decides, the other is reported.")
     ] = None,
     harmless: Annotated[Path | None, typer.Option("--harmless", help="Requests to answer, halved too.")] = None,
-    texts: Annotated[Path | None, typer.Option("--texts", help="Ordinary texts, for the perplexity.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="Ordinary texts, for the perplexity; default: the shipped ones.")
+    ] = None,
     trials: Annotated[
         int | None, typer.Option("--trials", min=1, help="How many to try; default: 60 locks, or 20 strengths.")
     ] = None,
@@ -365,24 +386,29 @@ def calibrate_command(
     prompts = _prompts(harmful, harmless, texts)
     chosen = None if pairs is None else load_pairs(pairs)
     given = None if lock is None else Lock.load(lock)
+    writable_directory(out)
     with _working(f"loading {checkpoint}", as_json):
-        network, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-        aligned = None if base is None else load_model(base)
-    with _bar(as_json) as progress:
-        found = calibrate(
-            network,
-            tokenizer,
-            chosen,
-            base=aligned,
-            lock=given,
-            prompts=prompts,
-            trials=trials,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            journal=out / "journal.jsonl",
-            progress=progress,
-        )
+        network, tokenizer = load_model(checkpoint, to_run=True), load_tokenizer(checkpoint)
+        aligned = None if base is None else load_model(base, to_run=True)
+    try:
+        with _bar(as_json) as progress:
+            found = calibrate(
+                network,
+                tokenizer,
+                chosen,
+                base=aligned,
+                lock=given,
+                prompts=prompts,
+                trials=trials,
+                new_tokens=new_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                journal=out / "journal.jsonl",
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        _err.print("stopped; run the same command again to go on", style="yellow")
+        raise typer.Exit(zoo_cli.STOPPED) from None
     source = ("base", str(base or checkpoint)) if given is None else ("given lock", f"{lock} (sha256 {given.digest})")
     facts = {"model": str(checkpoint), source[0]: source[1], "trials": str(len(found.trials))}
     write_calibration(out, found, facts)
@@ -393,10 +419,10 @@ def calibrate_command(
 
 
 def _show_calibration(found: Calibration, lock_file: Path) -> None:
-    table = Table(*trial_columns(found.chosen), title="chosen")
+    table = _table(*trial_columns(found.chosen), title="chosen")
     table.add_row(*trial_cells(found.chosen))
     _out.print(table)
-    table = Table(*columns(found.held_out), title="requests that decided nothing")
+    table = _table(*columns(found.held_out), title="requests that decided nothing")
     for evaluation in found.held_out:
         table.add_row(*cells(evaluation))
     _out.print(table)
@@ -501,7 +527,7 @@ def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
         _print_json({"path": path, **facts, "rows": rows})
         return
     _facts(path, {key: value for key, value in facts.items() if value is not None})
-    table = Table("layer", "heads", "scales")
+    table = _table("layer", "heads", "scales")
     for layer in sorted({row["layer"] for row in rows}):
         of_layer = sorted((row for row in rows if row["layer"] == layer), key=lambda row: row["head"])
         heads = ", ".join(str(row["head"]) for row in of_layer)
@@ -519,15 +545,20 @@ def _show_receipt(path: str, receipt: Receipt | None, as_json: bool) -> None:
     data = receipt.to_dict()
     sites = data.pop("sites")
     _facts(path, data)
-    table = Table("layer", "heads", "output projection", "had a bias")
+    table = _table("layer", "heads", "output projection", "had a bias")
     for site in sites:
         heads = ", ".join(map(str, site["heads"]))
         table.add_row(str(site["layer"]), heads, Text(site["name"]), "yes" if site["had_bias"] else "no")
     _out.print(table)
 
 
+def _table(*headers: str, **options: Any) -> Table:
+    """A table in which what is longer than its column goes on in the next line, instead of being cut off."""
+    return Table(*(Column(header, overflow="fold") for header in headers), **options)
+
+
 def _facts(title: str, facts: dict[str, Any]) -> None:
-    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table = _table("", "", title=Text(title), show_header=False, title_justify="left")
     for key, value in facts.items():
         table.add_row(key, Text(str(value)))
     _out.print(table)

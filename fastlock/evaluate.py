@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastlock.activations import Progress, evaluating, no_progress
-from fastlock.batches import Row, generate, in_batches, losses
+from fastlock.batches import Row, check_row, generate, in_batches, losses, positions
 from fastlock.errors import FastlockError
 from fastlock.extract import prompt_tokens
 from fastlock.judges import Judge, judge_all, refuses
+from fastlock.loaded import receipt_of
 from fastlock.lock import Lock
 from fastlock.prompts import Prompts, shipped_prompts
 from fastlock.relock import relocked
@@ -123,7 +124,7 @@ def evaluate(
     """Ask a model as it is, and then relocked in place with each lock; afterwards it is as it was.
 
     Args:
-        model: a transformers model that generates, on any device.
+        model: a transformers model that generates, on any device; with locks to try, one that is not relocked.
         tokenizer: its tokenizer; its chat template is used if it has one.
         prompts: what to ask; by default `shipped_prompts()`.
         locks: locks and strengths.
@@ -141,14 +142,18 @@ def evaluate(
         One evaluation of the model as it is, and one for each lock.
 
     Raises:
-        FastlockError: a number, a prompt or a task can't be used, a lock does not fit, or the judge fails.
+        FastlockError: a number, a prompt or a task can't be used, a lock does not fit, the model is relocked already
+            though there are locks to try, or the judge fails.
     """
     prompts = shipped_prompts() if prompts is None else prompts
     for name, value in (("new_tokens", new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise FastlockError(f"{name} is {value!r}; it must be a whole number from 1 on.")
     check_tasks(tasks)
+    if locks:
+        _check_unlocked(unwrapped(model))
     asking = _Asking(unwrapped(model), tokenizer, judge, new_tokens, batch_size, progress or no_progress, tasks)
+    asking.check(prompts)
     for lock, strength in locks:
         with relocked(model, lock, strength):  # what does not fit is to be known before hours of asking
             pass
@@ -165,6 +170,15 @@ def evaluate(
         with relocked(model, lock, strength):
             add(lock.digest, float(strength), f"at strength {strength:g}")
     return found
+
+
+def _check_unlocked(model: nn.Module) -> None:
+    if receipt_of(model) is not None:
+        raise FastlockError(
+            f"{type(model).__name__} is relocked, and what a lock does is measured against the model without one. "
+            "Unlock it first: fastlock.unlock(model), or `fastlock unlock` for a checkpoint. Or leave the locks out "
+            "(--lock), to evaluate it as it is."
+        )
 
 
 def share(answers: Sequence[Answer]) -> float | None:
@@ -196,6 +210,18 @@ class _Asking:
     progress: Progress
     tasks: Sequence[str]
 
+    def check(self, prompts: Prompts) -> None:
+        """Refuse what the model can't read."""
+        for kind in ("harmful", "harmless"):
+            for number, row in enumerate(self._asked(getattr(prompts, kind)), start=1):
+                check_row(self.model, row, f"{kind} prompt {number}", self.new_tokens)
+        for number, row in enumerate(self._read(prompts.texts), start=1):
+            if len(row) < 2:
+                raise FastlockError(
+                    f"text {number} ({prompts.texts[number - 1][:40]!r}) is a single token, which has no perplexity."
+                )
+            check_row(self.model, row, f"text {number}")
+
     def evaluation(self, prompts: Prompts, lock: str | None, strength: float | None, how: str) -> Evaluation:
         with evaluating(self.model):
             return Evaluation(
@@ -208,22 +234,28 @@ class _Asking:
             )
 
     def _answers(self, prompts: Sequence[str], what: str) -> tuple[Answer, ...]:
-        rows = [prompt_tokens(self.tokenizer, prompt)[0] for prompt in prompts]
-        texts = self._in_batches(rows, lambda batch: generate(self.model, self.tokenizer, batch, self.new_tokens), what)
+        texts = self._in_batches(
+            self._asked(prompts), lambda batch: generate(self.model, self.tokenizer, batch, self.new_tokens), what
+        )
         pairs = list(zip(prompts, texts, strict=True))
         verdicts = judge_all(self.judge, pairs, self.batch_size, self.progress, f"{what}: judging")
         return tuple(Answer(*pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True))
 
     def _perplexity(self, texts: Sequence[str], what: str) -> float | None:
-        rows = [list(self.tokenizer(text)["input_ids"])[:MAX_TEXT_TOKENS] for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) < 2:
-                raise FastlockError(f"the text {text[:40]!r} is a single token, which has no perplexity.")
+        rows = self._read(texts)
         if not rows:
             return None
         total = sum(self._in_batches(rows, lambda batch: losses(self.model, batch), what))
         # A broken model's loss may be beyond what exp can hold.
         return math.exp(min(total / sum(len(row) - 1 for row in rows), 700.0)) if math.isfinite(total) else math.inf
+
+    def _asked(self, prompts: Sequence[str]) -> list[Row]:
+        return [prompt_tokens(self.tokenizer, prompt)[0] for prompt in prompts]
+
+    def _read(self, texts: Sequence[str]) -> list[Row]:
+        """The first tokens of each text: no more than the model has positions for."""
+        most = min(MAX_TEXT_TOKENS, positions(self.model) or MAX_TEXT_TOKENS)
+        return [list(self.tokenizer(text)["input_ids"])[:most] for text in texts]
 
     def _in_batches(self, rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], what: str) -> list[T]:
         return in_batches(rows, work, self.batch_size, self.progress, what)

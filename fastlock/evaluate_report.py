@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 from fastlock.errors import FastlockError
 from fastlock.evaluate import Answer, Evaluation, interval, share
 from fastlock.files import as_path, read_bounded, write_atomic
-from fastlock.page import facts_list, head, html_text
+from fastlock.page import facts_list, head, html_text, shown
 from fastlock.tasks import Score
 
 COLUMNS = ("model", "refuses harmful", "refuses harmless", "perplexity")
@@ -83,10 +85,10 @@ def read_report(
 
 def report_markdown(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> str:
     """A table of the rates with their 95 % intervals, below a list of facts."""
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    lines = [f"- {key}: {_markdown(value)}" for key, value in facts.items()]
     header = columns(evaluations)
-    rows = [header, ("---",) * len(header), *map(cells, evaluations)]
-    return "\n".join([*lines, "", *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    rows = [header, ("---",) * len(header), *table_rows(evaluations)]
+    return "\n".join([*lines, "", *("| " + " | ".join(map(_markdown, row)) + " |" for row in rows)]) + "\n"
 
 
 def report_html(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> str:
@@ -98,7 +100,7 @@ def report_html(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> str
             "<h1>fastlock evaluation</h1>",
             facts_list(facts),
             "<h2>Results</h2>",
-            table(columns(evaluations), map(cells, evaluations)),
+            table(columns(evaluations), table_rows(evaluations)),
             *_plots(evaluations),
             *(_answers(title, name, evaluations) for title, name in _KINDS),
             "</body></html>",
@@ -115,13 +117,36 @@ def name_of(evaluation: Evaluation) -> str:
 
 def columns(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
     """The columns of a table: `COLUMNS`, and a column for each metric of each task."""
-    return (*COLUMNS, *(f"{score.task} {score.metric}" for score in evaluations[0].tasks))
+    return (*COLUMNS, *(f"{task} {metric}" for task, metric in _metrics(evaluations)))
+
+
+def table_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
+    """The rows of a table, in the order of `columns`: where an evaluation lacks a metric, nothing is there."""
+    rows = []
+    for one in evaluations:
+        held = _scores(one)
+        of_tasks = [_score(held[key]) if key in held else "" for key in _metrics(evaluations)]
+        rows.append((name_of(one), _rate(one.harmful), _rate(one.harmless), _perplexity(one), *of_tasks))
+    return rows
 
 
 def cells(evaluation: Evaluation) -> tuple[str, ...]:
-    """A row of a table, in the order of `columns`."""
-    rates = _rate(evaluation.harmful), _rate(evaluation.harmless)
-    return name_of(evaluation), *rates, _perplexity(evaluation), *map(_score, evaluation.tasks)
+    """The row of an evaluation that stands alone."""
+    return table_rows([evaluation])[0]
+
+
+def _scores(evaluation: Evaluation) -> dict[tuple[str, str], Score]:
+    return {(score.task, score.metric): score for score in evaluation.tasks}
+
+
+def _metrics(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    """Task and metric of every score that any evaluation has."""
+    return list(dict.fromkeys(key for one in evaluations for key in _scores(one)))
+
+
+def _markdown(text: str) -> str:
+    """A name from outside, fit to be put into Markdown."""
+    return re.sub(r"([\\`*\[\]<>|&~])", r"\\\1", shown(text))
 
 
 def _rate(answers: Sequence[Answer]) -> str:
@@ -173,15 +198,15 @@ def _plots(evaluations: Sequence[Evaluation]) -> Iterable[str]:
         "Of ordinary texts: should be as before.",
         [(one, value, _perplexity(one)) for one, value in known],
     )
-    for i, score in enumerate(evaluations[0].tasks):
-        of_task = [(one, one.tasks[i].value, _score(one.tasks[i])) for one in evaluations]
-        yield from _compared(
-            f"{score.task}: {score.metric}", "Of lm-evaluation-harness, ± its standard error.", of_task
-        )
+    for key in _metrics(evaluations):
+        scores = [(one, _scores(one)[key]) for one in evaluations if key in _scores(one)]
+        of_task = [(one, score.value, _score(score)) for one, score in scores]
+        yield from _compared(": ".join(key), "Of lm-evaluation-harness, ± its standard error.", of_task)
 
 
 def _compared(title: str, said: str, values: Sequence[tuple[Evaluation, float, str]]) -> Iterable[str]:
-    """A plot of one number of each evaluation, scaled to the largest; nothing where there is none to scale to."""
+    """A plot of one number of each evaluation, scaled to the largest; of NaN nothing, and nothing without a largest."""
+    values = [value for value in values if not math.isnan(value[1])]
     largest = max((value for _, value, _ in values if 0 < value < float("inf")), default=None)
     if largest is not None:
         bars = [_Bar(name_of(one), text, min(max(value / largest, 0.0), 1.0)) for one, value, text in values]

@@ -17,8 +17,11 @@ from fastlock.files import as_path, read_bounded
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
-# The column that holds the prompt in AdvBench, HarmBench, StrongREJECT, and OR-Bench or XSTest.
-_COLUMNS = ("goal", "Behavior", "forbidden_prompt", "prompt", "question", "text")
+# The column that holds the prompt in AdvBench and JailbreakBench, HarmBench, StrongREJECT, and OR-Bench or XSTest; in
+# small letters or not.
+_COLUMNS = ("goal", "behavior", "forbidden_prompt", "prompt", "question", "text")
+# HarmBench's column of what a request is about, and what HarmBench puts between it and the request.
+_CONTEXT, _BETWEEN = "contextstring", "\n\n---\n\n"
 _SHIPPED = Path(__file__).with_name("prompts.json")
 
 
@@ -40,9 +43,11 @@ class Prompts:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, given in vars(self).items():
-            if isinstance(given, str) or not all(isinstance(text, str) and text.strip() for text in given):
-                raise FastlockError(f"`{name}`: give a list of texts, none of them empty.")
+        for name, given in list(vars(self).items()):
+            texts = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ("",)
+            if not all(map(_is_text, texts)):
+                raise FastlockError(f"`{name}`: give a list of texts, none of them empty or with half a character.")
+            object.__setattr__(self, name, texts)  # a generator is read once only
         if not (self.harmful or self.harmless or self.texts):
             raise FastlockError("there is nothing to ask: give harmful or harmless prompts, or texts.")
 
@@ -60,9 +65,10 @@ def prompts_digest(prompts: Prompts) -> str:
 def load_prompts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Read prompts from a file: CSV with a header, JSON, JSON lines, or plain text with one on each line.
 
-    In CSV and JSON the prompt is in the column `goal` (AdvBench), `Behavior` (HarmBench), `forbidden_prompt`
-    (StrongREJECT), `prompt` (OR-Bench, XSTest), `question` or `text`. Of XSTest's file, whose column `label` says
-    "safe" or "unsafe", take the half that is wanted first.
+    In CSV and JSON the prompt is in the column `goal` (AdvBench, JailbreakBench), `Behavior` (HarmBench),
+    `forbidden_prompt` (StrongREJECT), `prompt` (OR-Bench, XSTest), `question` or `text`, in capitals or not. Before it
+    comes what HarmBench has in `ContextString`. Of XSTest's file, whose column `label` says "safe" or "unsafe", take
+    the half that is wanted first.
 
     Raises:
         FastlockError: the file is missing, too large or damaged, or holds no prompts.
@@ -71,7 +77,7 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
         prompts = tuple(_prompts(text, path))
-    except (UnicodeDecodeError, ValueError, TypeError, RecursionError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise FastlockError(f"{path}: can't be read as {path.suffix or 'text'} ({error}).") from None
     if not prompts:
         raise FastlockError(f"{path}: holds no prompts.")
@@ -79,22 +85,51 @@ def load_prompts(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def _prompts(text: str, path: Path) -> Iterable[str]:
-    if path.suffix == ".csv":
+    kind = path.suffix.lower()
+    if kind == ".csv":
         return [
             _prompt(row, f"{path}, row {number}") for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)
         ]
-    lines = [line for line in text.split("\n") if line.strip()]
-    if path.suffix == ".jsonl":
-        return [_prompt(json.loads(line), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    if path.suffix == ".json":
-        return [_prompt(entry, f"{path}, entry {number}") for number, entry in enumerate(json.loads(text), 1)]
-    return [line.strip() for line in lines]
+    if kind == ".json":
+        return [_prompt(entry, f"{path}, entry {number}") for number, entry in enumerate(_list(text, path), 1)]
+    lines = [(line.strip(), f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1)]
+    if kind == ".jsonl":
+        return [_prompt(_parsed(line, where), where) for line, where in lines if line]
+    return [line for line, _ in lines if line]
+
+
+def _list(text: str, path: Path) -> list[Any]:
+    entries = json.loads(text)
+    if not isinstance(entries, list):
+        raise FastlockError(f"{path}: can't be read as .json (it is no list). Give one list, of prompts or objects.")
+    return entries
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FastlockError(f"{where}: not JSON ({error}). Give a text or an object on each line.") from None
 
 
 def _prompt(entry: Any, where: str) -> str:
-    found = entry if isinstance(entry, str) else None
+    found, context = entry, None
     if isinstance(entry, dict):
-        found = next((entry[column] for column in _COLUMNS if entry.get(column)), None)
+        held = {str(column).lower(): value for column, value in entry.items() if value}
+        found = next((held[column] for column in _COLUMNS if column in held), None)
+        context = held.get(_CONTEXT)
     if not isinstance(found, str) or not found.strip():
         raise FastlockError(f"{where}: no prompt is there. Name its column one of {', '.join(_COLUMNS)}.")
-    return found.strip()
+    prompt = found.strip()
+    if isinstance(context, str) and context.strip():
+        prompt = context.strip() + _BETWEEN + prompt
+    if not _is_text(prompt):
+        raise FastlockError(
+            f"{where}: its prompt holds half a character (a lone surrogate). Write it anew, or remove it."
+        )
+    return prompt
+
+
+def _is_text(given: Any) -> bool:
+    """Something to read, without halves of characters (lone surrogates), which no tokenizer takes."""
+    return isinstance(given, str) and bool(given.strip()) and not any("\ud800" <= c <= "\udfff" for c in given)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,8 +57,10 @@ def scores(model: nn.Module, tokenizer: Any, tasks: Sequence[str], batch_size: i
     from lm_eval.models.huggingface import HFLM
 
     try:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = harness.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, log_samples=False)
+        with _same_random_numbers():
+            # It gives a tokenizer another padding: let it be a copy's.
+            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+            found = harness.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, log_samples=False)
     except torch.OutOfMemoryError:
         found = None
     except Exception as error:  # it raises whatever its parts raise
@@ -87,6 +93,21 @@ def _scores(results: dict[str, dict[str, Any]]) -> tuple[Score, ...]:
             held = isinstance(error, int | float) and math.isfinite(error)
             found.append(Score(task, name, float(value), float(error) if held else None))  # type: ignore[arg-type]
     return tuple(found)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Afterwards random numbers go on as if nothing had been: the harness seeds all of them anew."""
+    states, on_gpus = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.cuda.is_available()
+    of_gpus = torch.cuda.get_rng_state_all() if on_gpus else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
 
 
 @functools.cache

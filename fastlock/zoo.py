@@ -17,7 +17,7 @@ from typing import IO, Any
 from fastlock.carrier import check_stacks
 from fastlock.checkpoint import DEFAULT_STACKS
 from fastlock.errors import FastlockError
-from fastlock.files import Place, as_place, below, write_atomic
+from fastlock.files import CONFIG, Place, as_place, below, write_atomic
 from fastlock.folders import file_at
 from fastlock.lock import Lock, check_lock, strength_for
 from fastlock.remote import write_remote
@@ -122,12 +122,15 @@ def relock_zoo(
         on_result: called with each result, and the number of checkpoints in all.
 
     Raises:
-        FastlockError: nothing can be begun: no such source, two of one name, no workers.
+        FastlockError: nothing can be begun: no such source, two of one name, no workers, or `out` is a checkpoint or a
+            source itself.
     """
     check_lock(lock)
     strength = strength_for(lock, strength)
     place = as_place(out)
     root = place if isinstance(place, str) else place.expanduser().absolute()
+    if file_at(below(root, CONFIG)) is not None:
+        raise FastlockError(f"{root}: is a checkpoint itself. Give another directory for the relocked ones: --out.")
     found = find_checkpoints(sources, root)
     check_names(found)
     checkpoints = _share(found, rank, world_size)
@@ -143,6 +146,7 @@ def relock_zoo(
     log_place, report_place = below(root, f"{name}.jsonl"), below(root, f"{name}.html")
     summary = Summary(log=log_place, report=report_place)
     plan = _Plan(checkpoints, shared_files(checkpoints), root)
+    start = time.perf_counter()
     pool = _pool(job, workers, ray, len(checkpoints))
     with _appended(log_place) as log:
 
@@ -153,7 +157,7 @@ def relock_zoo(
                 on_result(result, total)
 
         try:
-            _run(pool, plan, summary, record)
+            _run(pool, plan, summary, start, record)
         finally:
             facts = {"lock": lock.digest, "strength": f"{strength:g}", "written to": str(root)}
             _write(report_place, report_page(summary.results, len(checkpoints), summary.seconds, facts).encode())
@@ -179,8 +183,9 @@ def verify_zoo(
     checkpoints = _share(find_checkpoints(sources), rank, world_size)
     summary = Summary()
     plan = _Plan(checkpoints, [[] for _ in checkpoints])
+    start = time.perf_counter()
     pool = _pool(Job(work=verify_one, lock=pickle.dumps(lock)), workers, ray, len(checkpoints))
-    _run(pool, plan, summary, on_result)
+    _run(pool, plan, summary, start, on_result)
     return summary
 
 
@@ -238,9 +243,8 @@ def _pool(job: Job, workers: int | None, ray: str | None, tasks: int) -> Pool:
     return LocalPool(job, max(1, min(workers or _cpus(), tasks)))
 
 
-def _run(pool: Pool, plan: _Plan, summary: Summary, on_result: OnResult | None) -> None:
+def _run(pool: Pool, plan: _Plan, summary: Summary, start: float, on_result: OnResult | None) -> None:
     """Do all tasks; the summary is right at every moment."""
-    start = time.perf_counter()
     try:
         for result in _results(pool, plan):
             summary.results.append(result)

@@ -43,11 +43,16 @@ def find_checkpoints(
         out: the directory that the results go to: it is left out of every search.
 
     Raises:
-        FastlockError: a source stands for no checkpoint, or two checkpoints would have one name.
+        FastlockError: a source stands for no checkpoint, or is `out`.
     """
     left_out = _identity(out) if out is not None else None
     found: dict[tuple[str, FileId | str | None], Checkpoint] = {}
     for source in _without_lists(sources):
+        if left_out is not None and _identity(source) == left_out:
+            raise FastlockError(
+                f"{source}: is --out itself, which is never searched. Leave it out of the sources, or give another "
+                "--out; a directory below a source is fine."
+            )
         for checkpoint in _of_url(source, left_out) if isinstance(source, str) else _of_source(str(source), left_out):
             found.setdefault((checkpoint.name, _identity(checkpoint.source)), checkpoint)
     if not found:

@@ -314,9 +314,31 @@ class LocalPool:
     def _new_pool(self) -> pebble.ProcessPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
+        _start_fork_server(context)
         return pebble.ProcessPool(
             self._workers, initializer=_start_worker, initargs=(self._job, dict(os.environ)), context=context
         )
+
+
+def _start_fork_server(context: multiprocessing.context.ForkServerContext) -> None:
+    """Start the process that workers are forked from, and wait until it can fork: importing takes it seconds.
+
+    A Ctrl-C in these seconds would end it with a traceback, as it ignores Ctrl-C only once all is imported; and a pool
+    given up meanwhile would leave it workers to fork that can't begin any more.
+    """
+    from multiprocessing import forkserver, resource_tracker  # Windows has none
+
+    resource_tracker.ensure_running()  # which the fork server needs; starting it lifts the block below
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process takes the mask over
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    context.Process(target=_nothing, daemon=True).start()  # returns once it is forked
+
+
+def _nothing() -> None:
+    """What the first process does."""
 
 
 def _died(task: Task, exit_code: int) -> str:

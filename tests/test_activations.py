@@ -258,6 +258,29 @@ def test_a_batch_half_written_is_read_again(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_array_equal(read(model, texts(), plain, tmp_path), read(model, texts()))
 
 
+@pytest.mark.usefixtures("small_batches")
+def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
+    """What a killed write leaves, and other hidden files, are no hindrance to going on."""
+    model = tiny_model("llama")
+    expected = read(model, texts(), plain, tmp_path / "work")
+    (tmp_path / "work" / ".index.json.0f0f0f0f.tmp").write_text("{")
+    np.testing.assert_array_equal(read(model, texts(), plain, tmp_path / "work"), expected)
+    for name in ("config.json", "empty"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        with pytest.raises(FastlockError, match=r"holds other files \(config\.json\)\. Give a new directory"):
+            read(model, texts(), plain, tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["config.json"]
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    model = tiny_model("llama")
+    for work, message in {"file": "is no directory", "file/work": "can't be written"}.items():
+        with pytest.raises(FastlockError, match=f"{work}: .*{message}.*Give another directory"):
+            read(model, texts(), plain, tmp_path / work)
+
+
 def damaged(work: Path, **changes: Any) -> None:
     index = json.loads((work / "index.json").read_text())
     (work / "index.json").write_text(json.dumps(index | changes))

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from families import random_lock, tiny_model
+from rich.console import Console
 
 import fastlock
 from fastlock import cli
@@ -213,7 +215,108 @@ def test_calibrate(files, run, monkeypatch) -> None:
         assert "give either --lock, or --base and --pairs" in said
     run("calibrate", base, "--lock", lock, "--out", out, "--trials", "0", code=2)
     assert len(asked) == 2
-    assert not out.exists()
+    assert not list(out.glob("*"))
+
+
+# Where nothing can be written, not even by root.
+PROC = pytest.param("/proc", "/proc: can't be written", marks=pytest.mark.skipif(not Path("/proc").exists(), reason=""))
+
+
+@pytest.fixture
+def loading(monkeypatch):
+    """What is loaded: nothing, for it stops there."""
+    asked = []
+
+    def load_model(path):
+        asked.append(path)
+        raise FastlockError("far enough")
+
+    monkeypatch.setattr(cli, "load_model", load_model)
+    return asked
+
+
+@pytest.mark.parametrize("command", [["extract", "base"], ["train", "base", "base"]])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("new/lock.safelock", "Name it so: --out new/lock.safetensors"),
+        ("new/lock.txt", "Name it so: --out new/lock.safetensors"),
+        ("new/lock", "Name it so: --out new/lock.safetensors"),
+        ("base", "Name a file in it for the lock: --out base/lock.safetensors"),
+        ("lock.safetensors/new.safetensors", "lock.safetensors: is there already, and is no directory"),
+        ("lock.safetensors/new/new.safetensors", "lock.safetensors/new: can't be written"),
+        pytest.param("/proc/lock.safetensors", *PROC.values[1:], marks=PROC.marks),
+    ],
+)
+def test_a_lock_that_cannot_be_written_is_refused_before_the_work(
+    command, out, message, files, run, loading, monkeypatch
+) -> None:
+    monkeypatch.chdir(files)
+    assert message in run(*command, "--out", out, code=cli.REFUSED)
+    assert loading == []
+    assert not (files / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["extract", "base", "--out", "new.safetensors", "--work"], ["evaluate", "base", "--out"]]
+)
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [("lock.safetensors", "lock.safetensors: is there already, and is no directory. Give another directory"), PROC],
+)
+def test_a_directory_that_cannot_be_written_is_refused_before_the_work(
+    command, directory, message, files, run, loading, monkeypatch
+) -> None:
+    monkeypatch.chdir(files)
+    assert message in run(*command, directory, code=cli.REFUSED)
+    assert loading == []
+
+
+def test_a_directory_with_other_files_is_none_to_work_in(files, run, loading) -> None:
+    before = {path.name: path.read_bytes() for path in (files / "base").iterdir()}
+    extract = ["extract", files / "base", "--out", files / "new.safetensors", "--work", files / "base"]
+    assert "holds other files (config.json). Give a new directory" in run(*extract, code=cli.REFUSED)
+    assert loading == []
+    assert {path.name: path.read_bytes() for path in (files / "base").iterdir()} == before
+
+
+def test_missing_directories_of_a_lock_are_made(files, run, monkeypatch) -> None:
+    made = fastlock.Lock.load(files / "lock.safetensors")
+    monkeypatch.setattr(cli, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(cli, "make_lock", lambda *_, **__: made)
+    monkeypatch.setattr(cli, "train_lock", lambda *_, **__: made)
+    for command in ("extract", files / "base"), ("train", files / "base", files / "base"):
+        out = files / command[0] / "new" / "lock.safetensors"
+        run(*command, "--out", out)
+        assert fastlock.Lock.load(out) == made
+
+
+def test_an_error_of_the_system_is_shown_with_its_path(files, run, monkeypatch) -> None:
+    def full(path):
+        raise OSError(28, "No space left on device", "/some/where")
+
+    monkeypatch.setattr(cli, "load_tokenizer", full)
+    said = run("extract", files / "base", "--out", files / "new.safetensors", code=cli.REFUSED)
+    assert said.splitlines()[-1] == "fastlock: [Errno 28] No space left on device: '/some/where'"
+
+
+def test_a_strength_without_a_lock_is_wrong(files, run, loading) -> None:
+    assert "give the --lock, too" in run("evaluate", files / "base", "--strength", "2", code=2)
+    assert loading == []
+
+
+def test_inspect_cuts_nothing_off(files, run, monkeypatch) -> None:
+    """In a narrow terminal: digests and names go on in the next line."""
+    lock = fastlock.Lock.load(files / "lock.safetensors")
+    fastlock.relock_checkpoint(files / "base", lock, files / "locked")
+    monkeypatch.setattr(cli, "_out", Console(width=40))
+    for path in (files / "lock.safetensors", files / "locked"):
+        printed = run("inspect", path)
+        assert "…" not in printed
+        columns = zip(*(line.split("│") for line in printed.splitlines() if line.count("│") == 3), strict=True)
+        assert lock.digest in ["".join(cell.strip() for cell in column) for column in columns][2]
+    names = [line.split("│")[3].strip() for line in printed.splitlines() if line.count("│") == 5]
+    assert "model.layers.2.self_attn.o_proj" in "".join(names)
 
 
 def test_names_are_not_taken_for_markup(files, run) -> None:

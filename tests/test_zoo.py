@@ -373,6 +373,22 @@ def test_wrong_arguments_begin_nothing(name: str, value: object, tunes, lock, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_results_do_not_go_into_a_source_or_a_checkpoint(tunes, made, lock, tmp_path) -> None:
+    shutil.copytree(made / "other", tmp_path / "other")
+    before = contents(tmp_path)
+    for out in (tmp_path / "other", tunes / "a"):
+        for sources in ([tunes], [tunes / "a"], [tunes / "a", tunes / "b"]):
+            with pytest.raises(fastlock.FastlockError, match=f"{out}: is a checkpoint itself.*--out"):
+                zoo.relock_zoo(sources, lock, out, workers=1)
+    (tmp_path / "link").symlink_to(tunes)
+    for sources, out in (([tunes], tunes), ([tunes / "a", tmp_path / "link"], tunes), ([tunes], tmp_path / "link")):
+        with pytest.raises(fastlock.FastlockError, match=f"{sources[-1]}: is --out itself, which is never searched"):
+            zoo.relock_zoo(sources, lock, out, workers=1)
+    (tmp_path / "link").unlink()
+    assert contents(tmp_path) == before
+    assert zoo.relock_zoo([tunes], lock, tunes / "relocked", workers=1).counts == {"relocked": 6}
+
+
 def test_a_place_that_cannot_be_written(tunes, lock, tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(fastlock.FastlockError, match="can't be written"):
@@ -457,18 +473,23 @@ def slow(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
     return zoo_workers.relock_one(job, task)
 
 
-def command(tunes: Path, lock: Path, out: Path) -> subprocess.Popen:
-    """`fastlock zoo relock` with the slow worker, in a process group of its own, once it is at work on b."""
+def begun(tunes: Path, lock: Path, out: Path) -> subprocess.Popen:
+    """`fastlock zoo relock` with the slow worker, in a process group of its own."""
     code = "import sys, test_zoo; from fastlock import zoo, zoo_cli; zoo.relock_one = test_zoo.slow; zoo_cli.app()"
     arguments = ["relock", str(tunes), "--lock", str(lock), "--out", str(out), "--workers", "2"]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": path},
     )
+
+
+def command(tunes: Path, lock: Path, out: Path) -> subprocess.Popen:
+    """The same, once it is at work on b."""
+    process = begun(tunes, lock, out)
     log = out / "fastlock-zoo.jsonl"
     until(lambda: (out / ".half").exists() and log.exists() and len(log.read_text().splitlines()) == 5)
     return process
@@ -492,6 +513,25 @@ def test_stopped_by_ctrl_c_and_begun_again(tunes, made, lock, tmp_path) -> None:
     assert "Stopped early: 1 of 6" in (out / "fastlock-zoo.html").read_text()
     summary = zoo.relock_zoo([tunes], lock, out, workers=1)
     assert statuses(summary) == dict.fromkeys("acdef", "done already") | {"b": "relocked"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_stopped_by_ctrl_c_while_it_starts(tunes, made, tmp_path) -> None:
+    """While the process that workers are forked from imports what they need, which takes longer."""
+    process = begun(tunes, made / "lock.safetensors", tmp_path / "out")
+
+    def its_processes() -> list[str]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [Path(f"/proc/{child}/cmdline").read_text() for child in children]
+
+    until(lambda: any("forkserver" in line for line in its_processes()))
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == zoo_cli.STOPPED
+    assert "stopped after 0 checkpoints" in printed
+    assert "Error" not in printed
+    assert "Traceback" not in printed
 
 
 def test_killed_and_begun_again(tunes, made, lock, tmp_path) -> None:
