@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.files import as_path, read_bounded, write_atomic
+from fastlock.files import as_path, read_bounded, writable_directory, write_atomic
 from fastlock.memory import in_halves
 from fastlock.sites import Site
 
@@ -36,24 +36,6 @@ BATCH_TOKENS = 1024
 INDEX, VECTORS = "index.json", "activations.bin"
 _FORMAT = "fastlock-activations 1"
 _MAX_INDEX_BYTES = 4096
-
-
-def writable_directory(given: str | os.PathLike[str]) -> Path:
-    """A directory that files can be written to, made where there is none.
-
-    Raises:
-        FastlockError: it can't be.
-    """
-    path = as_path(given)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # only a file tells: rights say little to root, or of a read-only disk
-            pass
-    except FileExistsError:
-        raise FastlockError(f"{path}: is there already, and is no directory. Give another directory.") from None
-    except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: can't be written ({error}). Give another directory.") from None
-    return path
 
 
 def work_directory(given: str | os.PathLike[str]) -> Path:

@@ -14,8 +14,11 @@ def with_section(card: bytes | None, receipt: Receipt, stacks: tuple[str, ...]) 
 
 
 def without_section(card: bytes) -> bytes | None:
-    """The card as it was before: the inverse of `with_section`, whatever was written around it since."""
-    begin = card.find(_BEGIN)
+    """The card as it was before: the inverse of `with_section`, whatever was written around it since.
+
+    It is the last section that goes: a card may have had one before.
+    """
+    begin = card.rfind(_BEGIN)
     end = card.find(_END, begin)
     if begin < 0 or end < 0:
         return card

@@ -1,8 +1,8 @@
 """One checkpoint on disk: relocked or unlocked into a new directory, from its locked columns alone.
 
 A relocked directory holds links to the files that did not change, one new small shard with the biases, and, under
-`fastlock/original/`, links to what it holds in another form now (config, index) or would bypass the lock (weights in
-other formats). `original_files` is the way back.
+`fastlock/original/`, what it holds in another form now (config, index) or would bypass the lock (weights in other
+formats): copies of small files, links to large ones. `original_files` is the way back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,16 +34,17 @@ from fastlock.folders import (
     file_at,
     files_in,
     local_files,
+    locked_in_place,
     new_folder,
     new_local_folder,
+    place_of_making,
 )
 from fastlock.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.pretrained import load_model, out_of_llama_form
 from fastlock.receipt import LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
 from fastlock.relock import relock, unlock
 from fastlock.remote import RemoteFile, RemoteFolder, normalised
-from fastlock.shards import INDEX, SINGLE, Stored, read_all
-from fastlock.sites import DTYPES
+from fastlock.shards import INDEX, SINGLE, Stored, read_all, read_shards
 from fastlock.stacks import named_architecture
 from fastlock.stored import Checkpoint, StoredSite, in_threads, read_config
 
@@ -53,12 +54,14 @@ NEW_SHARD = "model-fastlock.safetensors"
 RENAMED = "model-00001-of-00001.safetensors"
 ASIDE = "fastlock/original/"
 MAX_FEATURES = 2**24
+MAX_COPIED_BYTES = 2**20
 
-# Out of the way, but not lost: weights in other formats, which are without the lock and which some stacks prefer; and
-# signatures, which are of the original (a new one written over the link would overwrite the source's).
+# Out of the way, but not lost: weights in other formats and variants, which are without the lock and which some stacks
+# prefer; and signatures, which are of the original (a new one written over the link would overwrite the source's).
 _SET_ASIDE = (
-    "*.bin *.bin.index.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx *.ot "
-    "consolidated*.safetensors consolidated.safetensors.index.json *.sig"
+    "*.bin *.bin.index.json *.bin.index.*.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx *.ot "
+    "consolidated*.safetensors consolidated.safetensors.index.json "
+    "model.*.safetensors model.safetensors.index.*.json *.sig"
 ).split()
 
 Folds = dict[tuple[Any, ...], tuple[bytes, bytes]]
@@ -117,19 +120,22 @@ def relock_checkpoint(
     check_lock(lock)
     strength, stacks = strength_for(lock, strength), check_stacks(stacks)
     source, out = _check_paths(source, out, in_place)
-    files = original_files(files_in(source), str(source))
-    checkpoint = Checkpoint(files, str(source))
-    if CONFIG_KEY in checkpoint.raw:
-        _check_saved(checkpoint, choose_carrier(checkpoint, stacks))
-        return _relock_saved(source, lock, out, strength, in_place)
-    sites = checkpoint.sites_for(lock)
-    carrier = choose_carrier(checkpoint, stacks)
-    folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
-    receipt = _receipt(checkpoint, lock, strength, folded)
-    with new_folder(out, source, in_place) as new:
-        _write_relocked(new, checkpoint, carrier, receipt, folded, stacks, copy)
-        checkpoint.check_unchanged()
-    return receipt
+    with locked_in_place(out, in_place):
+        files = original_files(files_in(source), str(source))
+        checkpoint = Checkpoint(files, str(source))
+        if CONFIG_KEY in checkpoint.raw:
+            _check_saved(checkpoint, choose_carrier(checkpoint, stacks))
+            return _relock_saved(source, lock, out, strength, in_place, stacks)
+        _check_names(checkpoint)
+        sites = checkpoint.sites_for(lock)
+        carrier = choose_carrier(checkpoint, stacks)
+        _check_switched_off(checkpoint, carrier)
+        folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
+        receipt = _receipt(checkpoint, lock, strength, folded)
+        with new_folder(out, source, in_place) as new:
+            _write_relocked(new, checkpoint, carrier, receipt, folded, stacks, copy)
+            checkpoint.check_unchanged()
+        return receipt
 
 
 def unlock_checkpoint(
@@ -146,16 +152,17 @@ def unlock_checkpoint(
         FastlockError: it is not relocked, or was changed since; `out` is then not there (in place: as it was).
     """
     source, out = _check_paths(source, out, in_place)
-    files = files_in(source)
-    if not _was_relocked_here(files):
-        _unlock_saved(source, out, in_place)
-        return
-    originals = original_files(files, str(source))
-    with new_folder(out, source, in_place) as new:
-        for name, file in originals.items():
-            _carry(new, name, file, copy)
-        for file in originals.values():
-            file.check_unchanged()
+    with locked_in_place(out, in_place):
+        files = files_in(source)
+        if not _was_relocked_here(files):
+            _unlock_saved(source, out, in_place)
+            return
+        originals = original_files(files, str(source))
+        with new_folder(out, source, in_place) as new:
+            for name, file in originals.items():
+                _carry(new, name, file, copy or (ASIDE + name in files and _is_copied(new, name, file)))
+            for file in originals.values():
+                file.check_unchanged()
 
 
 def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
@@ -186,9 +193,9 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> _
     files = dict(files) | {name: files[name].patched(patch) for name, patch in patches.items()}
     view: _Files = {name: file for name, file in files.items() if not _of_relocking(name)}
     view |= {name.removeprefix(ASIDE): file for name, file in files.items() if name.startswith(ASIDE)}
-    if NEW_SHARD not in files and INDEX in files:
-        view[INDEX] = files[INDEX]
-    if RENAMED in view and (INDEX not in view or RENAMED.encode() not in read_all(view[INDEX], INDEX)):
+    if NEW_SHARD not in files:
+        view |= {INDEX: files[INDEX]} if INDEX in files else {}
+    elif RENAMED in view and (INDEX not in view or RENAMED.encode() not in read_all(view[INDEX], INDEX)):
         view[SINGLE] = view.pop(RENAMED)
     if CARD in files:
         card = without_section(read_all(files[CARD], CARD))
@@ -201,7 +208,33 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> _
 
 def _of_relocking(name: str) -> bool:
     """Whether a file of a relocked directory is no file of the original: new, changed, or a signature of the new."""
-    return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith("fastlock/") or name.endswith(".sig")
+    return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith(ASIDE) or name.endswith(".sig")
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    """Raise if files of the checkpoint's own have names that a relocked directory needs."""
+    for name in checkpoint.files:
+        stray = name == RENAMED and name not in checkpoint.shards.files
+        if name.partition("/")[0] == "fastlock" or name == NEW_SHARD or stray:
+            raise FastlockError(
+                f"{checkpoint.where}: holds {name[:200]!a}, and fastlock needs that name for files of its own. Move it "
+                "away; if fastlock wrote it, start from the original checkpoint. Nothing was written."
+            )
+
+
+def _check_switched_off(checkpoint: Checkpoint, carrier: Carrier) -> None:
+    """Raise if relocking would switch on biases that are in the files, but not in the model as its config has it."""
+    head = {"lm_head"} & set(carrier.switched)
+    modules = [] if carrier.was else [*checkpoint.modules(carrier.switched), *head]
+    if carrier.form == "llama":  # the model's own class has no place for the projection's bias, whatever the flag
+        modules += [site.name for site in checkpoint.sites]
+    found = sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
+    if found:
+        raise FastlockError(
+            f"{checkpoint.where}: holds biases that its config switches off ({found[0][:200]!a}, {len(found)} in all), "
+            "and relocking would switch them on. Start from the original checkpoint, or remove them. Nothing was "
+            "written."
+        )
 
 
 def _check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_place: bool) -> tuple[Place, Place]:
@@ -218,8 +251,12 @@ def _check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in
     check_absent(target)
     if f"{place}/".startswith(f"{given}/"):
         raise FastlockError(f"{target}: is inside the checkpoint itself. Give a directory outside it.")
-    # A link at the target's own name would have been found above.
-    return given, place if isinstance(target, str) else target.parent.resolve() / target.name
+    if isinstance(target, str):
+        return given, place
+    target = target.parent.resolve() / target.name  # a link at its own name would have been found above
+    if isinstance(given, Path) and given.is_relative_to(place_of_making(target)):
+        raise FastlockError(f"{source}: is where {out} is made, and would be cleared away. Give it another name first.")
+    return given, target
 
 
 def _resolved(given: str | os.PathLike[str]) -> Place:
@@ -275,21 +312,28 @@ def _write_relocked(
     copy: bool,
 ) -> None:
     added = _added_biases(checkpoint, carrier, folded)
+    own = checkpoint.shards.files
+    note = _note(carrier, checkpoint, folded, stacks)
     patches: dict[str, list[tuple[int, bytes]]] = {}
     for f in folded:
         if f.site.bias is not None:
             patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
     for name, file in checkpoint.files.items():
+        new_name = _new_name(name, bool(added), own)
         if name != CARD:
             changed = file.patched(patches[name]) if not isinstance(file, Text) and name in patches else file
-            _carry(new, _new_name(name, bool(added)), changed, copy)
+            aside = new_name.startswith(ASIDE) and _is_copied(new, name, file)
+            _carry(new, new_name, changed, copy or aside)
+        if new_name.startswith(ASIDE) and _is_small(name, file):
+            note["set_aside"][name] = _digest(file, f"{checkpoint.where}/{name}")
     if added:
+        index = _new_index(checkpoint, added)
+        note["index_digest"] = _json_digest(index)
         new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
-        new.write(INDEX, _json(_new_index(checkpoint, added)))
+        new.write(INDEX, _json(index))
     card = checkpoint.files.get(CARD)
     new.write(CARD, with_section(None if card is None else read_all(card, CARD), receipt, stacks))
-    data = receipt.to_dict() | {"carrier": _note(carrier, checkpoint, folded, stacks)}
-    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: data}))
+    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: receipt.to_dict() | {"carrier": note}}))
 
 
 def _carry(new: _NewFolder, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
@@ -301,10 +345,23 @@ def _carry(new: _NewFolder, name: str, file: LocalFile | RemoteFile | Text, copy
         new.link(name, file)
 
 
-def _new_name(name: str, with_new_shard: bool) -> str:
-    """The name of an unchanged file in a relocked directory."""
+def _is_small(name: str, file: File) -> bool:
+    """Whether a file that is set aside is copied and its digest noted: editing the source must not change it."""
+    return name in (CONFIG, INDEX) or file.size <= MAX_COPIED_BYTES
+
+
+def _is_copied(new: _NewFolder, name: str, file: File) -> bool:
+    return isinstance(new, NewFolder) and _is_small(name, file)  # on another machine, links are copies
+
+
+def _digest(file: File, where: str) -> str:
+    return hashlib.sha256(read_all(file, where)).hexdigest()
+
+
+def _new_name(name: str, with_new_shard: bool, own: Set[str]) -> str:
+    """The name of an unchanged file in a relocked directory; `own` are the files that hold the checkpoint's tensors."""
     plain = name.rpartition("/")[2]
-    if name == CONFIG or any(fnmatch(plain, pattern) for pattern in _SET_ASIDE):
+    if name == CONFIG or (name not in own and any(fnmatch(plain, pattern) for pattern in _SET_ASIDE)):
         return ASIDE + name
     if with_new_shard and name == INDEX:
         return ASIDE + name
@@ -338,7 +395,8 @@ def _out_features(stored: Stored, checkpoint: Checkpoint) -> int:
 
 def _new_index(checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> dict[str, Any]:
     tensors = checkpoint.shards.tensors
-    shard = {file: _new_name(file, True) for file in {stored.file for stored in tensors.values()}}
+    own = checkpoint.shards.files
+    shard = {file: _new_name(file, True, own) for file in own}
     weight_map = {name: shard[stored.file] for name, stored in tensors.items()}
     size = sum(stored.length for stored in tensors.values()) + sum(bias.nbytes for bias in added.values())
     index = checkpoint.shards.index or {}
@@ -357,13 +415,23 @@ def _note(carrier: Carrier, checkpoint: Checkpoint, folded: list[_Folded], stack
     note["original_biases"] = {
         str(f.site.layer): base64.b64encode(raw_bytes(f.original)).decode() for f in folded if f.original is not None
     }
-    return note | {"config_digest": config_digest(carrier.config)}
+    return note | {"config_digest": config_digest(carrier.config), "set_aside": {}}
 
 
 def config_digest(config: dict[str, Any]) -> str:
     """SHA-256 of a config.json without its receipt, however it is laid out."""
-    bare = {key: value for key, value in config.items() if key != CONFIG_KEY}
-    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
+    return _json_digest({key: value for key, value in config.items() if key != CONFIG_KEY})
+
+
+def index_changed(checkpoint: Checkpoint, carrier: Mapping[str, Any]) -> bool:
+    """Whether a relocked directory's index is another than fastlock wrote; `carrier` is the receipt's note of it."""
+    if not _was_relocked_here(checkpoint.files) or "index_digest" not in carrier:
+        return False
+    return bool(carrier["index_digest"] != _json_digest(checkpoint.shards.index or {}))
+
+
+def _json_digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def receipt_in(files: Mapping[str, File], where: str) -> tuple[Receipt | None, dict[str, Any]]:
@@ -389,8 +457,12 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
         raise _changed(checkpoint.where, "the locked biases are not those that fastlock wrote")
     if (name := changed_addition(checkpoint, receipt)) is not None:
         raise _changed(checkpoint.where, f"{name}, which fastlock wrote as zeros, holds other numbers")
-    if _carrier_note(raw).get("config_digest") != config_digest(raw):
+    note = _carrier_note(raw)
+    if note.get("config_digest") != config_digest(raw):
         raise _changed(checkpoint.where, f"{CONFIG} is not the one that fastlock wrote")
+    if index_changed(checkpoint, note):
+        raise _changed(checkpoint.where, f"{INDEX} is not the one that fastlock wrote")
+    _check_set_aside(checkpoint, note)
     patches: dict[str, list[tuple[int, bytes]]] = {}
     for layer, original in original_biases_on_disk(checkpoint, receipt, raw).items():
         stored = checkpoint.sites[layer].bias
@@ -399,32 +471,58 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
     return patches
 
 
+def _check_set_aside(checkpoint: Checkpoint, note: dict[str, Any]) -> None:
+    """Raise if a small file that was set aside is not what it was."""
+    noted = note.get("set_aside", {})  # receipts of before fastlock noted it have none
+    for name, digest in noted.items() if isinstance(noted, dict) else []:
+        file, where = checkpoint.files.get(ASIDE + name), f"{checkpoint.where}/{ASIDE}{name}"
+        if file is None or _digest(file, where) != digest:
+            raise FastlockError(
+                f"{where}: is not what was set aside when it was relocked, so that it can't "
+                "be put back. Start from the original checkpoint."
+            )
+
+
 def original_biases_on_disk(
     checkpoint: Checkpoint, receipt: Receipt, raw: dict[str, Any]
 ) -> dict[int, torch.Tensor | None]:
     """The bias that each locked layer had before, None where it had none, out of the receipt.
 
     Raises:
-        FastlockError: the receipt does not hold them.
+        FastlockError: the receipt does not hold them, or can't be true.
     """
+    note = _carrier_note(raw)
     originals: dict[int, torch.Tensor | None] = {}
     for locked, bias in zip(receipt.sites, stored_biases(checkpoint, receipt), strict=True):
         originals[locked.layer] = None
         if locked.had_bias:
-            try:
-                data = bytearray(
-                    base64.b64decode(_carrier_note(raw)["original_biases"][str(locked.layer)], validate=True)
-                )
-                original = torch.frombuffer(data, dtype=DTYPES[receipt.dtype])
-            except (KeyError, TypeError, ValueError):
-                original = None
+            original = None if bias is None else _decoded(note, locked.layer, bias.dtype)
             if original is None or bias is None or original.shape != bias.shape:
                 raise FastlockError(
                     f"{checkpoint.where}: the receipt does not hold the original bias of layer {locked.layer}, so "
                     "that it can't be put back. Get the checkpoint again, or start from the original one."
                 )
+            if original.count_nonzero() and _had_none(note):
+                raise FastlockError(
+                    f"{checkpoint.where}: the receipt says that layer {locked.layer} had a bias before, and that its "
+                    "model had no place for one. Don't trust this checkpoint: start from the original one."
+                )
             originals[locked.layer] = original
     return originals
+
+
+def _decoded(note: dict[str, Any], layer: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """A layer's original bias out of the receipt, None where it can't be one; each has the dtype of the bias there."""
+    try:
+        data = bytearray(base64.b64decode(note["original_biases"][str(layer)], validate=True))
+        return torch.frombuffer(data, dtype=dtype)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _had_none(note: dict[str, Any]) -> bool:
+    """Whether the projections had no biases but zeros before: a negative fold said to be one would hide the lock."""
+    return note.get("form") == "llama" or bool(note.get("flag") and note.get("was") is False)
 
 
 def _carrier_note(raw: dict[str, Any]) -> dict[str, Any]:
@@ -463,16 +561,22 @@ def _changed(where: str, what: str) -> FastlockError:
 
 
 def _json(data: dict[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    """JSON as UTF-8; lone surrogates, which UTF-8 can't hold, are escaped, and all else outside ASCII with them."""
+    try:
+        return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(data, indent=2) + "\n").encode()
 
 
-def _relock_saved(source: Place, lock: Lock, out: Place, strength: float, in_place: bool) -> Receipt:
+def _relock_saved(
+    source: Place, lock: Lock, out: Place, strength: float, in_place: bool, stacks: tuple[str, ...]
+) -> Receipt:
     """Relock a checkpoint that transformers saved from a relocked model: its biases are among its other weights."""
     source, out = _both_here(source, out)
     model = load_model(source)
     receipt = relock(model, lock, strength)
-    _save(model, source, out, in_place)
     receipt.to_dict()  # takes its digests while the model is there
+    _save(model, source, out, in_place, receipt, stacks)
     return receipt
 
 
@@ -484,7 +588,7 @@ def _unlock_saved(source: Place, out: Place, in_place: bool) -> None:
     carrier = receipt.get("carrier", {}) if isinstance(receipt, dict) else {}
     if carrier.get("form") == "llama":
         model = out_of_llama_form(model, carrier.get("original_config"), source)
-    _save(model, source, out, in_place)
+    _save(model, source, out, in_place, None, ())
 
 
 def _check_saved(checkpoint: Checkpoint, carrier: Carrier) -> None:
@@ -507,13 +611,39 @@ def _both_here(source: Place, out: Place) -> tuple[Path, Path]:
     return source, out
 
 
-def _save(model: Any, source: Path, out: Path, in_place: bool) -> None:
+def _save(
+    model: Any, source: Path, out: Path, in_place: bool, receipt: Receipt | None, stacks: tuple[str, ...]
+) -> None:
+    """Save a model, with everything else that is in the directory that it was loaded from.
+
+    Args:
+        model: relocked or unlocked.
+        source, out, in_place: as for `relock_checkpoint`.
+        receipt: what was done; None where it was unlocked, and what was set aside comes back.
+        stacks: for the model card.
+    """
+    files = local_files(source)
+    shards = read_shards(dict(files), str(source)).files
     with new_local_folder(out, source, in_place) as new:
         try:
             model.save_pretrained(new.path)
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from None
         new.sync()
-        for name, file in local_files(source).items():
-            if not name.endswith((".safetensors", ".safetensors.index.json")) and not (new.path / name).exists():
-                new.link(_new_name(name, False), file)
+        anew = {*shards, INDEX, CARD, *local_files(new.path)}
+        for name in sorted(files, key=lambda name: not name.startswith(ASIDE)):  # what is set aside is the original's
+            target = _saved_name(name, shards, receipt is not None)
+            if not {name, target} & anew:
+                _carry(new, target, files[name], target.startswith(ASIDE) and _is_copied(new, name, files[name]))
+                anew.add(target)
+        card = without_section(read_all(files[CARD], CARD)) if CARD in files else None
+        if receipt is not None:
+            card = with_section(card, receipt, stacks)
+        if card is not None:
+            new.write(CARD, card)
+
+
+def _saved_name(name: str, shards: Set[str], locked: bool) -> str:
+    if name.startswith(ASIDE):
+        return name if locked else name.removeprefix(ASIDE)
+    return _new_name(name, False, shards) if locked else name

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from fastlock import zoo_cli
 from fastlock.activations import Progress as ShowProgress
-from fastlock.activations import work_directory, writable_directory
+from fastlock.activations import work_directory
 from fastlock.calibrate import Calibration, calibrate
 from fastlock.calibrate_report import LOCK_FILE, trial_cells, trial_columns, write_calibration
 from fastlock.calibrate_report import to_json as calibration_json
@@ -42,7 +42,7 @@ from fastlock.evaluate_report import (
     write_report,
 )
 from fastlock.extract import extract as make_lock
-from fastlock.files import as_place
+from fastlock.files import as_place, writable_directory
 from fastlock.judges import KEYWORDS, judge_name, open_judge
 from fastlock.lock import Lock, strength_for
 from fastlock.pairs import load_pairs, shipped_pairs

@@ -6,9 +6,11 @@ import contextlib
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from fastlock.errors import FastlockError
 
@@ -51,11 +53,19 @@ def as_path(given: str | os.PathLike[str]) -> Path:
 def as_place(given: str | os.PathLike[str]) -> Place:
     """What a user gave: a path here, or a URL of another machine ("s3://bucket/model"), without a slash at its end."""
     if isinstance(given, str) and "://" in given:
-        return Path(given.removeprefix("file://")) if given.startswith("file://") else given.rstrip("/")
+        return _path_of_url(given) if given.lower().startswith("file://") else given.rstrip("/")
     path = as_path(given)
     if _SPOILT_URL.match(str(path)):
         raise FastlockError(f"{path}: a URL that went through pathlib has lost a slash. Give it as text.")
     return path
+
+
+def _path_of_url(url: str) -> Path:
+    """The path that a file:// URL names on this machine."""
+    host, slash, path = url[len("file://") :].partition("/")
+    if not slash or host.lower() not in ("", "localhost"):
+        raise FastlockError(f"{url}: names no file of this machine. Give its path, or file:///the/path.")
+    return Path("/" + unquote(path, errors="surrogateescape").lstrip("/"))
 
 
 def below(place: Place, name: str) -> Place:
@@ -95,3 +105,21 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
+
+
+def writable_directory(given: str | os.PathLike[str]) -> Path:
+    """A directory that files can be written to, made where there is none.
+
+    Raises:
+        FastlockError: it can't be.
+    """
+    path = as_path(given)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # only a file tells: rights say little to root, or of a read-only disk
+            pass
+    except FileExistsError:
+        raise FastlockError(f"{path}: is there already, and is no directory. Give another directory.") from None
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{path}: can't be written ({error}). Give another directory.") from None
+    return path

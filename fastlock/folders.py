@@ -39,6 +39,7 @@ class LocalFile:
     Attributes:
         path: the file itself (in a Hugging Face cache: the blob).
         size: in bytes.
+        mode: its permissions.
         identity: device, inode, size and time of last change.
         patches: offsets, and the bytes that it is to have there instead of its own.
         viewed: how many bytes of all files this process has mapped.
@@ -52,6 +53,7 @@ class LocalFile:
         with _reading(path):
             status = path.stat()
         self.size = status.st_size
+        self.mode = status.st_mode & 0o777
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def patched(self, patches: Patches) -> LocalFile:
@@ -217,8 +219,9 @@ class NewFolder:
         path: where it is being made.
     """
 
-    def __init__(self, path: Path, mode: int, in_place: bool) -> None:
+    def __init__(self, path: Path, source: Place, mode: int, in_place: bool) -> None:
         self.path = path
+        self._source = source
         self._mode = mode
         self._in_place = in_place
 
@@ -227,7 +230,7 @@ class NewFolder:
         with self._place(name).open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            _settle(file.fileno(), self._mode_of_new(name))
 
     def link(self, name: str, source: LocalFile | RemoteFile) -> None:
         """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link.
@@ -239,6 +242,8 @@ class NewFolder:
             return
         place = self._place(name)
         if _reflink(source.path, place):
+            with place.open("rb") as file:
+                _settle(file.fileno(), source.mode)
             return
         try:
             os.link(source.path, place)
@@ -251,7 +256,7 @@ class NewFolder:
                 place.symlink_to(source.path)
 
     def copy(self, name: str, source: LocalFile | RemoteFile) -> None:
-        """A copy, synced, with the file's patches in it."""
+        """A copy, synced, with the file's permissions and its patches in it."""
         place = self._place(name)
         source.copy_to(place)
         with place.open("r+b") as file:
@@ -259,13 +264,21 @@ class NewFolder:
                 file.seek(start)
                 file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            _settle(file.fileno(), source.mode if isinstance(source, LocalFile) else None)
 
     def sync(self) -> None:
-        """Sync every file that something else wrote."""
-        for directory, _, names in os.walk(self.path):
-            for name in names:
-                _sync(os.path.join(directory, name), os.O_RDONLY)
+        """Sync every file that something else wrote, with the permissions of a new file."""
+        for path in [path for path in self.path.rglob("*") if path.is_file()]:
+            with path.open("rb") as file:
+                _settle(file.fileno(), self._mode_of_new(path.relative_to(self.path).as_posix()))
+
+    def _mode_of_new(self, name: str) -> int | None:
+        """The permissions of the source's file of that name, or else of its config.json."""
+        if isinstance(self._source, Path):
+            for path in (self._source / name, self._source / CONFIG):
+                if path.is_file():
+                    return path.stat().st_mode & 0o777
+        return None
 
     def _place(self, name: str) -> Path:
         place = self.path / name
@@ -273,9 +286,12 @@ class NewFolder:
         return place
 
     def _finish(self) -> None:
-        self.path.chmod(self._mode)
-        for directory, _, _ in os.walk(self.path):
-            _sync(directory)
+        """Sync the directories, with the permissions of the source's of that name; the innermost first."""
+        for found, _, _ in os.walk(self.path, topdown=False):
+            below = Path(found).relative_to(self.path)
+            like = self._source / below if isinstance(self._source, Path) else None
+            _sync(Path(found), like.stat().st_mode & 0o777 if like is not None and like.is_dir() else None)
+        _sync(self.path, self._mode)
 
 
 @contextlib.contextmanager
@@ -286,7 +302,7 @@ def new_folder(out: Place, source: Place, in_place: bool) -> Iterator[NewFolder 
 
     Args:
         out: its place, where nothing may be; with `in_place` the checkpoint's own, which is then exchanged for the
-            new one in one step of the file system.
+            new one in one step of the file system. `locked_in_place` keeps others out of it meanwhile.
         source: the checkpoint's directory, whose permissions the new one gets; it gets those of the directory above it
             where the source is on another machine.
         in_place: whether `out` is `source`.
@@ -307,22 +323,48 @@ def new_local_folder(out: Path, source: Place, in_place: bool) -> Iterator[NewFo
     """`new_folder` on this machine."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        mode = (out.parent if isinstance(source, str) else source).stat().st_mode & 0o777
+        status = (out.parent if isinstance(source, str) else source).stat()
         with _claimed(out) as temporary:
             if not in_place:
                 check_absent(out)
-            folder = NewFolder(temporary, mode, in_place)
+            folder = NewFolder(temporary, source, status.st_mode & 0o777, in_place)
             yield folder
             folder._finish()
             if in_place:
-                _exchange(temporary, out)
+                _exchange_for(temporary, out, status)
             else:
-                temporary.rename(out)
-            _sync(out.parent)
+                _rename(temporary, out)
+            _after(temporary, out, in_place)
     except (OSError, ValueError, shutil.Error) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise _exists(out) from None
         raise FastlockError(f"{out}: can't be written ({error}); nothing was changed.") from None
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    try:
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _exists(out) from None
+        raise
+
+
+def _exchange_for(temporary: Path, out: Path, old: os.stat_result) -> None:
+    """Exchange the new directory for the old one: for that one only, since what comes out of it is removed."""
+    _exchange(temporary, out)
+    if not os.path.samestat(old, temporary.lstat()):
+        _exchange(temporary, out)
+        raise FastlockError(f"{out}: is another directory now than at the start. Run it again when nobody moves it.")
+
+
+def _after(temporary: Path, out: Path, in_place: bool) -> None:
+    """What is left to do once the new directory is at its place."""
+    try:
+        _sync(out.parent)
+        if in_place:
+            _remove(temporary)
+    except OSError as error:
+        rest = f" Remove {temporary}, which is the old one, if it is still there." if in_place else ""
+        raise FastlockError(f"{out}: is whole, but what comes after could not be done ({error}).{rest}") from None
 
 
 def is_there(place: Place) -> bool:
@@ -347,30 +389,62 @@ def _exists(out: Path) -> FastlockError:
     return FastlockError(f"{out}: exists already. Give a directory that does not, or remove it first.")
 
 
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
-    """The directory beside `out` in which it is made: empty, and no other process's.
+def place_of_making(out: Path) -> Path:
+    """The directory beside `out` in which it is made.
 
     Its name follows from `out`, so that whatever a killed run left there is cleared away by the next.
     """
-    temporary = out.with_name(f".{out.name}.fastlock")
+    return out.with_name(f".{out.name}.fastlock")
+
+
+@contextlib.contextmanager
+def locked_in_place(out: Place, in_place: bool) -> Iterator[None]:
+    """Keep other runs out of a checkpoint that is to be exchanged: from before it is read until the old one is gone.
+
+    After the exchange the lock is on the old directory, at its `place_of_making`, and `_claimed` has locked the new
+    one, so that neither can be taken. Does nothing where it isn't `in_place`.
+
+    Raises:
+        FastlockError: another process has it, or it can't be read.
+    """
+    with contextlib.ExitStack() as stack:
+        if in_place and isinstance(out, Path):
+            with _reading(out):
+                stack.enter_context(_locked(out, out))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[Path]:
+    """The `place_of_making` of `out`: empty, and no other process's."""
+    temporary = place_of_making(out)
+    with _locked(temporary, out, make=True) as fd:
+        _clear(temporary)
+        try:
+            yield temporary
+        finally:
+            # What keeps it from being removed would only hide the error that is on its way.
+            with contextlib.suppress(OSError):
+                if _is_at(fd, temporary):  # it is not after a rename or an exchange
+                    _remove(temporary)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, out: Path, make: bool = False) -> Iterator[int]:
+    """A descriptor of a directory that no other process has locked; `out` is what the error names."""
     while True:
-        temporary.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if make:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise FastlockError(f"{out}: another process is making it right now. Wait for it to end.") from None
-            if not _is_at(fd, temporary):
-                continue  # it was finished or cleared away between our opening and our locking
-            _clear(temporary)
-            try:
-                yield temporary
-            finally:
-                # After a rename it is gone; after an exchange it is what was there before.
-                shutil.rmtree(temporary, ignore_errors=True)
-            return
+            if _is_at(fd, directory):
+                yield fd
+                return
+            # It was finished or cleared away between our opening and our locking: once more.
         finally:
             os.close(fd)
 
@@ -381,7 +455,23 @@ def _is_at(fd: int, path: Path) -> bool:
     return False
 
 
+def _remove(directory: Path) -> None:
+    _make_writable(directory)
+    shutil.rmtree(directory)
+
+
+def _make_writable(directory: Path) -> None:
+    """Let what is in a directory be removed, whatever the permissions of the directories in it."""
+    with contextlib.suppress(PermissionError):  # another user's; the permissions may do as they are
+        directory.chmod(0o700)
+    with os.scandir(directory) as entries:
+        below = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for path in below:
+        _make_writable(path)
+
+
 def _clear(directory: Path) -> None:
+    _make_writable(directory)
     for entry in list(os.scandir(directory)):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
@@ -409,9 +499,16 @@ def _exchange(a: Path, b: Path) -> None:
         raise OSError(code, f"{os.strerror(code)}: this file system can't exchange directories; use --out")
 
 
-def _sync(path: str | Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> None:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def _settle(fd: int, mode: int | None) -> None:
+    """Give a new file or directory its permissions, and sync it."""
+    if mode is not None:
+        os.fchmod(fd, mode)
+    os.fsync(fd)
+
+
+def _sync(directory: Path, mode: int | None = None) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        _settle(fd, mode)
     finally:
         os.close(fd)

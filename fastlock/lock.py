@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from fastlock import safelock
 from fastlock.errors import FastlockError
 from fastlock.files import as_path, read_bounded, write_atomic
+from fastlock.shards import no_duplicates
 from fastlock.version import __version__
 
 FORMAT = "fastlock-lock"
@@ -39,6 +41,8 @@ _GEOMETRY = ("num_layers", "num_heads", "head_dim", "hidden_size")
 _PROVENANCE = ("base_model", "recipe", "extraction_digest", "fastlock_version", "calibration")
 # The paper's α, for locks that were not calibrated.
 PAPER_STRENGTH = 6.0
+# Python's `float` also reads "1_0", " 6 " and the digits of other scripts.
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,8 @@ def check_strength(strength: float) -> float:
 def _as_strength(strength: float | str, where: str) -> float:
     """The calibrated strength, of which a file holds the decimal."""
     try:
+        if isinstance(strength, str) and not _DECIMAL.fullmatch(strength):
+            raise ValueError(f"{strength[:40]!a} is no decimal number.")
         return check_strength(float(strength) if isinstance(strength, str) else strength)
     except (FastlockError, ValueError) as error:
         raise FastlockError(f"{where}: its calibrated strength can't be used: {str(error)[:200]}") from None
@@ -376,7 +382,7 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
         size = int.from_bytes(data[:8], "little")
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {size} bytes, where a lock has at most {MAX_HEADER_BYTES}")
-        header = json.loads(data[8 : 8 + size])
+        header = json.loads(data[8 : 8 + size], object_pairs_hook=no_duplicates)
         if not isinstance(header, dict):
             raise TypeError("its header is no JSON object")
     except (ValueError, TypeError, RecursionError) as error:

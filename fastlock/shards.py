@@ -60,6 +60,11 @@ class Shards:
     tensors: dict[str, Stored]
     index: dict[str, Any] | None
 
+    @property
+    def files(self) -> set[str]:
+        """The names of the files that hold the tensors."""
+        return {stored.file for stored in self.tensors.values()}
+
 
 def read_shards(files: dict[str, Any], where: str) -> Shards:
     """The tensors of a checkpoint, as transformers finds them: `model.safetensors`, or else what the index names.
@@ -105,7 +110,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         FastlockError: it is none, or says something twice.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates)
+        value = json.loads(data, object_pairs_hook=no_duplicates)
         if not isinstance(value, dict):
             raise TypeError("it is no JSON object")
     except (ValueError, TypeError, RecursionError) as error:
@@ -193,7 +198,8 @@ def _stored(file: str, entry: Any, data: int) -> Stored:
     return Stored(file, entry["dtype"], tuple(shape), data + begin, end - begin)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("it says something twice")

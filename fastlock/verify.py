@@ -12,13 +12,21 @@ import torch
 from torch import nn
 
 from fastlock.carrier import CONFIG_KEY
-from fastlock.checkpoint import changed_addition, config_digest, original_biases_on_disk, receipt_in, stored_biases
+from fastlock.checkpoint import (
+    changed_addition,
+    config_digest,
+    index_changed,
+    original_biases_on_disk,
+    receipt_in,
+    stored_biases,
+)
 from fastlock.files import as_place
 from fastlock.folders import files_in
 from fastlock.loaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.lock import Displacement, Lock, check_lock
 from fastlock.receipt import Receipt, biases_digest
 from fastlock.reference import bound, exact_fold, magnitude
+from fastlock.shards import INDEX
 from fastlock.sites import sites_for, unwrapped
 from fastlock.stacks import named_architecture, why_lost
 from fastlock.stored import Checkpoint, StoredSite, in_threads
@@ -130,15 +138,18 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
         return original_biases_on_disk(checkpoint, known, raw)
 
     checkpoint.check_unchanged()
-    return _judge(evidence, lock, receipt, originals, problem)
+    return _judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
+
+
+def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:
+    return why_lost(checkpoint.kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
 
 
 def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> str | None:
     carrier = carrier if isinstance(carrier, dict) else {}
-    stacks = carrier.get("stacks", ["transformers"])
-    for stack in stacks if isinstance(stacks, list) else []:
-        named = named_architecture(checkpoint.raw)
-        if (lost := why_lost(checkpoint.kind, str(stack)[:40], checkpoint.text_config, named)) is not None:
+    stacks = carrier.get("stacks")
+    for stack in stacks if isinstance(stacks, list) and stacks else ["transformers"]:
+        if (lost := _why_lost(checkpoint, str(stack)[:40])) is not None:
             return lost
     if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         return "the biases do not match the receipt's digest"
@@ -146,6 +157,8 @@ def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> 
         return f"{name}, which relocking wrote as zeros, holds other numbers"
     if "config_digest" in carrier and carrier["config_digest"] != config_digest(checkpoint.raw):
         return "config.json was changed since it was relocked"
+    if index_changed(checkpoint, carrier):
+        return f"{INDEX} was changed since it was relocked"
     return None
 
 
@@ -166,9 +179,10 @@ def _judge(
     receipt: Receipt | None,
     originals: Callable[[Receipt], dict[int, torch.Tensor | None]],
     problem: Callable[[Receipt], str | None],
+    lost: str | None = None,
 ) -> Verification:
     if receipt is None:
-        return _without_receipt(evidence)
+        return _without_receipt(evidence, lost)
     layers = tuple(e.layer for e in evidence)
     if receipt.lock_digest != lock.digest:
         other = f"it is relocked with another lock (sha256 {receipt.lock_digest[:12]}…, not {lock.digest[:12]}…)"
@@ -185,8 +199,12 @@ def _judge(
     return Verification("locked", receipt.strength, layers, (), f"all {len(layers)} layers hold their fold")
 
 
-def _without_receipt(evidence: list[_Evidence]) -> Verification:
-    """Recognise a lock by its biases alone: b = s·W d with one s for all layers, by least squares."""
+def _without_receipt(evidence: list[_Evidence], lost: str | None) -> Verification:
+    """Recognise a lock by its biases alone: b = s·W d with one s for all layers, by least squares.
+
+    Args:
+        lost: why transformers would drop the biases, None where it uses them.
+    """
     layers = tuple(e.layer for e in evidence)
     if all(e.bias is None or not e.bias.count_nonzero() for e in evidence):
         return Verification("not locked", None, layers, (), "there is no receipt, and no bias at the locked layers")
@@ -196,6 +214,9 @@ def _without_receipt(evidence: list[_Evidence]) -> Verification:
     # People choose round strengths: the roundest one that the biases allow.
     for strength in (*(round(estimate, digits) for digits in range(4)), estimate):
         if 0 < strength < math.inf and all(e.is_fold(strength, None) for e in evidence):
+            if lost is not None:
+                reason = f"there is no receipt, and every bias is the fold, but {lost}"
+                return Verification("not locked", None, layers, (), reason)
             return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")
     reason = "there is no receipt, and the biases are not folds of this lock alone"
     return Verification("not locked", None, layers, (), reason)

@@ -195,7 +195,7 @@ def test_only_headers_configs_and_locked_projections_are_read(tmp_path, monkeypa
     fastlock.relock_checkpoint(source, lock, tmp_path / "out")
     assert sum(length for _, _, length in viewed) == 2 * 64 * 128 * 2  # two layers of [64, 4 * 32] bfloat16
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in source.glob("*.safetensors"))
-    assert read == headers + sum(
+    assert read == headers + 2 * sum(  # to parse them, and for their digests
         path.stat().st_size for path in (source / "config.json", source / "model.safetensors.index.json")
     )
 
@@ -431,7 +431,14 @@ def change_config(locked) -> None:
     (locked / "config.json").write_text(json.dumps(config_of(locked) | {"rope_theta": 5.0}))
 
 
-@pytest.mark.parametrize("change", [change_bias, change_zeros, change_config])
+def change_index(locked) -> None:
+    save_file({"extra.weight": torch.ones(3)}, locked / "extra.safetensors")
+    index = json.loads((locked / "model.safetensors.index.json").read_text())
+    index["weight_map"]["extra.weight"] = "extra.safetensors"
+    (locked / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("change", [change_bias, change_zeros, change_config, change_index])
 def test_what_was_changed_since_is_not_thrown_away(change, tmp_path) -> None:
     _, lock, source = checkpoint(tmp_path)
     fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
@@ -492,7 +499,8 @@ def test_weights_without_the_lock_are_set_aside_and_come_back(tmp_path) -> None:
     """Some stacks would prefer them; but nothing is lost."""
     _, lock, source = checkpoint(tmp_path)
     others = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "consolidated.00.pth"]
-    others += ["consolidated.safetensors", "original/consolidated.00.pth"]
+    others += ["consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin.index.fp16.json"]
+    others += ["model.fp16.safetensors", "model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors"]
     for name in others:
         (source / name).write_text("weights")
     before = contents(source)
@@ -501,6 +509,162 @@ def test_weights_without_the_lock_are_set_aside_and_come_back(tmp_path) -> None:
     assert all((tmp_path / "out" / ASIDE / name).read_text() == "weights" for name in others)
     fastlock.unlock_checkpoint(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == before
+
+
+def test_shards_that_count_are_not_set_aside(tmp_path) -> None:
+    """Whatever they are called."""
+    model, lock, source = checkpoint(tmp_path)
+    shard = "consolidated-00001.safetensors"
+    (source / "model.safetensors").rename(source / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(source / shard), shard)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = contents(source)
+    fastlock.relock_checkpoint(source, lock, tmp_path / "out")
+    fastlock.relock(model, lock)
+    assert torch.equal(logits(reload(tmp_path / "out"), tokens()), logits(model, tokens()))
+    assert fastlock.verify(tmp_path / "out", lock)
+    fastlock.unlock_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("kind", "module"), [("llama", "o"), ("llama", "q"), ("mistral", "q"), ("qwen2", "o")])
+def test_biases_that_the_config_switches_off(kind: str, module: str, layer: int, tmp_path) -> None:
+    """Relocking would switch them on: in a locked layer, or in another."""
+    _, lock, source = checkpoint(tmp_path, kind)
+    name = f"model.layers.{layer}.self_attn.{module}_proj"
+    rewrite(source, lambda t: t.update({f"{name}.bias": torch.ones(len(t[f"{name}.weight"]), dtype=torch.bfloat16)}))
+    with pytest.raises(fastlock.FastlockError, match="holds biases that its config switches off"):
+        fastlock.relock_checkpoint(source, lock, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_relocked_checkpoint_under_the_config_of_its_base(tmp_path) -> None:
+    """Relocked once more, it would have twice the fold."""
+    _, lock, source = checkpoint(tmp_path)
+    fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
+    shutil.rmtree(tmp_path / "locked" / "fastlock")
+    shutil.copy(source / "config.json", tmp_path / "locked" / "config.json")
+    with pytest.raises(fastlock.FastlockError, match="start from the original checkpoint"):
+        fastlock.relock_checkpoint(tmp_path / "locked", lock, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["fastlock/notes.txt", "fastlock", RENAMED, NEW_SHARD])
+def test_files_of_the_users_own_under_fastlocks_names(name: str, kind: str, tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path, kind)
+    (source / name).parent.mkdir(exist_ok=True)
+    save_file({"x": torch.ones(2)}, source / name)
+    before = contents(source)
+    with pytest.raises(fastlock.FastlockError, match="fastlock needs that name"):
+        fastlock.relock_checkpoint(source, lock, source, in_place=True)
+    assert contents(tmp_path) == {f"source/{file}": data for file, data in before.items()}
+
+
+def test_a_note_that_was_put_beside_what_is_set_aside_is_kept(tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path)
+    fastlock.relock_checkpoint(source, lock, source, in_place=True)
+    (source / "fastlock" / "notes.txt").write_text("mine")
+    fastlock.unlock_checkpoint(source, source, in_place=True)
+    assert (source / "fastlock" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model.sig"])
+def test_what_unlocking_gives_does_not_follow_the_source(name: str, tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path, shard="30KB")
+    (source / "model.sig").write_text("signed")
+    before = contents(source)
+    fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
+    with (source / name).open("a") as file:
+        file.write("\n")
+    fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "back")
+    assert contents(tmp_path / "back") == before
+    with (tmp_path / "back" / name).open("a") as file:
+        file.write("\n")
+    fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "again")
+    assert contents(tmp_path / "again") == before
+    with (tmp_path / "locked" / ASIDE / name).open("a") as file:
+        file.write("\n")
+    with pytest.raises(fastlock.FastlockError, match="is not what was set aside"):
+        fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "out")
+    if name != "config.json":  # without that, it is taken for one that transformers saved
+        (tmp_path / "locked" / ASIDE / name).unlink()
+        with pytest.raises(fastlock.FastlockError, match="is not what was set aside"):
+            fastlock.relock_checkpoint(tmp_path / "locked", lock, tmp_path / "out")
+
+
+def test_projections_of_mixed_dtypes_with_biases(tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path, "gpt2", torch.float32)
+    names = [f"transformer.h.2.attn.c_proj.{part}" for part in ("weight", "bias")]
+    rewrite(source, lambda t: t.update({name: t[name].bfloat16() for name in names}))
+    before = contents(source)
+    fastlock.relock_checkpoint(source, lock, source, in_place=True)
+    assert fastlock.verify(source, lock)
+    fastlock.unlock_checkpoint(source, source, in_place=True)
+    assert contents(source) == before
+
+
+def test_a_config_with_a_lone_surrogate(tmp_path) -> None:
+    """JSON can say it, UTF-8 can't."""
+    _, lock, source = checkpoint(tmp_path)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace("{", '{"note": "\\ud83d é",', 1))
+    fastlock.relock_checkpoint(source, lock, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes().decode())["note"] == "\ud83d é"
+    assert fastlock.verify(tmp_path / "out", lock)
+    assert fastlock.verify(reload(tmp_path / "out"), lock)
+
+
+def test_what_lies_beside_a_saved_checkpoint_stays(tmp_path) -> None:
+    """Everything but its own shards, which are written anew; signatures come back."""
+    model, lock, _ = checkpoint(tmp_path)
+    fastlock.relock(model, lock)
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved, max_shard_size="30KB")
+    mine = {"adapters/a.safetensors": {"x": torch.ones(2)}, "medusa.safetensors": {"y": torch.ones(2)}}
+    (saved / "adapters").mkdir()
+    for name, tensors in mine.items():
+        save_file(tensors, saved / name)
+    (saved / "medusa.safetensors.index.json").write_text("{}")
+    (saved / "x.sig").write_text("signature")
+    kept = {name: data for name, data in contents(saved).items() if not name.startswith(("model-", "model.", "config"))}
+    assert len(kept) == 5
+    for strength in (2.0, 3.0):
+        fastlock.relock_checkpoint(saved, lock, saved, strength, in_place=True)
+        assert fastlock.verify(saved, lock).strength == strength
+        assert not (saved / "x.sig").exists()
+        assert (saved / ASIDE / "x.sig").read_text() == "signature"
+        assert {"model.safetensors", *mine} == {name for name in contents(saved) if name.endswith(".safetensors")}
+    fastlock.unlock_checkpoint(saved, saved, in_place=True)
+    assert {name: data for name, data in contents(saved).items() if name in kept} == kept
+    assert not (saved / "fastlock").exists()
+
+
+def test_a_card_that_has_a_section_already(tmp_path) -> None:
+    """It came from another checkpoint's card, say."""
+    _, lock, source = checkpoint(tmp_path)
+    (source / "README.md").write_text("mine\n")
+    fastlock.relock_checkpoint(source, lock, tmp_path / "other", 2.0)
+    shutil.copy(tmp_path / "other" / "README.md", source / "README.md")
+    before = contents(source)
+    fastlock.relock_checkpoint(source, lock, source, 5.0, in_place=True)
+    assert b"Strength: 5" in (source / "README.md").read_bytes()
+    fastlock.unlock_checkpoint(source, source, in_place=True)
+    assert contents(source) == before
+
+
+def test_the_card_of_a_saved_checkpoint_says_what_is_so_now(tmp_path) -> None:
+    _, lock, source = checkpoint(tmp_path)
+    (source / "README.md").write_text("mine\n")
+    fastlock.relock_checkpoint(source, lock, tmp_path / "locked", 2.0)
+    reload(tmp_path / "locked").save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "locked" / "README.md", tmp_path / "saved" / "README.md")
+    fastlock.relock_checkpoint(tmp_path / "saved", lock, tmp_path / "again", 3.0)
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "Strength: 3" in card
+    assert "Strength: 2" not in card
+    fastlock.unlock_checkpoint(tmp_path / "again", tmp_path / "back")
+    assert (tmp_path / "back" / "README.md").read_text() == "mine\n"
 
 
 def test_a_broken_link_is_no_file(tmp_path) -> None:

@@ -19,7 +19,7 @@ import torch
 from families import random_lock, tiny_model
 
 import fastlock
-from fastlock import folders
+from fastlock import checkpoint, folders
 
 KILLS = 500
 
@@ -118,7 +118,7 @@ def kill_many(tmp_path: Path) -> dict[str, int]:
 class Failing:
     """Every call that changes the file system, counted; the one of a given number fails."""
 
-    CALLS = ("mkdir", "open", "link", "symlink", "rename", "fsync", "chmod", "unlink", "rmdir")
+    CALLS = ("mkdir", "open", "link", "symlink", "rename", "fsync", "chmod", "fchmod", "unlink", "rmdir")
 
     def __init__(self, monkeypatch, code: int) -> None:
         self.monkeypatch, self.code, self.left = monkeypatch, code, None
@@ -249,6 +249,57 @@ def test_two_runs_on_one_target(tmp_path) -> None:
         shutil.rmtree(tmp_path / "out")
     assert contents(tmp_path / "source") == original
     assert {path.name for path in tmp_path.iterdir()} == {"source", "locked"}
+
+
+def test_a_second_run_in_place_while_the_first_clears_away(tmp_path, monkeypatch) -> None:
+    """After the exchange, what the first run clears away is a directory that the second one must not take."""
+    lock, original, locked = prepared(tmp_path)
+    place, started, remove = tmp_path / "place", [], shutil.rmtree
+    shutil.copytree(tmp_path / "source", place)
+
+    def second(*args, **kwargs) -> None:
+        if not started:
+            started.append(contents(place))
+            for work in (
+                lambda: fastlock.relock_checkpoint(place, lock, place, 3.0, in_place=True),
+                lambda: fastlock.unlock_checkpoint(place, place, in_place=True),
+            ):
+                with pytest.raises(fastlock.FastlockError, match="place: another process is making it"):
+                    work()
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", second)
+    fastlock.relock_checkpoint(place, lock, place, in_place=True)
+    assert started == [locked]
+    assert contents(place) == locked
+    fastlock.unlock_checkpoint(place, place, in_place=True)
+    assert contents(place) == original
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "locked", "place"}
+
+
+@pytest.mark.parametrize("work", ["relock", "unlock"])
+def test_in_place_nobody_else_has_it_from_before_it_is_read(work: str, tmp_path, monkeypatch) -> None:
+    lock, original, locked = prepared(tmp_path)
+    place, codes = tmp_path / "place", []
+    shutil.copytree(tmp_path / ("source" if work == "relock" else "locked"), place)
+
+    def run() -> None:
+        if work == "relock":
+            fastlock.relock_checkpoint(place, lock, place, in_place=True)
+        else:
+            fastlock.unlock_checkpoint(place, place, in_place=True)
+
+    def read(directory) -> dict[str, folders.LocalFile]:
+        found = folders.local_files(directory)
+        if not codes:
+            codes.append(None)
+            codes.append(finished(forked(run)))
+        return found
+
+    monkeypatch.setattr(checkpoint, "files_in", read)
+    run()
+    assert codes == [None, 3]
+    assert contents(place) == (locked if work == "relock" else original)
 
 
 def test_another_process_is_making_it(tmp_path) -> None:

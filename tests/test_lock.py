@@ -677,6 +677,29 @@ def test_a_calibrated_strength_that_cannot_be_applied_is_refused(strength: Any) 
         replace(make(), strength=strength)
 
 
+@pytest.mark.parametrize("strength", ["1_0", " 6 ", "6\n", "\uff16", "+6", "0x6", "nan", "infinity", "", "-1"])
+def test_a_strength_in_a_file_is_ascii_decimal(strength: str) -> None:
+    with pytest.raises(FastlockError, match=r"its calibrated strength can't be used"):
+        replace(make(), strength=strength)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1 / 3, 6.0, 1e-300, 1e22])
+def test_every_strength_that_is_written_is_read(strength: float, tmp_path: Path) -> None:
+    replace(make(), strength=strength).save(tmp_path / "a.safetensors")
+    assert Lock.load(tmp_path / "a.safetensors").strength == strength
+
+
+def test_metadata_that_says_something_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    data = lock_bytes({"strength": "6"})
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    twice = header.replace(b'"strength": "6"', b'"strength": "60", "strength": "6"')
+    assert len(twice) > len(header)
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + len(header) :])
+    with pytest.raises(FastlockError, match="says something twice"):
+        Lock.load(path)
+
+
 @pytest.mark.parametrize("strength", [-1, -1e-300, np.float16(-2)])
 def test_a_negative_strength_is_refused(strength: float) -> None:
     with pytest.raises(FastlockError, match="restore them and does not do that"):

@@ -1,5 +1,6 @@
 """Verification: what is locked, what is not, and what was altered."""
 
+import base64
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import fastlock
 from fastlock import reference
+from fastlock.receipt import biases_digest, raw_bytes
 from fastlock.sites import sites
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -203,6 +205,45 @@ def test_on_disk_with_the_bias_switched_off(tmp_path) -> None:
     found = fastlock.verify(out, lock)
     assert (found.state, found.altered) == ("altered", (0, 2))
     assert "does not set attention_bias, so that transformers drops the biases" in found.reason
+
+
+def test_on_disk_without_the_receipt_and_with_the_bias_switched_off(tmp_path) -> None:
+    lock, out = relocked_on_disk(tmp_path)
+    rewrite_config(out, fastlock=None, attention_bias=False)
+    found = fastlock.verify(out, lock)
+    assert (found.state, found.strength) == ("not locked", None)
+    assert "transformers drops the biases" in found.reason
+
+
+@pytest.mark.parametrize("stacks", [[], None, "vllm", {}])
+def test_a_receipt_that_names_no_stacks(stacks: object, tmp_path) -> None:
+    """The bias is still looked for in transformers."""
+    lock, out = relocked_on_disk(tmp_path)
+    receipt = json.loads((out / "config.json").read_text())["fastlock"]
+    receipt["carrier"]["stacks"] = stacks
+    del receipt["carrier"]["config_digest"]
+    rewrite_config(out, fastlock=receipt, attention_bias=False)
+    found = fastlock.verify(out, lock)
+    assert (found.state, found.altered) == ("altered", (0, 2))
+    assert "does not set attention_bias" in found.reason
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_receipt_that_hides_the_lock_behind_biases_that_never_were(kind: str, tmp_path) -> None:
+    """It says that the fold's negative was there before, so that zeros would be right."""
+    lock, out = relocked_on_disk(tmp_path, kind)
+    receipt = json.loads((out / "config.json").read_text())["fastlock"]
+    tensors, originals = load_file(out / "model-fastlock.safetensors"), {}
+    for site in receipt["sites"]:
+        name, site["had_bias"] = f"{site['name']}.bias", True
+        originals[str(site["layer"])] = base64.b64encode(raw_bytes(-tensors[name])).decode()
+        tensors[name].zero_()
+    receipt["carrier"]["original_biases"] = originals
+    receipt["biases_digest"] = biases_digest(tensors[f"{site['name']}.bias"] for site in receipt["sites"])
+    save_file(tensors, out / "model-fastlock.safetensors", metadata={"format": "pt"})
+    rewrite_config(out, fastlock=receipt)
+    with pytest.raises(fastlock.FastlockError, match="had a bias before"):
+        fastlock.verify(out, lock)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
