@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastlock.errors import FastlockError
 from fastlock.fold import FoldPlan
 from fastlock.loaded import set_receipt
 from fastlock.lock import Lock, check_lock, strength_for
-from fastlock.receipt import Receipt, version_of
+from fastlock.receipt import Receipt
 from fastlock.relock import Member, changing, check_list, displaced, each, folds_of, prepare, put_in, receipt_for
 from fastlock.sites import Projections
 
@@ -165,8 +165,9 @@ class _Built:
             self._spare = [kept.clone() for kept in self._kept]
             self._buffers = [module._buffers if isinstance(module, nn.Module) else {} for module in modules]
             self._links = _links(models, self._members)
-            self._read = [tensor for module in modules for tensor in _read(module)]
-            self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self._read]
+            read = [tensor for module in modules for tensor in _read(module)]
+            self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
+            self._read = [tensor for tensor in read if not tensor.is_inference()]  # of which torch counts the writes
             self._biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
             self._own = _numbers_with_a_bias(modules, self._plan.results)
             self._versions = self._versions_read()
@@ -199,7 +200,7 @@ class _Built:
             if tensor.dtype != dtype:
                 return True
         for bias, address, version in self._written:
-            if bias.data_ptr() != address or version_of(bias) != version:
+            if bias.data_ptr() != address or (version is not None and bias._version != version):
                 return True
         # Not every write is counted, and a fine-tune that has biases of its own brings them into these.
         return any(
@@ -220,11 +221,14 @@ class _Built:
         earlier = [f.displacement for f in folds_of(self._members)]
         if _layers(members) != _layers(self._members):
             return False
-        with self._mending(lambda: self._plan.displace(earlier)):
+        try:
             if not self._plan.displace([f.displacement for f in folds_of(members)]):
                 return False
             receipts = [None if member.model is None else receipt_for(member) for member in members]
             self._run()
+        except BaseException:
+            self._mend(lambda: self._plan.displace(earlier))
+            raise
         self.sound = False  # until all of this is done
         self._members, self._locks, self._strengths = members, locks, strengths
         for member, receipt in zip(members, receipts, strict=True):
@@ -247,27 +251,25 @@ class _Built:
         ]
 
     def _run(self) -> None:
-        with self._mending(self._put_back):
-            versions = self._versions_read()
+        try:
             self._plan.start()
-            _copy(self._plan.results, self._spare)  # while the device folds
+            versions = self._versions_read()  # this, and the copy, while the device folds
+            _copy(self._plan.results, self._spare)
             self._plan.finish()
             self._place(self._spare)
             self._kept, self._spare, self._versions = self._spare, self._kept, versions
+        except BaseException:
+            self._mend(self._put_back)
+            raise
         if self._plan.by_torch:  # which counts what it writes
             self._note_what_we_wrote()
 
-    @contextlib.contextmanager
-    def _mending(self, mend: Callable[[], object]) -> Iterator[None]:
-        """Mend whatever an error left, and say so where that fails too."""
-        try:
-            yield
-        except BaseException:
-            was_sound, self.sound = self.sound, False
-            with contextlib.suppress(Exception):
-                mend()
-                self.sound = was_sound
-            raise
+    def _mend(self, mend: Callable[[], object]) -> None:
+        """Mend what an error left; where that fails too, this is not sound any more."""
+        was_sound, self.sound = self.sound, False
+        with contextlib.suppress(Exception):
+            mend()
+            self.sound = was_sound
 
     def _put_back(self) -> None:
         """The biases as they were before this run, for every stream that may read them."""
@@ -283,10 +285,10 @@ class _Built:
             buffers[PLACED_BIAS] = copy
 
     def _versions_read(self) -> list[int]:
-        return [version_of(tensor) for tensor in self._read]
+        return [tensor._version for tensor in self._read]
 
     def _note_what_we_wrote(self) -> None:
-        self._written = [(bias, bias.data_ptr(), version_of(bias)) for bias in self._biases]
+        self._written = [(b, b.data_ptr(), None if b.is_inference() else b._version) for b in self._biases]
 
 
 def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
