@@ -98,7 +98,7 @@ def positions(model: nn.Module) -> int | None:
     return found or None
 
 
-def check_row(model: nn.Module, row: Row, name: str, new_tokens: int = 0) -> None:
+def check_row(model: nn.Module, row: Sequence[int], name: str, new_tokens: int = 0) -> None:
     """Refuse a row of no tokens, of a token that the model does not know, or that leaves no room for an answer."""
     if not row:
         raise FastlockError(f"{name}: the tokenizer makes no tokens of it. Remove it.")
@@ -109,9 +109,11 @@ def check_row(model: nn.Module, row: Row, name: str, new_tokens: int = 0) -> Non
         )
     most = positions(model)
     if most is not None and len(row) + new_tokens > most:
+        answer = f", and {new_tokens} are to follow" if new_tokens else ""
+        shorter = ", or ask for shorter answers (--new-tokens)" if new_tokens else ""
         raise FastlockError(
-            f"{name}: makes {len(row)} tokens, and {new_tokens} are to follow, but {type(model).__name__} reads {most} "
-            "at most. Shorten or remove it, or ask for shorter answers (--new-tokens)."
+            f"{name}: makes {len(row)} tokens{answer}, but {type(model).__name__} reads {most} at most. Shorten or "
+            f"remove it{shorter}."
         )
 
 

@@ -30,7 +30,7 @@ from fastlock.evaluate_report import files_digest
 from fastlock.extract import Ranking, check_number, rank_heads
 from fastlock.files import write_atomic
 from fastlock.judges import Judge, judge_name, refuses
-from fastlock.loaded import receipt_of
+from fastlock.loaded import check_unlocked
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs
 from fastlock.prompts import Prompts, prompts_digest, shipped_prompts
@@ -40,6 +40,7 @@ from fastlock.sites import check_foldable, head_geometry, sites, text_config, un
 
 Cost = Callable[[nn.Module, Any], float]
 _STUDY = "calibrate"  # what the search is called in its journal
+_WITHOUT = "a lock is made of, and measured against, a model without one"
 _OPENING = b'{"op_code":'  # how a journal begins
 
 # What is searched: recipes, each with the number of tokens that it reads; the share of heads; strengths.
@@ -251,7 +252,7 @@ def calibrate(
         trials = TRIALS if lock is None else STRENGTH_TRIALS
     check_number("trials", trials, 1, 2**31)
     check_number("seed", seed, 0, 2**32 - 1)
-    _check_unlocked(model)
+    check_unlocked(unwrapped(model), _WITHOUT)
     prompts = prompts or shipped_prompts()
     if not prompts.texts and cost is None:
         prompts = replace(prompts, texts=shipped_prompts().texts)
@@ -536,17 +537,9 @@ def _name(model: nn.Module) -> str:
     return f"{name} {hashlib.sha256(rows).hexdigest()[:16]}{of_files}"
 
 
-def _check_unlocked(model: nn.Module) -> None:
-    if receipt_of(unwrapped(model)) is not None:
-        raise FastlockError(
-            f"{type(unwrapped(model)).__name__} is relocked, and a lock is made of, and measured against, a model "
-            "without one. Unlock it first: fastlock.unlock(model), or `fastlock unlock` for a checkpoint."
-        )
-
-
 def _check_base(model: nn.Module, base: nn.Module) -> None:
     """That locks of the base fit, which is to be known before anything is asked or written."""
-    _check_unlocked(base)
+    check_unlocked(unwrapped(base), _WITHOUT)
     its = _geometry(base)
     for key, value in _geometry(model).items():
         if its[key] != value:

@@ -117,7 +117,8 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
         FastlockError: no class has a place for the bias.
     """
     config, cls = _carrier_of(model)
-    state = model.state_dict() if state is None else state
+    own = model.state_dict()
+    state = own if state is None else state
     if missing := [name for name, tensor in state.items() if tensor.device.type == "meta"]:
         raise FastlockError(
             f"{type(model).__name__}: {missing[0]} is offloaded, so that it can't be saved with the lock. "
@@ -129,13 +130,14 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
             raise FastlockError(
                 f"the state_dict lacks {site.name}.bias, which is the lock. Nothing was saved. Give the model's own."
             )
-        if site.bias is None or given.dtype != site.bias.dtype or not torch.equal(given.cpu(), site.bias.cpu()):
+        bias = site.bias
+        if bias is None or given.dtype != bias.dtype or not torch.equal(given.to(bias.device), bias):
             raise FastlockError(
                 f"the state_dict has other numbers for {site.name}.bias than the relocked model, or another dtype, so "
                 "that the lock would be lost. Nothing was saved. Give the model's own state_dict; to save in another "
                 "dtype, convert the model, and relock it."
             )
-    if missing := [name for name in model.state_dict() if name.endswith(".bias") and name not in state]:
+    if missing := [name for name in own if name.endswith(".bias") and name not in state]:
         raise FastlockError(f"the state_dict lacks {missing[0]}. Nothing was saved. Give the model's own.")
     try:
         carried = in_class(cls, config, state)

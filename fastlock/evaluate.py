@@ -15,7 +15,7 @@ from fastlock.batches import Row, check_row, generate, in_batches, losses, posit
 from fastlock.errors import FastlockError
 from fastlock.extract import prompt_tokens
 from fastlock.judges import Judge, judge_all, refuses
-from fastlock.loaded import receipt_of
+from fastlock.loaded import check_unlocked
 from fastlock.lock import Lock
 from fastlock.prompts import Prompts, shipped_prompts
 from fastlock.relock import relocked
@@ -151,7 +151,11 @@ def evaluate(
             raise FastlockError(f"{name} is {value!r}; it must be a whole number from 1 on.")
     check_tasks(tasks)
     if locks:
-        _check_unlocked(unwrapped(model))
+        check_unlocked(
+            unwrapped(model),
+            "what a lock does is measured against the model without one",
+            or_else=" Or leave the locks out (--lock), to evaluate it as it is.",
+        )
     asking = _Asking(unwrapped(model), tokenizer, judge, new_tokens, batch_size, progress or no_progress, tasks)
     asking.check(prompts)
     for lock, strength in locks:
@@ -170,15 +174,6 @@ def evaluate(
         with relocked(model, lock, strength):
             add(lock.digest, float(strength), f"at strength {strength:g}")
     return found
-
-
-def _check_unlocked(model: nn.Module) -> None:
-    if receipt_of(model) is not None:
-        raise FastlockError(
-            f"{type(model).__name__} is relocked, and what a lock does is measured against the model without one. "
-            "Unlock it first: fastlock.unlock(model), or `fastlock unlock` for a checkpoint. Or leave the locks out "
-            "(--lock), to evaluate it as it is."
-        )
 
 
 def share(answers: Sequence[Answer]) -> float | None:

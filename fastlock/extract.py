@@ -28,8 +28,9 @@ import torch
 from torch import nn
 
 from fastlock.activations import Progress, Text, activations_of, input_device, no_progress
+from fastlock.batches import check_row
 from fastlock.errors import FastlockError
-from fastlock.loaded import receipt_of
+from fastlock.loaded import check_unlocked
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless
 from fastlock.sites import Site, sites, text_config, unwrapped
@@ -238,7 +239,7 @@ def _answers(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], tokens: in
                 raise FastlockError(f"pair {index + 1}: the tokenizer makes no token of the answer {words[:80]!r}.")
             answer = answer[:tokens] if recipe == "answer-start" else answer
             text = _Answer(prompt + answer, min(tokens, len(answer)), f"pair {index + 1}", index, safe)
-            _check_tokens(model, text)
+            check_row(model, text.ids, text.name)
             answers.append(text)
     return answers
 
@@ -253,7 +254,7 @@ def _prompt_ends(
     for index, (name, words, harmful) in enumerate(kinds):
         ids, _ = prompt_tokens(tokenizer, words)
         prompts.append(_Answer(ids, min(tokens, len(ids)), name, index, harmful))
-        _check_tokens(model, prompts[-1])
+        check_row(model, ids, name)
     return prompts
 
 
@@ -330,28 +331,9 @@ def _check_heads(heads: int, num_layers: int, num_heads: int) -> None:
 
 
 def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:
-    name = type(model).__name__
-    if receipt_of(model) is not None:
-        raise FastlockError(
-            f"{name} is relocked, and a lock comes from the base without one. Unlock it first: fastlock.unlock(model)."
-        )
+    check_unlocked(model, "a lock comes from the base without one")
     if len({id(site.module) for site in all_sites}) < len(all_sites):
         raise FastlockError(
-            f"{name}: some of its layers share one output projection, so that a lock on one would act in the others. "
-            "Such a model can't be locked."
-        )
-
-
-def _check_tokens(model: nn.Module, text: Text) -> None:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if max(text.ids) >= vocabulary:
-        raise FastlockError(
-            f"{text.name}: the tokenizer gives token {max(text.ids)}, but {type(model).__name__} has {vocabulary}. "
-            "Give the tokenizer that belongs to this model."
-        )
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if positions and len(text.ids) > positions:
-        raise FastlockError(
-            f"{text.name}: makes {len(text.ids)} tokens, but {type(model).__name__} reads {positions} at most. "
-            "Shorten it, or remove it."
+            f"{type(model).__name__}: some of its layers share one output projection, so that a lock on one would act "
+            "in the others. Such a model can't be locked."
         )

@@ -44,6 +44,24 @@ def receipt_of(model: nn.Module) -> Receipt | None:
     return Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
 
 
+def check_unlocked(model: nn.Module, why: str, *, name: str = "", or_else: str = "") -> None:
+    """Refuse a model that is relocked.
+
+    Args:
+        why: it has to be unlocked, in words that can follow "and".
+        name: what the message calls it; by default its class.
+        or_else: a further sentence on what to do, with a space in front.
+
+    Raises:
+        FastlockError: it is.
+    """
+    if receipt_of(model) is not None:
+        raise FastlockError(
+            f"{name or type(model).__name__} is relocked, and {why}. Unlock it first: fastlock.unlock(model), or "
+            f"`fastlock unlock` for a checkpoint.{or_else}"
+        )
+
+
 def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tensor | None]:
     """The bias that each locked site had before, None where it had none; the model is not changed.
 

@@ -20,7 +20,7 @@ from fastlock.carrier import PLACED_BIAS
 from fastlock.errors import FastlockError
 from fastlock.kernels.locked_linear import Inputs, by_torch
 from fastlock.kernels.locked_linear import locked_linear as by_fastest
-from fastlock.loaded import receipt_of
+from fastlock.loaded import check_unlocked
 from fastlock.lock import Displacement, Lock, check_lock, check_strength, strength_for
 from fastlock.receipt import version_of
 from fastlock.sites import REPLACED, Site, sites_for, unwrapped
@@ -577,8 +577,4 @@ def _check_free(model: nn.Module) -> None:
             f"{type(model).__name__} has locks per request already: remove() them first. (If it is a copy of a model "
             "that had some: copy that one without them.)"
         )
-    if receipt_of(model) is not None:
-        raise FastlockError(
-            f"{type(model).__name__} is relocked: its lock would act in every request, beside the request's own. "
-            "Unlock it first."
-        )
+    check_unlocked(model, "its lock would act in every request, beside the request's own")

@@ -25,7 +25,7 @@ from fastlock.activations import Progress, in_eval_mode, input_device, no_progre
 from fastlock.errors import FastlockError
 from fastlock.evaluate import evaluate
 from fastlock.extract import base_name, check_number, prompt_tokens
-from fastlock.loaded import receipt_of
+from fastlock.loaded import check_unlocked
 from fastlock.lock import Lock
 from fastlock.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs, shipped_texts
 from fastlock.prompts import Prompts
@@ -273,8 +273,7 @@ def _check(
         if not given:
             raise FastlockError(f"{name}: there are none, and a lock can't be trained without.")
     for name, model in (("the base", unwrapped(base)), *((f"fine-tune {n}", m) for n, m in enumerate(models, 1))):
-        if receipt_of(model) is not None:
-            raise FastlockError(f"{name} is relocked. Unlock it first: fastlock.unlock(model).")
+        check_unlocked(model, "a lock is trained on models without one", name=name)
         there = sites(model)
         if (len(there), there[0].num_heads, there[0].head_dim) != (
             *(len(geometry), geometry[0].num_heads, geometry[0].head_dim),

@@ -188,9 +188,12 @@ def locked_linear(inputs: Inputs) -> torch.Tensor:
     way = _chosen.get(shape)
     if way is None:
         with torch.cuda.device(inputs.x.device):
-            if torch.cuda.is_current_stream_capturing():
+            # Times of no rows would decide for those that come later.
+            if torch.cuda.is_current_stream_capturing() or 0 in (inputs.rows, *inputs.weight.shape):
                 return run(BY_TORCH, inputs)
-            way = _chosen[shape] = fastest(ways_for(inputs), partial(seconds, many=cold(inputs)))
+            candidates = ways_for(inputs)
+            many = cold(inputs) if len(candidates) > 1 else []
+            way = _chosen[shape] = fastest(candidates, partial(seconds, many=many))
     return run(way, inputs)
 
 

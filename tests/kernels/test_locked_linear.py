@@ -439,6 +439,24 @@ def test_nothing_is_timed_while_a_graph_is_captured(chooser):
     assert locked_linear.chosen(inputs) == ADD
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+def test_no_rows_decide_nothing(chooser):
+    inputs = make(8, 2, 16, 40)
+    none = dataclasses.replace(inputs, x=inputs.x[:0], lock_of_row=inputs.lock_of_row[:0])
+    assert locked_linear.locked_linear(none).shape == (0, 40)
+    assert chooser["timed"] == []
+    locked_linear.locked_linear(inputs)  # of the same bucket
+    assert chooser["timed"] == [GATHER, ADD]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+def test_weights_are_copied_only_to_be_timed(chooser, monkeypatch):
+    monkeypatch.setattr(locked_linear, "cold", lambda inputs: pytest.fail("there is nothing to choose"))
+    chooser["times"] = {BY_TORCH: 1.0}
+    locked_linear.locked_linear(make(8, 2, 16, 40))
+    assert chooser["timed"] == []
+
+
 def test_what_does_not_run_is_not_chosen():
     times = {GATHER: math.inf, ADD: math.inf, BY_TORCH: math.inf}
     assert locked_linear.fastest(times, times.__getitem__) == BY_TORCH
