@@ -44,7 +44,7 @@ lint: $(VENV)/ready
 # mypy does not follow setup.py's package_dir, so it is shown the package as it will be installed.
 types: $(VENV)/ready
 	rm -rf build/types && mkdir -p build/types/fastlock
-	ln -s $(CURDIR)/fastlock/*.py $(CURDIR)/fastlock/py.typed build/types/fastlock
+	ln -s $(CURDIR)/fastlock/* build/types/fastlock
 	ln -s $(CURDIR)/kernels build/types/fastlock/kernels
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fastlock
 
@@ -55,7 +55,7 @@ bench: $(VENV)/ready
 # Installs nothing.
 gpu:
 	$(PYTHON) setup.py --quiet build_py --build-lib build/gpu
-	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/tests $(PYTHON) bench/run.py --gpu
+	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(PYTHON) bench/run.py --gpu
 
 # With the kernels compiled ahead of time; no GPU is needed. Without build isolation, as Triton compiles them.
 wheel: $(VENV)/ready

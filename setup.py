@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 CUBINS = "fastlock/kernels/cubins"
@@ -37,7 +37,7 @@ class BuildWithCubins(build_py):
 def compile_cubins(built: Path, wanted: str) -> None:
     """Compile into the built package, by itself. Without them the build goes on, unless they were asked for."""
     archs = wanted.split(",") if wanted not in ("", "1") else []
-    command = [sys.executable, "-m", "fastlock.kernels.build", "--shipped", "--cubins", CUBINS]
+    command = [sys.executable, "-m", "fastlock.kernels.fold.compile", "--shipped", "--cubins", CUBINS]
     command += ["--arch", *archs] if archs else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # From the built package's folder, so that it is the one that Python finds.
@@ -60,8 +60,11 @@ def compile_cubins(built: Path, wanted: str) -> None:
 
 
 setup(
-    packages=["fastlock", "fastlock.kernels"],
+    packages=[
+        *(f"fastlock{below}" for below in ["", *(f".{name}" for name in find_packages("fastlock"))]),
+        *(f"fastlock.kernels{below}" for below in ["", *(f".{name}" for name in find_packages("kernels"))]),
+    ],
     package_dir={"fastlock": "fastlock", "fastlock.kernels": "kernels"},
-    package_data={"fastlock": ["py.typed", "pairs.jsonl", "prompts.json", "harmless.txt", "texts.txt"]},
+    package_data={"fastlock": ["py.typed"], "fastlock.data": ["*.jsonl", "*.json", "*.txt"]},
     cmdclass={"build_py": BuildWithCubins},
 )

@@ -24,7 +24,7 @@ import fastlock
 import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-extraction: Any = importlib.import_module("fastlock.extract")  # fastlock.extract is the function
+extraction: Any = importlib.import_module("fastlock.recipes.extraction")  # fastlock.extract is the function
 
 RUNS = 3
 SOLVERS = {
@@ -44,7 +44,7 @@ def main() -> None:
     print("- command: python bench/bench_extract.py\n")
     print("| | reading | probes, directions and scales | share |\n|---|---|---|---|")
     for name, tokens in (("one text at a time", 1), ("in batches", 1024)):
-        with mock.patch("fastlock.activations.BATCH_TOKENS", tokens):
+        with mock.patch("fastlock.recipes.activations.BATCH_TOKENS", tokens):
             runs = [timed(model, tokenizer) for _ in range(RUNS)]
         reading, scoring = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
         print(f"| {name} | {reading:.1f} s | {scoring:.2f} s | {scoring / reading:.1%} |", flush=True)

@@ -28,7 +28,7 @@ import machine
 import tuned_models
 import tuned_prompts as made
 from bench_recipes import BATCH, NEW_TOKENS, what_it_gets_right
-from fastlock.prompts import Prompts
+from fastlock.evaluation.prompts import Prompts
 
 KEPT = tuned_models.ROOT / "build" / "frontier"
 SEEDS = 5

@@ -17,8 +17,8 @@ import torch
 
 import fastlock
 from fastlock import fold as fold_module
-from fastlock.kernels import cubins
-from fastlock.kernels import fold as kernels
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import launch as kernels
 from report import interval_of_median
 from workloads import SHAPES, STRENGTH, Zoo, lock_for
 

@@ -29,9 +29,9 @@ import machine
 import peers
 import tuned_models
 import tuned_prompts as made
-from fastlock.evaluate_report import cells
-from fastlock.extract import rank_heads
-from fastlock.prompts import Prompts, shipped_prompts
+from fastlock.evaluation.prompts import Prompts, shipped_prompts
+from fastlock.evaluation.report import cells
+from fastlock.recipes.extraction import rank_heads
 
 KEPT = tuned_models.ROOT / "build" / "models"
 ASKED = Prompts(tuple(made.HARMFUL_TEST), tuple(made.HARMLESS_TEST), shipped_prompts().texts)

@@ -18,9 +18,9 @@ import torch
 from torch.nn import functional
 
 import machine
-from fastlock.kernels import locked_linear
-from fastlock.kernels.locked_linear import Inputs
-from fastlock.locked_linear import locked_linear as op
+from fastlock.kernels.locked_linear import launch as locked_linear
+from fastlock.kernels.locked_linear.launch import Inputs
+from fastlock.models.request_locks import locked_linear as op
 from report import interval_of_median
 
 ON_GPU = machine.device().type == "cuda"

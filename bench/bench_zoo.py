@@ -22,7 +22,7 @@ import torch
 import machine
 from checkpoints import sparse_checkpoint
 from fastlock import Lock, relock_checkpoint
-from fastlock.zoo import Summary, relock_zoo
+from fastlock.zoo.run import Summary, relock_zoo
 
 HEADS, SAMPLE_SECONDS = 24, 0.1
 GEOMETRY = {"tiny": (3, 4, 32), "8b": (32, 32, 128)}  # layers, heads, head_dim

@@ -70,7 +70,7 @@ def empty_launch(on: torch.device) -> float | None:
     """Seconds on the device from an event to the next with the kernel between, on one row of weights; None on a CPU."""
     if on.type == "cpu":
         return None
-    from fastlock.kernels.fold import build_table, launch
+    from fastlock.kernels.fold.launch import build_table, launch
 
     weight, values = torch.randn(1, 128, device=on).bfloat16(), torch.randn(1, 128)
     out = weight.new_empty(1)

@@ -10,16 +10,17 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import families
 import pytest
 import torch
 
 import fastlock
 import machine
-from fastlock import reference
-from fastlock.kernels import cubins, fold
-from fastlock.lock import Displacement
-from fastlock.sites import sites_for
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import reference
+from fastlock.locks.lock import Displacement
+from fastlock.models.sites import sites_for
+from tests.helpers import families
 from workloads import errors
 
 DEVICE = machine.device()

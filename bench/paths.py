@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 import fastlock
-from fastlock import reference
 from fastlock.fold import Fold, fold
-from fastlock.lock import Displacement
+from fastlock.kernels.fold import reference
+from fastlock.locks.lock import Displacement
 from workloads import STRENGTH, Zoo
 
 
@@ -63,7 +63,7 @@ class Batch:
 
     @cached_property
     def table(self) -> Any:
-        from fastlock.kernels.fold import build_table
+        from fastlock.kernels.fold.launch import build_table
 
         return build_table(self.weights, self.heads, self.values, self.biases, self.outs)
 
@@ -99,14 +99,14 @@ def by_fold(batch: Batch) -> list[torch.Tensor]:
 
 
 def by_kernel(batch: Batch) -> list[torch.Tensor]:
-    from fastlock.kernels.fold import fold_sites
+    from fastlock.kernels.fold.launch import fold_sites
 
     fold_sites(batch.weights, batch.heads, batch.values, batch.biases, batch.outs)
     return batch.outs
 
 
 def by_launch(batch: Batch) -> list[torch.Tensor]:
-    from fastlock.kernels.fold import launch
+    from fastlock.kernels.fold.launch import launch
 
     launch(batch.table)
     return batch.outs

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastlock.extract import prompt_tokens
+from fastlock.recipes.extraction import prompt_tokens
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ SPREAD = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 PARITY = [
     ("parity", ["parity.py", *SPREAD], 70),
     ("tests/kernels", [*(str(TESTS / "kernels" / f"test_{name}.py") for name in KERNEL_TESTS), *SPREAD], 70),
-    ("tests/test_relock.py -k devices", [str(TESTS / "test_relock.py"), "-k", "devices"], 20),
-    ("tests/test_families.py", [str(TESTS / "test_families.py"), *SPREAD], 45),
+    ("tests/models/test_relocking.py -k devices", [str(TESTS / "models" / "test_relocking.py"), "-k", "devices"], 20),
+    ("tests/models/test_families.py", [str(TESTS / "models" / "test_families.py"), *SPREAD], 45),
     ("compute-sanitizer", ["bench_sanitizer.py"], 45),
 ]
 FIRST_SECONDS = 40

@@ -15,8 +15,10 @@ import torch
 
 import bench_rows
 import machine
-from fastlock.kernels import cubins, fold, locked_linear
-from fastlock.lock import Displacement
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.locked_linear import launch as locked_linear
+from fastlock.locks.lock import Displacement
 from workloads import errors
 
 DEVICE = machine.device()

@@ -21,7 +21,7 @@ import transformers
 
 import fastlock
 import tuned_prompts as made
-from fastlock.prompts import Prompts
+from fastlock.evaluation.prompts import Prompts
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS = ROOT / "examples" / "adapters"

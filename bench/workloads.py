@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import machine
-from fastlock import Lock, reference
-from fastlock.lock import Displacement
+from fastlock import Lock
+from fastlock.kernels.fold import reference
+from fastlock.locks.lock import Displacement
 
 STRENGTH = 6.0
 RELEASED_LOCKS = machine.REPOSITORY.parent / "shared" / "released_locks"

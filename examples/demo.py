@@ -27,8 +27,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlock
-from fastlock.evaluate import Evaluation
-from fastlock.prompts import Prompts, shipped_prompts
+from fastlock.evaluation.evaluator import Evaluation
+from fastlock.evaluation.prompts import Prompts, shipped_prompts
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "bench"))

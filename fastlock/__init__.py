@@ -1,19 +1,19 @@
 """Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias."""
 
-from fastlock.calibrate import calibrate
-from fastlock.checkpoint import relock_checkpoint, unlock_checkpoint
-from fastlock.doctor import doctor
+from fastlock.checkpoints.diagnosis import doctor
+from fastlock.checkpoints.relocking import relock_checkpoint, unlock_checkpoint
 from fastlock.errors import FastlockError
-from fastlock.evaluate import evaluate
-from fastlock.extract import extract
-from fastlock.lock import Lock
-from fastlock.locked_linear import LockedLinear, RequestLocks
-from fastlock.pairs import Pair, load_pairs, shipped_pairs
-from fastlock.plan import Plan
-from fastlock.receipt import Receipt
-from fastlock.relock import relock, relock_many, relocked, unlock
-from fastlock.train import train_lock
-from fastlock.verify import Verification, verify
+from fastlock.evaluation.evaluator import evaluate
+from fastlock.locks.lock import Lock
+from fastlock.locks.receipt import Receipt
+from fastlock.models.plan import Plan
+from fastlock.models.relocking import relock, relock_many, relocked, unlock
+from fastlock.models.request_locks import LockedLinear, RequestLocks
+from fastlock.recipes.calibration import calibrate
+from fastlock.recipes.extraction import extract
+from fastlock.recipes.pairs import Pair, load_pairs, shipped_pairs
+from fastlock.recipes.training import train_lock
+from fastlock.verification import Verification, verify
 from fastlock.version import __version__
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m fastlock` is the `fastlock` command."""
 
-from fastlock.cli import main
+from fastlock.cli.main import main
 
 main()

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlock import reference
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold import build_table, launch  # no Triton is imported; here, as importing takes time
-from fastlock.lock import Displacement
+from fastlock.kernels.fold import reference
+from fastlock.kernels.fold.launch import build_table, launch  # no Triton is imported; here, as importing takes time
+from fastlock.locks.lock import Displacement
 
 
 @dataclass(frozen=True, eq=False)

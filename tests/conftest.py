@@ -1,11 +1,22 @@
-"""Shared by all tests: no network, no progress bars, and the same random numbers each time."""
+"""Shared by all tests: no network, no progress bars, kernels interpreted, and the same random numbers each time."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter, on the CPU. Triton reads the variable when it is imported, when
+# a kernel is defined and when it runs, so it stays set.
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    if "triton" in sys.modules:
+        raise pytest.UsageError(
+            "triton was imported before the tests could ask for its interpreter: set TRITON_INTERPRET=1."
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 
 

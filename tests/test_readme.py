@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import tiny_model, word_tokenizer
 
 import fastlock
-from fastlock import cli
+from fastlock.cli import main as cli
+from tests.helpers.families import tiny_model, word_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -31,7 +31,7 @@ def files(tmp_path, monkeypatch):
     u = np.eye(32, dtype=np.float16)
     rows = {f"model.layers.{layer}.self_attn.head_out": [(np.int64(1), u[layer], np.float16(0.5))] for layer in (1, 4)}
     torch.save(rows, tmp_path / "Meta-Llama-3-8B-Instruct.safelock")
-    lines = (Path(fastlock.__file__).with_name("pairs.jsonl")).read_text().splitlines()[:10]
+    lines = (Path(fastlock.__file__).parent / "data" / "pairs.jsonl").read_text().splitlines()[:10]
     (tmp_path / "ZOO").mkdir()
     for name in "ab":
         model.save_pretrained(tmp_path / "ZOO" / name)

@@ -15,7 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-from fastlock.kernels import build, cubins, fold, jit
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import compile as build
+from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import triton_kernel as jit
 
 STREAM = 0x51EA0
 FIELDS = ["function", *["grid"] * 3, *["block"] * 3, "shared", "stream", *["parameters"] * 6, "attributes", "launches"]

@@ -11,18 +11,19 @@ import threading
 from functools import partial
 from pathlib import Path
 
-import fake_driver
 import pytest
 import torch
-from fake_driver import FakeDriver, describe, write_folder
-from families import random_lock, same_state, state, tiny_model
-from test_fold import arguments, make_site
 
 import fastlock
 from fastlock import fold as fold_module
-from fastlock.doctor import launch_paths
+from fastlock.checkpoints.diagnosis import launch_paths
 from fastlock.errors import FastlockError
-from fastlock.kernels import cubins, fold
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import launch as fold
+from tests.helpers import fake_driver
+from tests.helpers.fake_driver import FakeDriver, describe, write_folder
+from tests.helpers.families import random_lock, same_state, state, tiny_model
+from tests.kernels.test_fold import arguments, make_site
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the fake driver reads the CPU's memory")
 
@@ -295,16 +296,16 @@ def no_library(folder: Path, library: FakeDriver, monkeypatch) -> None:
     def open_library() -> None:
         raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr("fastlock.kernels.driver.open_library", open_library)
+    monkeypatch.setattr("fastlock.kernels.ahead_of_time.driver.open_library", open_library)
 
 
 def other_sources(folder: Path, library: FakeDriver, monkeypatch) -> None:
     """The kernel is edited after the cubins were built."""
-    here = Path(cubins.__file__).parent
+    here = Path(cubins.__file__).parents[1]
     changed = folder.parent / "sources"
-    changed.mkdir()
     for name in cubins.SOURCES:
-        (changed / name).write_bytes((here / name).read_bytes() + b"\n" * (name == "jit.py"))
+        (changed / name).parent.mkdir(parents=True, exist_ok=True)
+        (changed / name).write_bytes((here / name).read_bytes() + b"\n" * (name == "fold/triton_kernel.py"))
     digest = cubins.digest_of_sources(changed)
     monkeypatch.setattr(cubins, "digest_of_sources", lambda folder=None: digest)
 
@@ -465,9 +466,10 @@ def test_a_fork_forgets_what_was_loaded(installed: FakeDriver) -> None:
 NO_TRITON = """
 import pathlib, sys
 import pytest, torch
-import fake_driver, fastlock
+import fastlock
 from fastlock import fold as fold_module
-from fastlock.lock import Displacement
+from tests.helpers import fake_driver
+from fastlock.locks.lock import Displacement
 library = fake_driver.FakeDriver()
 weight, values = torch.randn(40, 256).bfloat16(), torch.randn(2, 64, dtype=torch.float64)
 with pytest.MonkeyPatch.context() as patch:
@@ -481,8 +483,7 @@ print([name for name in sys.modules if name.partition(".")[0] == "triton"])
 
 def test_no_triton_is_imported(folder: Path) -> None:
     """By fastlock. (transformers' models bring torch._dynamo, which imports it wherever it is installed.)"""
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", NO_TRITON, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -530,7 +531,7 @@ def test_doctor_says_what_is_wrong(change, reason, devices, monkeypatch, folder,
 
 
 def test_neither_cubin_nor_triton_is_a_clear_error(installed: FakeDriver, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "fastlock.kernels.jit", None)
-    monkeypatch.delattr("fastlock.kernels.jit", raising=False)
+    monkeypatch.setitem(sys.modules, "fastlock.kernels.fold.triton_kernel", None)
+    monkeypatch.delattr("fastlock.kernels.fold.triton_kernel", raising=False)
     with pytest.raises(FastlockError, match="`fastlock doctor` says why"):
         fold.launch(table_of(make_site(40, 64, (0,), offset=1)))

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import random_lock, same_state, state, tiny_model
 
 import fastlock
 from fastlock import fold as fold_module
-from fastlock.kernels import fold as kernels
-from fastlock.sites import sites_for
+from fastlock.kernels.fold import launch as kernels
+from fastlock.models.sites import sites_for
+from tests.helpers.families import random_lock, same_state, state, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -4,11 +4,11 @@ import re
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 
-import fake_driver
 import pytest
 
 from fastlock.errors import FastlockError
-from fastlock.kernels import driver
+from fastlock.kernels.ahead_of_time import driver
+from tests.helpers import fake_driver
 
 TYPES = {
     "unsigned int": c_uint,

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
-from fastlock.kernels import fold
+from fastlock.kernels.fold import launch as fold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlock.kernels import locked_linear, locked_linear_jit
-from fastlock.kernels.locked_linear import BY_TORCH, Inputs, Tile, Way, run
+from fastlock.kernels.locked_linear import launch as locked_linear
+from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
+from fastlock.kernels.locked_linear.launch import BY_TORCH, Inputs, Tile, Way, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

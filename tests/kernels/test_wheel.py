@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastlock.kernels import build, cubins
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import compile as build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CUBINS = Path("fastlock", "kernels", "cubins")
@@ -45,8 +46,8 @@ def setup(source: Path, *arguments: object, wanted: str | None, path: Path | Non
 USE = """
 import json, sys
 import pytest
-import fake_driver
-from fastlock.kernels import cubins
+from tests.helpers import fake_driver
+from fastlock.kernels.ahead_of_time import cubins
 with pytest.MonkeyPatch.context() as patch:
     fake_driver.install(patch, cubins.FOLDER, fake_driver.FakeDriver())
     names = json.loads(sys.argv[1])
@@ -66,7 +67,7 @@ def test_a_wheel_has_the_cubins(source: Path, tmp_path: Path) -> None:
     manifest = cubins.read_manifest(tmp_path / "installed" / CUBINS)
     assert [cubin.variant for cubin in manifest.cubins] == names
     assert {cubin.target for cubin in manifest.cubins} == {"sm_90a"}
-    path = os.pathsep.join(map(str, (tmp_path / "installed", REPOSITORY / "tests" / "kernels")))
+    path = os.pathsep.join(map(str, (tmp_path / "installed", REPOSITORY)))
     command = [sys.executable, "-c", USE, json.dumps(names)]
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -81,7 +82,7 @@ def test_a_source_build_without_triton_works_and_says_so(source: Path, tmp_path:
     said = setup(source, "build_py", "--build-lib", tmp_path / "built", wanted=None, path=tmp_path)
     assert "no kernels were compiled ahead of time" in said
     assert "this Triton can't be imported" in said
-    assert (tmp_path / "built" / CUBINS.parent / "fold.py").is_file()
+    assert (tmp_path / "built" / CUBINS.parent / "fold" / "launch.py").is_file()
     assert not (tmp_path / "built" / CUBINS).exists()
     for wanted in ("1", "90"):
         said = setup(source, "build_py", "--build-lib", tmp_path / "built", wanted=wanted, path=tmp_path, code=1)
@@ -94,7 +95,7 @@ def test_cubins_can_be_left_out(source: Path, tmp_path: Path) -> None:
     (tmp_path / "built" / CUBINS / cubins.MANIFEST).write_text("{}")
     said = setup(source, "build_py", "--build-lib", tmp_path / "built", wanted="0")
     assert "kernels" not in said
-    assert (tmp_path / "built" / CUBINS.parent / "fold.py").is_file()
+    assert (tmp_path / "built" / CUBINS.parent / "fold" / "launch.py").is_file()
     assert not (tmp_path / "built" / CUBINS).exists()
 
 

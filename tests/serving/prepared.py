@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import logits, random_lock, tiny_model, tokens
 
 import fastlock
-from fastlock.reference import unfolded
+from fastlock.kernels.fold.reference import unfolded
+from tests.helpers.families import logits, random_lock, tiny_model, tokens
 
 STRENGTH = 4.0
 IDS = tokens()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import PROMPT, Prepared, far, prepare
 
-from fastlock.sites import FAMILIES
-from fastlock.stacks import acts
+from fastlock.architectures.serving_stacks import acts
+from fastlock.models.sites import FAMILIES
+from tests.serving.prepared import PROMPT, Prepared, far, prepare
 
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parents[1] / ".venv-llama-cpp"

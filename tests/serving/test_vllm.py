@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import PROMPT, Prepared, far, log_probabilities, prepare
 
-from fastlock.sites import FAMILIES
-from fastlock.stacks import acts, architecture
+from fastlock.architectures.serving_stacks import acts, architecture
+from fastlock.models.sites import FAMILIES
+from tests.serving.prepared import PROMPT, Prepared, far, log_probabilities, prepare
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".venv-vllm" / "bin" / "python"

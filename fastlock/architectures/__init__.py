@@ -1,0 +1,1 @@
+"""What is known of families and serving stacks: tables and configs, never a weight."""

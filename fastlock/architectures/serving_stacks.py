@@ -1,0 +1,124 @@
+"""Which serving stacks use a bias on the attention output projection, and which drop it without an error.
+
+At the versions in `CHECKED`: vLLM and llama.cpp are run on every family (`make test-serving`), SGLang's source was
+read. docs/serving.md is the same table for people. What is not in the table counts as lost: a refusal can be mended, a
+lock lost in silence is not noticed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastlock.models.sites import ATTENTION, FAMILIES
+
+STACKS = ("transformers", "vllm", "sglang", "llama.cpp")
+CHECKED = {"transformers": "5.23", "vllm": "0.32", "sglang": "0.5.23", "llama.cpp": "in llama-cpp-python 0.3.36"}
+
+# The stacks beside transformers that use the bias; what transformers does is in `sites.FAMILIES`. vLLM has no code of
+# its own for arcee, dots1, gpt_bigcode, gpt_neox, hunyuan_v1_dense, olmo*, phi, seed_oss, smollm3 and starcoder2, and
+# runs transformers'.
+_OTHERS = {
+    "apertus": "vllm sglang llama.cpp",
+    "arcee": "vllm sglang",
+    "bloom": "vllm llama.cpp",
+    "cohere": "vllm",
+    "cohere2": "vllm",
+    "dots1": "vllm",
+    "ernie4_5": "vllm",
+    "ernie4_5_moe": "vllm",
+    "falcon": "vllm",
+    "gemma": "vllm",
+    "gemma2": "vllm sglang",
+    "gemma3_text": "vllm sglang",
+    "gpt2": "vllm sglang llama.cpp",
+    "gpt_bigcode": "vllm llama.cpp",
+    "gpt_neox": "vllm llama.cpp",
+    "gpt_oss": "vllm sglang llama.cpp",
+    "granite": "vllm llama.cpp",
+    "granitemoe": "vllm llama.cpp",
+    "hunyuan_v1_dense": "vllm",
+    "llama": "vllm sglang llama.cpp",
+    "mistral": "vllm sglang llama.cpp",
+    "mixtral": "llama.cpp",
+    "nemotron": "vllm llama.cpp",
+    "olmo": "vllm sglang",
+    "olmo2": "vllm sglang",
+    "olmo3": "vllm",
+    "olmoe": "vllm",
+    "opt": "vllm sglang",
+    "phi": "vllm sglang llama.cpp",
+    "phi3": "vllm sglang",
+    "phimoe": "vllm sglang",
+    "qwen3": "vllm sglang",
+    "qwen3_moe": "vllm sglang",
+    "seed_oss": "vllm",
+    "smollm3": "vllm",
+    "starcoder2": "vllm sglang llama.cpp",
+}
+
+# vLLM's code for these drops the bias in silence. Under this architecture in config.json it runs transformers' code for
+# them (its "Transformers modeling backend"), which uses it.
+_DENSE, _MOE = "TransformersForCausalLM", "TransformersMoEForCausalLM"
+_IN_VLLM_BY_TRANSFORMERS = dict.fromkeys(("cohere", "cohere2", "ernie4_5", "gemma", "qwen3"), _DENSE)
+_IN_VLLM_BY_TRANSFORMERS |= dict.fromkeys(("ernie4_5_moe", "granitemoe", "olmoe", "qwen3_moe"), _MOE)
+
+# The modules that get a bias in vLLM and SGLang with it, where they are not those of transformers' own flag. Every one
+# of them must be in the files: vLLM leaves those it does not find uninitialised.
+_NEEDS = {"mistral": ATTENTION, "phi3": ("self_attn.qkv_proj", "self_attn.o_proj")}
+
+
+def acts(model_type: str) -> frozenset[str]:
+    """The stacks in which an output projection bias of this family's own form acts; none for an unknown family."""
+    if model_type not in FAMILIES:
+        return frozenset()
+    mine = {"transformers"} if FAMILIES[model_type].bias_flag is not None else set()
+    return frozenset(mine | set(_OTHERS.get(model_type, "").split()))
+
+
+def native_flag(model_type: str, stack: str) -> str | None:
+    """The config key that gives the projection a bias there: "" where it always has one, None where it has no place."""
+    if stack not in acts(model_type):
+        return None
+    flag = FAMILIES[model_type].bias_flag
+    return "attention_bias" if flag is None else flag
+
+
+def architecture(model_type: str, stack: str) -> str | None:
+    """What config.json must name as the architecture for the bias to act there; None: the family's own."""
+    return _IN_VLLM_BY_TRANSFORMERS.get(model_type) if stack == "vllm" else None
+
+
+def named_architecture(config: dict[str, Any]) -> str | None:
+    """The architecture that a config.json names, None where it names none."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
+def why_lost(model_type: str, stack: str, text_config: Any, named: str | None) -> str | None:
+    """Why a stack would drop the biases of a checkpoint with this config, in silence; None where it uses them.
+
+    Args:
+        model_type: the family.
+        stack: one of `STACKS`; another one counts as losing them.
+        text_config: the decoder's config, as transformers reads it.
+        named: the architecture that config.json names.
+    """
+    flag = native_flag(model_type, stack)
+    if flag is None:
+        return f"{stack} has no place for the bias in a {model_type} model and drops it in silence"
+    if flag and not getattr(text_config, flag, False):
+        return f"config.json does not set {flag}, so that {stack} drops the biases in silence"
+    needed = architecture(model_type, stack)
+    if needed not in (None, named):
+        return f"config.json does not name {needed}, so that {stack} drops the biases in silence"
+    if stack not in ("transformers", "vllm") and named in (_DENSE, _MOE):
+        return f"config.json names {named}, which is for vllm; nobody has checked what {stack} makes of it"
+    return None
+
+
+def needs(model_type: str, stack: str) -> tuple[str, ...]:
+    """The modules of a layer whose bias must be in the files, zeros included, once the flag is on there."""
+    if stack == "transformers" or stack not in acts(model_type):
+        return ()
+    family = FAMILIES[model_type]
+    return _NEEDS.get(model_type, family.switched if family.bias_flag else ())

@@ -1,0 +1,126 @@
+"""Whether a checkpoint's lock really acts in a given serving stack, read off its files; and what folds where."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastlock.architectures.serving_stacks import named_architecture, needs, why_lost
+from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.relocking import DEFAULT_STACKS, receipt_in, stored_biases
+from fastlock.errors import FastlockError
+from fastlock.locks.receipt import Receipt
+from fastlock.models.saving import check_stacks, choose_carrier
+from fastlock.storage.files import as_place
+from fastlock.storage.new_directory import files_in
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one stack makes of a checkpoint.
+
+    Attributes:
+        stack: the serving stack.
+        acts: whether a lock is there and acts.
+        reason: one sentence for people.
+    """
+
+    stack: str
+    acts: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as data that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LaunchPath:
+    """What folds on one of this machine's devices.
+
+    Attributes:
+        device: its name.
+        path: "cubin" (a kernel that was compiled ahead of time), "jit" (Triton compiles it on its first launch),
+            "reference" (plain PyTorch) or "none".
+        reason: one sentence for people.
+    """
+
+    device: str
+    path: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data that JSON can hold."""
+        return asdict(self)
+
+
+def launch_paths() -> list[LaunchPath]:
+    """What folds on each CUDA device of this machine, whose cubins are all loaded for that, and on the CPU."""
+    found = [_path_on(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    why = "on a CPU, plain PyTorch folds, in float64"
+    return [*found, LaunchPath("CPU", "reference", why if found else f"{why}; torch finds no CUDA device")]
+
+
+def _path_on(index: int) -> LaunchPath:
+    from fastlock.kernels.ahead_of_time import cubins
+
+    device = f"cuda:{index}, {torch.cuda.get_device_name(index)}"  # which initialises CUDA as well
+    choices = cubins.choices(index)
+    kernels = [choice.kernel for choice in choices if choice.kernel is not None]
+    if len(kernels) == len(choices):
+        first = kernels[0].cubin
+        made = f"compiled ahead of time for {first.target} by ptxas {first.ptxas}, load and are launched by the driver"
+        return LaunchPath(device, "cubin", f"{len(kernels)} kernels, {made}; what they don't cover is left to the JIT")
+    reason = next(choice.reason for choice in choices if choice.kernel is None)
+    if importlib.util.find_spec("triton") is None:
+        return LaunchPath(device, "none", f"no cubin fits: {reason}; and Triton is not installed")
+    part = f" for {len(choices) - len(kernels)} of {len(choices)} kernels" if kernels else ""
+    return LaunchPath(device, "jit", f"Triton compiles on the first launch{part}: {reason}")
+
+
+def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_STACKS) -> list[Finding]:
+    """What each stack makes of a checkpoint's lock; of one without, how it would be carried there.
+
+    No weights are read: whether the biases are right is `verify`'s question.
+
+    Raises:
+        FastlockError: the checkpoint is damaged, of a family without an exact fold, or a stack is unknown.
+    """
+    files, where = files_in(as_place(directory)), str(directory)
+    receipt, _ = receipt_in(files, where)
+    checkpoint = Checkpoint(files, where)
+    return [
+        _of_unlocked(checkpoint, stack) if receipt is None else _of_relocked(checkpoint, receipt, stack)
+        for stack in check_stacks(stacks)
+    ]
+
+
+def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
+    try:
+        form = choose_carrier(checkpoint, (stack,)).form
+    except FastlockError as error:
+        return Finding(stack, False, f"not relocked, and can't be for {stack}: {error}")
+    return Finding(stack, False, f"not relocked; for {stack} the lock would be carried in {form} form")
+
+
+def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
+    kind = checkpoint.kind
+    if (reason := why_lost(kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))) is not None:
+        return Finding(stack, False, reason)
+    if any(bias is None for bias in stored_biases(checkpoint, receipt)):
+        return Finding(stack, False, "the files lack a locked layer's bias: run `fastlock verify`")
+    lacking = [
+        f"{path}.bias"
+        for path in checkpoint.modules(needs(kind, stack))
+        if f"{path}.bias" not in checkpoint.shards.tensors
+    ]
+    if lacking:
+        return Finding(
+            stack, False, f"the files lack {lacking[0]} ({len(lacking)} in all), which {stack} leaves undefined"
+        )
+    return Finding(stack, True, f"{stack} uses the biases of all {len(receipt.layers)} locked layers")

@@ -1,0 +1,1 @@
+"""What is shipped: pairs, prompts and texts."""

@@ -1,0 +1,135 @@
+"""What a model is asked to see what a lock does to it: harmful requests, harmless ones, and ordinary text."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlock.errors import FastlockError
+from fastlock.storage.files import as_path, read_bounded
+
+MAX_FILE_BYTES = 64 * 1024 * 1024
+
+# The column that holds the prompt in AdvBench and JailbreakBench, HarmBench, StrongREJECT, and OR-Bench or XSTest; in
+# small letters or not.
+_COLUMNS = ("goal", "behavior", "forbidden_prompt", "prompt", "question", "text")
+# HarmBench's column of what a request is about, and what HarmBench puts between it and the request.
+_CONTEXT, _BETWEEN = "contextstring", "\n\n---\n\n"
+_SHIPPED = Path(__file__).parents[1] / "data" / "prompts.json"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to ask.
+
+    Attributes:
+        harmful: requests that an aligned model refuses.
+        harmless: requests that it answers, some of which only sound harmful.
+        texts: ordinary text, for the perplexity.
+
+    Raises:
+        FastlockError: something in them is no text, or there is nothing in any of them.
+    """
+
+    harmful: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, given in list(vars(self).items()):
+            texts = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ("",)
+            if not all(map(_is_text, texts)):
+                raise FastlockError(f"`{name}`: give a list of texts, none of them empty or with half a character.")
+            object.__setattr__(self, name, texts)  # a generator is read once only
+        if not (self.harmful or self.harmless or self.texts):
+            raise FastlockError("there is nothing to ask: give harmful or harmless prompts, or texts.")
+
+
+def shipped_prompts() -> Prompts:
+    """The set that comes with fastlock: 40 harmful requests, mild in their wording, 40 harmless ones, 10 texts."""
+    return Prompts(**{key: tuple(texts) for key, texts in json.loads(_SHIPPED.read_text()).items()})
+
+
+def prompts_digest(prompts: Prompts) -> str:
+    """SHA-256 of all that is asked."""
+    return hashlib.sha256(json.dumps(vars(prompts)).encode()).hexdigest()
+
+
+def load_prompts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Read prompts from a file: CSV with a header, JSON, JSON lines, or plain text with one on each line.
+
+    In CSV and JSON the prompt is in the column `goal` (AdvBench, JailbreakBench), `Behavior` (HarmBench),
+    `forbidden_prompt` (StrongREJECT), `prompt` (OR-Bench, XSTest), `question` or `text`, in capitals or not. Before it
+    comes what HarmBench has in `ContextString`. Of XSTest's file, whose column `label` says "safe" or "unsafe", take
+    the half that is wanted first.
+
+    Raises:
+        FastlockError: the file is missing, too large or damaged, or holds no prompts.
+    """
+    path = as_path(path)
+    try:
+        text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
+        prompts = tuple(_prompts(text, path))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise FastlockError(f"{path}: can't be read as {path.suffix or 'text'} ({error}).") from None
+    if not prompts:
+        raise FastlockError(f"{path}: holds no prompts.")
+    return prompts
+
+
+def _prompts(text: str, path: Path) -> Iterable[str]:
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        return [
+            _prompt(row, f"{path}, row {number}") for number, row in enumerate(csv.DictReader(io.StringIO(text)), 1)
+        ]
+    if kind == ".json":
+        return [_prompt(entry, f"{path}, entry {number}") for number, entry in enumerate(_list(text, path), 1)]
+    lines = [(line.strip(), f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1)]
+    if kind == ".jsonl":
+        return [_prompt(_parsed(line, where), where) for line, where in lines if line]
+    return [line for line, _ in lines if line]
+
+
+def _list(text: str, path: Path) -> list[Any]:
+    entries = json.loads(text)
+    if not isinstance(entries, list):
+        raise FastlockError(f"{path}: can't be read as .json (it is no list). Give one list, of prompts or objects.")
+    return entries
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FastlockError(f"{where}: not JSON ({error}). Give a text or an object on each line.") from None
+
+
+def _prompt(entry: Any, where: str) -> str:
+    found, context = entry, None
+    if isinstance(entry, dict):
+        held = {str(column).lower(): value for column, value in entry.items() if value}
+        found = next((held[column] for column in _COLUMNS if column in held), None)
+        context = held.get(_CONTEXT)
+    if not isinstance(found, str) or not found.strip():
+        raise FastlockError(f"{where}: no prompt is there. Name its column one of {', '.join(_COLUMNS)}.")
+    prompt = found.strip()
+    if isinstance(context, str) and context.strip():
+        prompt = context.strip() + _BETWEEN + prompt
+    if not _is_text(prompt):
+        raise FastlockError(
+            f"{where}: its prompt holds half a character (a lone surrogate). Write it anew, or remove it."
+        )
+    return prompt
+
+
+def _is_text(given: Any) -> bool:
+    """Something to read, without halves of characters (lone surrogates), which no tokenizer takes."""
+    return isinstance(given, str) and bool(given.strip()) and not any("\ud800" <= c <= "\udfff" for c in given)

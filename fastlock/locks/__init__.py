@@ -1,0 +1,1 @@
+"""The two artefacts, lock and receipt. It knows no model."""

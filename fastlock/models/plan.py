@@ -1,0 +1,352 @@
+"""Relocking the same models again and again: everything is looked up, checked and packed once, by a plan.
+
+For servers that load one fine-tune after another into the same memory, and for a zoo that stays in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlock.errors import FastlockError
+from fastlock.fold import FoldPlan
+from fastlock.locks.lock import Lock, check_lock, strength_for
+from fastlock.locks.receipt import Receipt
+from fastlock.models.reloaded import set_receipt
+from fastlock.models.relocking import (
+    Member,
+    changing,
+    check_list,
+    displaced,
+    each,
+    folds_of,
+    prepare,
+    put_in,
+    receipt_for,
+)
+from fastlock.models.saving import ORIGINAL_BIAS, PLACED_BIAS, RECEIPT
+from fastlock.models.sites import Projections
+
+
+class Plan:
+    """The relocking of some models, made ready once and done as often as wanted.
+
+        plan = fastlock.Plan(models, lock, strength=6.0)
+        plan.relock()               # as relock_many
+        ...                         # other fine-tunes are copied into the same memory
+        plan.relock()               # folds what is there now: one launch, into the same biases
+        plan.relock(strength=4.0)   # sends the displacements anew, and nothing else
+
+    The first `relock` checks everything, as `fastlock.relock_many` does. The next ones write to the biases where they
+    are, so that captured CUDA graphs go on reading them, and notice what was replaced or moved since (a weight, a
+    module, a device, the lock taken out): then everything is checked and built again, as at first.
+
+    Attributes:
+        biases: of each model the bias of each locked layer, [hidden] of the weight's dtype and device, as the last
+            `relock` left them; empty before the first.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module | Projections],
+        lock: Lock | Sequence[Lock],
+        strength: float | Sequence[float | None] | None = None,
+    ) -> None:
+        """Take note of what to relock; nothing is read or changed yet.
+
+        Args:
+            models: transformers models, of any families and on any devices; or, of a model that is not in memory, its
+                output projections alone: {layer: W} or {layer: (W, c)}, W [hidden, num_heads * head_dim] and c
+                [hidden]. Their biases are then in `biases`. That such a W takes plain concatenated head outputs (no
+                gate, no norm between) can't be checked: docs/models.md says of which families it is true.
+            lock: one lock for all, or one each.
+            strength: one for all, or one each; None as for `fastlock.relock`.
+
+        Raises:
+            FastlockError: there are more or fewer locks or strengths than models, or one can't be used.
+        """
+        check_list(models)
+        self._models = list(models)
+        self._locks = each(lock, len(models), "lock")
+        self._strengths = self._checked(self._locks, each(strength, len(models), "strength"))
+        self._built: _Built | None = None
+        self._one_at_a_time, self._process = threading.Lock(), os.getpid()
+
+    @property
+    def biases(self) -> list[dict[int, torch.Tensor]]:
+        """See the class."""
+        return [] if self._built is None else self._built.biases()
+
+    @property
+    def receipts(self) -> list[Receipt | None]:
+        """What was done, a receipt per model; None for bare output projections. Made when asked for, to save time.
+
+        Raises:
+            FastlockError: nothing was relocked yet; or a model was changed since, as far as torch counts that.
+        """
+        if self._built is None:
+            raise FastlockError("nothing was relocked yet, so that there are no receipts: call relock() first.")
+        return self._built.receipts()
+
+    def relock(
+        self,
+        lock: Lock | Sequence[Lock] | None = None,
+        strength: float | Sequence[float | None] | None = None,
+    ) -> None:
+        """Relock all models from the weights that they have now, and wait until it is done.
+
+        Args:
+            lock: another lock for all, or one each; None for the last ones.
+            strength: another strength for all, or one each; None for the last ones, and with another lock for those
+                that it was calibrated at.
+
+        Raises:
+            FastlockError: as for `fastlock.relock`. After any error all models are as they were, and the next call is
+                as if this one had not been.
+        """
+        if os.getpid() != self._process:  # in a forked process: who held the lock is not there
+            self._one_at_a_time, self._process = threading.Lock(), os.getpid()
+        with self._one_at_a_time:
+            locks, strengths = self._locks, self._strengths
+            if lock is not None or strength is not None:
+                locks = locks if lock is None else each(lock, len(self._models), "lock")
+                wanted = each(strength, len(self._models), "strength")
+                wanted = [
+                    strengths[i] if wanted[i] is None and locks[i] is self._locks[i] else wanted[i]
+                    for i in range(len(wanted))
+                ]
+                strengths = self._checked(locks, wanted)
+            if self._built is not None and self._built.moved():
+                self._built = None  # which lets go of the weights that it read
+            if self._built is None or not self._again(self._built, locks, strengths):
+                self._built = _Built(self._models, locks, strengths)
+            self._locks, self._strengths = locks, strengths
+
+    def _again(self, built: _Built, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
+        try:
+            return built.again(locks, strengths)
+        finally:
+            if not built.sound:
+                self._built = None
+
+    @staticmethod
+    def _checked(locks: Sequence[Lock], strengths: Sequence[float | None]) -> list[float]:
+        for lock in locks:
+            check_lock(lock)
+        return [strength_for(lock, strength) for lock, strength in zip(locks, strengths, strict=True)]
+
+    def __getstate__(self) -> Any:
+        raise FastlockError("a plan holds addresses in memory, and can't be copied or pickled. Make a new one.")
+
+
+class _Built:
+    """Models as they were relocked, and how to see whether they still are.
+
+    Attributes:
+        sound: whether what is known here is so. It is not where an error came while an error was mended.
+
+    Raises:
+        FastlockError: as for `fastlock.relock`; then nothing was changed.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module | Projections], locks: Sequence[Lock], strengths: Sequence[float]
+    ) -> None:
+        self._models, self._locks, self._strengths = models, locks, strengths
+        with changing() as undo:
+            self._members = prepare(models, locks, strengths, undo)
+            self._plan = FoldPlan(folds_of(self._members))
+            self._plan.run()
+            put_in(self._members, self._plan.results, undo)
+            modules = [site.module for member in self._members for site in member.sites]
+            # A copy of each result, to put back after an error: of a model's, the buffer that it has anyway. And
+            # memory for the next one, which changes places with it, so that there is always one that is whole.
+            self._kept = [
+                getattr(module, PLACED_BIAS) if isinstance(module, nn.Module) else result.clone()
+                for module, result in zip(modules, self._plan.results, strict=True)
+            ]
+            self._spare = [kept.clone() for kept in self._kept]
+            self._buffers = [module._buffers if isinstance(module, nn.Module) else {} for module in modules]
+            self._links = _links(models, self._members)
+            read = [tensor for module in modules for tensor in _read(module)]
+            self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
+            self._read = [tensor for tensor in read if not tensor.is_inference()]  # of which torch counts the writes
+            self._biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
+            self._own = _numbers_with_a_bias(modules, self._plan.results)
+            self._versions = self._versions_read()
+            self._note_what_we_wrote()
+            self.sound = True
+
+    def biases(self) -> list[dict[int, torch.Tensor]]:
+        results = iter(self._plan.results)
+        return [{site.layer: next(results) for site in member.sites} for member in self._members]
+
+    def receipts(self) -> list[Receipt | None]:
+        if self.moved() or self._versions != self._versions_read():
+            raise FastlockError(
+                "a model was changed since it was relocked, so that a receipt of now would not be of what was done. "
+                "Call relock() again."
+            )
+        return [
+            None if member.model is None else member.model.__dict__[RECEIPT].of(list(member.sites))
+            for member in self._members
+        ]
+
+    def moved(self) -> bool:
+        """Whether what was looked up is elsewhere now, or others wrote to the biases. Weights may be written to."""
+        for names, name, meaning in self._links:
+            if names.get(name) is not meaning:
+                return True
+        for tensor, address, shape, stride, dtype in self._places:
+            if tensor.data_ptr() != address or tensor.shape != shape or tensor.stride() != stride:
+                return True
+            if tensor.dtype != dtype:
+                return True
+        for bias, address, version in self._written:
+            if bias.data_ptr() != address or (version is not None and bias._version != version):
+                return True
+        # Not every write is counted, and a fine-tune that has biases of its own brings them into these.
+        return any(
+            not torch.equal(torch.cat([self._plan.results[i] for i in own]), torch.cat([self._kept[i] for i in own]))
+            for own in self._own
+        )
+
+    def again(self, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
+        """Relock with these into the biases that are there; False where that can't be, and nothing was done.
+
+        Raises:
+            FastlockError: as for `fastlock.relock`; the biases are then as before.
+        """
+        if locks is self._locks and strengths is self._strengths:
+            self._run()
+            return True
+        members = self._with(locks, strengths)
+        earlier = [f.displacement for f in folds_of(self._members)]
+        if _layers(members) != _layers(self._members):
+            return False
+        try:
+            if not self._plan.displace([f.displacement for f in folds_of(members)]):
+                return False
+            receipts = [None if member.model is None else receipt_for(member) for member in members]
+            self._run()
+        except BaseException:
+            self._mend(lambda: self._plan.displace(earlier))
+            raise
+        self.sound = False  # until all of this is done
+        self._members, self._locks, self._strengths = members, locks, strengths
+        for member, receipt in zip(members, receipts, strict=True):
+            if member.model is not None:
+                set_receipt(member.model, receipt)
+        self._links = _links(self._models, members)
+        self.sound = True
+        return True
+
+    def _with(self, locks: Sequence[Lock], strengths: Sequence[float]) -> list[Member]:
+        """The members with other locks, which are checked, and strengths."""
+        if any(lock is not before for lock, before in zip(locks, self._locks, strict=True)):
+            with changing() as undo:
+                return prepare(self._models, locks, strengths, undo)
+        return [
+            replace(member, strength=strength, displacements=displacements)
+            for member, strength, displacements in zip(
+                self._members, strengths, displaced(locks, strengths), strict=True
+            )
+        ]
+
+    def _run(self) -> None:
+        try:
+            self._plan.start()
+            versions = self._versions_read()  # this, and the copy, while the device folds
+            _copy(self._plan.results, self._spare)
+            self._plan.finish()
+            self._place(self._spare)
+            self._kept, self._spare, self._versions = self._spare, self._kept, versions
+        except BaseException:
+            self._mend(self._put_back)
+            raise
+        if self._plan.by_torch:  # which counts what it writes
+            self._note_what_we_wrote()
+
+    def _mend(self, mend: Callable[[], object]) -> None:
+        """Mend what an error left; where that fails too, this is not sound any more."""
+        was_sound, self.sound = self.sound, False
+        with contextlib.suppress(Exception):
+            mend()
+            self.sound = was_sound
+
+    def _put_back(self) -> None:
+        """The biases as they were before this run, for every stream that may read them."""
+        _copy(self._kept, self._plan.results)
+        for device in {result.device for result in self._plan.results if result.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        self._place(self._kept)
+        self._note_what_we_wrote()
+
+    def _place(self, copies: list[torch.Tensor]) -> None:
+        """Let each module have its copy of what the lock put there."""
+        for buffers, copy in zip(self._buffers, copies, strict=True):
+            buffers[PLACED_BIAS] = copy
+
+    def _versions_read(self) -> list[int]:
+        return [tensor._version for tensor in self._read]
+
+    def _note_what_we_wrote(self) -> None:
+        self._written = [(b, b.data_ptr(), None if b.is_inference() else b._version) for b in self._biases]
+
+
+def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    """Copy each to its target, by one launch where torch can."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _numbers_with_a_bias(modules: Sequence[Any], results: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Which of the modules have a bias of their own beneath the lock's, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (module, result) in enumerate(zip(modules, results, strict=True)):
+        if isinstance(module, nn.Module) and hasattr(module, ORIGINAL_BIAS):
+            groups.setdefault((result.device, result.dtype), []).append(i)
+    return list(groups.values())
+
+
+def _layers(members: Sequence[Member]) -> list[list[int]]:
+    return [[site.layer for site in member.sites] for member in members]
+
+
+def _read(module: Any) -> list[torch.Tensor]:
+    """The tensors that folding reads, as their owner has them."""
+    bare = not isinstance(module, nn.Module)
+    return [module.weight, module.bias] if bare and module.bias is not None else [module.weight]
+
+
+def _links(
+    models: Sequence[nn.Module | Projections], members: Sequence[Member]
+) -> list[tuple[dict[Any, Any], Any, Any]]:
+    """What leads to the tensors, and the marks of the lock: (where a name is looked up, the name, what it means)."""
+    found: dict[tuple[int, Any], tuple[dict[Any, Any], Any, Any]] = {}
+
+    def note(names: dict[Any, Any], name: Any) -> Any:
+        found[id(names), name] = names, name, names.get(name)
+        return names.get(name)
+
+    for given, member in zip(models, members, strict=True):
+        if isinstance(given, dict):
+            for site in member.sites:
+                note(given, site.layer)
+            continue
+        model: Any = member.model
+        note(model.__dict__, RECEIPT)
+        for site in member.sites:
+            module = model
+            for name in site.name.split("."):
+                module = note(module._modules, name)
+            note(module._parameters, "weight")
+            note(module._parameters, "bias")
+    return list(found.values())

@@ -1,0 +1,225 @@
+"""A relocked model that came back from disk: what its config says of the lock, and taking it over.
+
+A relocked checkpoint holds its receipt in config.json, under "fastlock". Taking a loaded model over brings it to
+the state that `relock` leaves a model in, so that relocking, unlocking and saving need to know one state only.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlock.errors import FastlockError
+from fastlock.locks.receipt import Receipt, biases_digest
+from fastlock.models.saving import (
+    CONFIG_KEY,
+    ORIGINAL_BIAS,
+    PLACED_BIAS,
+    RECEIPT,
+    PartOfRelocked,
+    Relocked,
+    locked_sites,
+    swapped_class,
+    unlocked_class,
+)
+from fastlock.models.sites import DTYPES, Site, check_foldable, family_of, text_config
+
+
+def is_loaded(model: nn.Module) -> bool:
+    """Whether the model came back from disk relocked, and has not been taken over yet."""
+    return RECEIPT not in model.__dict__ and CONFIG_KEY in model.config.__dict__
+
+
+def receipt_of(model: nn.Module) -> Receipt | None:
+    """The receipt of a relocked model, whether relocked in this process or before it was saved; else None."""
+    if not is_loaded(model):
+        receipt: Receipt | None = model.__dict__.get(RECEIPT)
+        return receipt
+    return Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
+
+
+def check_unlocked(model: nn.Module, why: str, *, name: str = "", or_else: str = "") -> None:
+    """Refuse a model that is relocked.
+
+    Args:
+        why: it has to be unlocked, in words that can follow "and".
+        name: what the message calls it; by default its class.
+        or_else: a further sentence on what to do, with a space in front.
+
+    Raises:
+        FastlockError: it is.
+    """
+    if receipt_of(model) is not None:
+        raise FastlockError(
+            f"{name or type(model).__name__} is relocked, and {why}. Unlock it first: fastlock.unlock(model), or "
+            f"`fastlock unlock` for a checkpoint.{or_else}"
+        )
+
+
+def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tensor | None]:
+    """The bias that each locked site had before, None where it had none; the model is not changed.
+
+    Raises:
+        FastlockError: the receipt of a loaded checkpoint does not hold them.
+    """
+    sites = locked_sites(model, receipt)
+    if RECEIPT in model.__dict__:
+        return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
+    kept = _carrier(model)["original_biases"]
+    return {
+        site.name: _decoded(model, kept.get(str(site.layer)), site, receipt.dtype) if locked.had_bias else None
+        for locked, site in zip(receipt.sites, sites, strict=True)
+    }
+
+
+def take_over(model: nn.Module, undo: ExitStack) -> None:
+    """Bring a loaded relocked model to the state that `relock` leaves; nothing to do for any other.
+
+    Raises:
+        FastlockError: the checkpoint is damaged, or its biases were changed after fastlock wrote them.
+    """
+    if not is_loaded(model):
+        return
+    receipt = Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
+    here = locked_sites(model, receipt)
+    for site in here:
+        check_foldable(site)
+    receipt = receipt.renamed([site.name for site in here])  # in the files they may have had other names
+    if not unchanged(model, receipt):
+        raise FastlockError(
+            f"{_where(model)}: the locked biases are not those that fastlock wrote (trained since, or loaded in part); "
+            "replacing them would lose that change. Start from the original checkpoint."
+        )
+    originals, carrier = original_biases(model, receipt), _carrier(model)
+    if not _drop_added_biases(model, receipt, carrier, undo):
+        originals = {name: torch.zeros_like(_bias(model, name)) if o is None else o for name, o in originals.items()}
+    for name, original in originals.items():
+        keep(model.get_submodule(name), original, _bias(model, name).detach().clone(), undo)
+    sites = tuple(replace(site, had_bias=originals[site.name] is not None) for site in receipt.sites)
+    data = getattr(model.config, CONFIG_KEY)
+    delattr(model.config, CONFIG_KEY)
+    undo.callback(setattr, model.config, CONFIG_KEY, data)
+    mark(model, replace(receipt, sites=sites, original_config=carrier.get("original_config")), undo)
+
+
+def keep(module: nn.Module, original: torch.Tensor | None, placed: torch.Tensor, undo: ExitStack) -> None:
+    """Keep what was there before, and a copy of what the lock put there, in buffers that move with the module."""
+    undo.callback(forget, module)
+    if original is not None:
+        module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
+    module.register_buffer(PLACED_BIAS, placed, persistent=False)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what `keep` kept."""
+    for name in (ORIGINAL_BIAS, PLACED_BIAS):
+        if hasattr(module, name):
+            delattr(module, name)
+
+
+def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
+    """Note on the model that it is relocked (or, with None, that it is not), and let its saving go by that."""
+    known = receipt or model.__dict__[RECEIPT]
+    undo.callback(set_receipt, model, model.__dict__.get(RECEIPT))
+    set_receipt(model, receipt)
+    _swap(model, Relocked if receipt else None, undo)
+    path = known.sites[0].name.split(".")
+    for length in range(1, len(path)):
+        part = model.get_submodule(".".join(path[:length]))
+        if hasattr(part, "save_pretrained"):
+            _swap(part, PartOfRelocked if receipt else None, undo)
+
+
+def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
+    """Note on the model what was done, and nothing else; None takes it away."""
+    if receipt is None:
+        model.__dict__.pop(RECEIPT, None)
+    else:
+        setattr(model, RECEIPT, receipt)
+
+
+def _swap(module: nn.Module, gained: type | None, undo: ExitStack) -> None:
+    undo.callback(setattr, module, "__class__", module.__class__)
+    own = unlocked_class(type(module))
+    module.__class__ = own if gained is None else swapped_class(gained, own)
+
+
+def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: dict[str, Any], undo: ExitStack) -> bool:
+    """Take away the zero biases that the carrier added beside the locked ones; False where they must stay.
+
+    They stay where the config's flag was on before (a Qwen2 in Llama form), and where training has filled them.
+    """
+    flag, was = carrier["flag"], carrier["was"]
+    if was or not flag:
+        return bool(not flag)
+    config: Any = copy.deepcopy(model.config)
+    setattr(config.get_text_config(), flag, False)
+    with torch.device("meta"):
+        places = unlocked_class(type(model))(config).state_dict()
+    locked = {f"{site.name}.bias" for site in receipt.sites}
+    added = [name for name, _ in model.named_parameters() if name.endswith(".bias") and name not in places]
+    if any(model.get_parameter(name).count_nonzero() for name in added if name not in locked):
+        return False
+    for name in added:
+        if name not in locked:
+            module: Any = model.get_submodule(name.removesuffix(".bias"))
+            undo.callback(setattr, module, "bias", module.bias)
+            module.bias = None
+    undo.callback(setattr, text_config(model), flag, True)
+    setattr(text_config(model), flag, False)
+    return True
+
+
+def unchanged(model: nn.Module, receipt: Receipt) -> bool:
+    """Whether the locked biases are those that fastlock wrote, as far as the dtype they were loaded in can tell."""
+    written = DTYPES.get(receipt.dtype)
+    biases = [site.bias for site in locked_sites(model, receipt)]
+    if written is None or any(bias is None for bias in biases):
+        return False
+    if any(bias is not None and torch.promote_types(bias.dtype, written) != bias.dtype for bias in biases):
+        return True
+    return biases_digest(bias if bias is None else bias.to(written) for bias in biases) == receipt.biases_digest
+
+
+def _decoded(model: nn.Module, text: Any, site: Site, dtype: str) -> torch.Tensor:
+    try:
+        data = bytearray(base64.b64decode(text, validate=True))
+        original = torch.frombuffer(data, dtype=DTYPES[dtype])
+        if site.bias is None or original.shape != site.bias.shape:
+            raise ValueError(f"{len(original)} numbers")
+    except (ValueError, TypeError, KeyError) as error:
+        raise FastlockError(
+            f"{_where(model)}: the receipt does not hold the original bias of {site.name} ({error}), so that it can't "
+            "be put back. Get the checkpoint again, or start from the original one."
+        ) from None
+    return original.to(site.weight)
+
+
+def _carrier(model: nn.Module) -> dict[str, Any]:
+    """How the checkpoint carries the lock, as far as it can be true of this model."""
+    carrier = getattr(model.config, CONFIG_KEY).get("carrier")
+    sound = (
+        isinstance(carrier, dict)
+        and carrier.get("form") in ("native", "llama")
+        and carrier.get("flag") == family_of(model).bias_flag
+        and type(carrier.get("was")) is bool
+        and isinstance(carrier.get("original_biases"), dict)
+    )
+    if not sound:
+        raise FastlockError(f"{_where(model)}: the receipt is damaged (carrier). Get the checkpoint again.")
+    return dict(carrier)
+
+
+def _bias(model: nn.Module, site_name: str) -> torch.Tensor:
+    return model.get_parameter(f"{site_name}.bias")
+
+
+def _where(model: nn.Module) -> str:
+    config: Any = model.config
+    return f"{getattr(config, '_name_or_path', '') or type(model).__name__}/config.json"

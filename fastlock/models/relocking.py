@@ -1,0 +1,357 @@
+"""Models in memory: relock, unlock, relocked(), many at once."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastlock.errors import FastlockError
+from fastlock.fold import Fold, fold
+from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
+from fastlock.locks.receipt import LockedSite, Receipt
+from fastlock.models.reloaded import forget, keep, mark, receipt_of, take_over
+from fastlock.models.saving import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
+from fastlock.models.sites import Projections, Site, bare_sites, sites_for, text_config, unwrapped
+
+_T = TypeVar("_T")
+
+# Of each original bias that holds a lock now, the projection (a weak reference) through which it got it.
+_HOLDERS: Any = WeakIdKeyDictionary()
+
+
+def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Receipt:
+    """Fold the lock through the model's own output projections and put the biases in place.
+
+    The model then computes what it would with `strength * scale * direction` added to each locked head's output, at
+    every position (arXiv 2410.10343). A model that is relocked already, now or before it was saved, gets this lock
+    instead of the earlier one. No gradients are needed; biases that the lock adds do not require any, and those that
+    were there keep their `requires_grad` and their identity.
+
+    Args:
+        model: a transformers model, on any device; `torch.compile`d is fine.
+        lock: the lock, extracted from this model's aligned base.
+        strength: the paper's α, 0 or more; by default the one that the lock was calibrated at, or else the paper's 6.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FastlockError: the lock does not fit, the fold would not be exact in this family, or the weights can't be
+            read. The model is as it was.
+    """
+    return _relock([model], [lock], [strength])[0]
+
+
+def relock_many(
+    models: Sequence[nn.Module], lock: Lock | Sequence[Lock], strength: float | Sequence[float | None] | None = None
+) -> list[Receipt]:
+    """Relock several models, all of them or none: one kernel launch per CUDA device, dtype, layout and head_dim.
+
+    Models that share their output projections (the same memory) are folded once, and share the bias.
+
+    Args:
+        models: as for `relock`; their shapes and families may differ.
+        lock: one lock for all, or one each.
+        strength: one for all, or one each; None as for `relock`.
+
+    Returns:
+        A receipt per model, in order.
+
+    Raises:
+        FastlockError: as for `relock`. All models are as they were.
+    """
+    check_list(models)
+    if any(isinstance(model, dict) for model in models):
+        raise FastlockError("bare output projections have no place for a bias: fold them with fastlock.Plan.")
+    return _relock(models, each(lock, len(models), "lock"), each(strength, len(models), "strength"))
+
+
+def _relock(models: Sequence[nn.Module], locks: Sequence[Lock], strengths: Sequence[float | None]) -> list[Receipt]:
+    with changing() as undo:
+        members = prepare(models, locks, strengths, undo)
+        return [receipt for receipt in put_in(members, fold(folds_of(members)), undo) if receipt is not None]
+
+
+def unlock(model: nn.Module) -> None:
+    """Put back exactly what was there before relocking, bit for bit, and no bias where there was none.
+
+    Raises:
+        FastlockError: the model is not relocked, or a bias was changed since (by training, say), so that putting
+            the original back would lose that change.
+    """
+    inner = unwrapped(model)
+    with changing() as undo:
+        take_over(inner, undo)
+        if receipt_of(inner) is None:
+            raise FastlockError(f"{type(inner).__name__} is not relocked; there is nothing to unlock.")
+        _take_out(inner, undo)
+
+
+@contextlib.contextmanager
+def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Iterator[nn.Module]:
+    """The model relocked inside the `with` block; afterwards as it was before, an earlier lock included.
+
+    Raises:
+        FastlockError: as for `relock`.
+    """
+    inner = unwrapped(model)
+    with changing() as undo:
+        take_over(inner, undo)
+        earlier = receipt_of(inner)
+        before = _still_locked(inner, earlier) if earlier else []
+        kept = [site.module.bias.detach().clone() for site in before]
+        members = prepare([inner], [lock], [strength], undo)
+        put_in(members, fold(folds_of(members)), undo)
+    try:
+        yield model
+    finally:
+        with changing() as undo:
+            _take_out(inner, undo)
+            if earlier:
+                biases = [bias.to(site.weight) for site, bias in zip(before, kept, strict=True)]
+                _place_all(inner, earlier, before, biases, undo)
+
+
+@contextlib.contextmanager
+def changing() -> Iterator[ExitStack]:
+    """A stack for the undoing of each change: whatever error comes, they are all undone.
+
+    What is made inside are ordinary tensors, in inference mode too, so that the model can still be trained.
+    """
+    with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
+        yield undo
+        undo.pop_all()
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One model of those that are relocked together.
+
+    Attributes:
+        model: out of its wrappers; None for bare output projections.
+        lock: what it is relocked with.
+        strength: the strength to apply.
+        displacements: of the lock at this strength, by layer; one object for all members of the same two.
+        sites: those that the lock shifts.
+    """
+
+    model: nn.Module | None
+    lock: Lock
+    strength: float
+    displacements: Mapping[int, Displacement]
+    sites: Sequence[Site]
+
+
+def check_list(models: object) -> None:
+    """That several models were given as a list."""
+    if not isinstance(models, Sequence) or isinstance(models, str):
+        raise FastlockError(f"models is a {type(models).__name__}; give a list of models.")
+
+
+def each(given: _T | Sequence[_T], count: int, name: str) -> list[_T]:
+    """One for each model: the one that was given for all, or those that were.
+
+    Raises:
+        FastlockError: there are more or fewer than models.
+    """
+    if getattr(given, "ndim", 0):  # an array, or a tensor
+        given = cast(Any, given).tolist()
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != count:
+            raise FastlockError(f"{name}: {len(given)} were given for {count} models. Give one for all, or one each.")
+        return list(given)
+    return [given] * count
+
+
+def displaced(locks: Sequence[Lock], strengths: Sequence[float]) -> list[Mapping[int, Displacement]]:
+    """The displacements of each; one object for all that have the same lock at the same strength."""
+    made: dict[tuple[int, float], Mapping[int, Displacement]] = {}
+    for lock, strength in zip(locks, strengths, strict=True):
+        if (id(lock), strength) not in made:
+            made[id(lock), strength] = lock.displacement(strength)
+    return [made[id(lock), strength] for lock, strength in zip(locks, strengths, strict=True)]
+
+
+def prepare(
+    models: Sequence[nn.Module | Projections],
+    locks: Sequence[Lock],
+    strengths: Sequence[float | None],
+    undo: ExitStack,
+) -> list[Member]:
+    """All checks of all models; those that came back relocked from disk are taken over.
+
+    Raises:
+        FastlockError: as for `relock`.
+    """
+    for lock in locks:
+        check_lock(lock)
+    applied = [strength_for(lock, strength) for lock, strength in zip(locks, strengths, strict=True)]
+    inner = [model if isinstance(model, dict) else unwrapped(model) for model in models]
+    own = [id(model) for model in inner if isinstance(model, nn.Module)]
+    if len(set(own)) < len(own):
+        raise FastlockError("one model is given twice; a model carries one lock. Remove the repetition.")
+    members = []
+    for i, (model, lock, displacements) in enumerate(zip(inner, locks, displaced(locks, applied), strict=True)):
+        if isinstance(model, nn.Module):
+            take_over(model, undo)
+            members.append(Member(model, lock, applied[i], displacements, sites_for(model, lock)))
+        else:
+            members.append(Member(None, lock, applied[i], displacements, bare_sites(model, lock, f"models[{i}]")))
+    _check_not_shared(members)
+    return members
+
+
+def folds_of(members: Sequence[Member]) -> list[Fold]:
+    """What is to be folded, member by member and site by site."""
+    return [
+        Fold(site.weight, member.displacements[site.layer], original_bias(site), site.name)
+        for member in members
+        for site in member.sites
+    ]
+
+
+def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack) -> list[Receipt | None]:
+    """Put the biases in, in the order of `folds_of`, in place of an earlier lock's; None for bare projections."""
+    receipts: list[Receipt | None] = []
+    rest = iter(biases)
+    for member in members:
+        mine = [next(rest) for _ in member.sites]
+        if member.model is None:
+            receipts.append(None)
+            continue
+        receipt = receipt_for(member)
+        _take_out(member.model, undo)
+        receipts.append(_place_all(member.model, receipt, member.sites, mine, undo))
+    return receipts
+
+
+def _check_not_shared(members: Sequence[Member]) -> None:
+    modules: set[int] = set()
+    biases: set[int] = set()
+    for member in members:
+        receipt = None if member.model is None else receipt_of(member.model)
+        mine = {id(site.module) for site in locked_sites(cast(Any, member.model), receipt)} if receipt else set()
+        uses: Counter[int] | None = None
+        for site in member.sites:
+            if id(site.module) in modules or (hasattr(site.module, PLACED_BIAS) and id(site.module) not in mine):
+                raise FastlockError(
+                    f"{site.name} is part of another model too, which is relocked: a second lock would be added to the "
+                    "first. Unlock that model first, or give the two models layers of their own."
+                )
+            modules.add(id(site.module))
+            if member.model is None or site.bias is None:
+                continue
+            uses = uses or Counter(id(p) for _, p in member.model.named_parameters(remove_duplicate=False))
+            holder = _HOLDERS.get(site.bias)
+            if id(site.bias) in biases or uses[id(site.bias)] > 1 or (holder and holder() not in (None, site.module)):
+                raise FastlockError(
+                    f"{site.name}.bias is one parameter with that of another module, which the lock would act in too; "
+                    "and it can't hold two locks. Give each a parameter of its own (nn.Parameter(bias.detach()) may "
+                    "share its memory)."
+                )
+            biases.add(id(site.bias))
+
+
+def original_bias(site: Site) -> torch.Tensor | None:
+    """The bias without any lock, in the memory where it stays when a lock is put in."""
+    bias = getattr(site.module, ORIGINAL_BIAS, None) if hasattr(site.module, PLACED_BIAS) else site.bias
+    return None if bias is None else bias.detach()
+
+
+def receipt_for(member: Member) -> Receipt:
+    """The receipt of a model's member, without its digests."""
+    model: Any = member.model
+    earlier = receipt_of(model)
+    return Receipt(
+        lock_digest=member.lock.digest,
+        strength=member.strength,
+        model_type=text_config(model).model_type,
+        dtype=member.sites[0].dtype_name,
+        sites=tuple(
+            LockedSite(site.layer, site.name, member.displacements[site.layer].heads, original_bias(site) is not None)
+            for site in member.sites
+        ),
+        original_config=earlier.original_config if earlier else None,
+    )
+
+
+def _place_all(
+    model: nn.Module, receipt: Receipt, sites: Sequence[Site], biases: Sequence[torch.Tensor], undo: ExitStack
+) -> Receipt:
+    for site, bias in zip(sites, biases, strict=True):
+        _place(site.module, bias, undo)
+    mark(model, receipt, undo)
+    return receipt.of(list(sites))
+
+
+def _take_out(model: nn.Module, undo: ExitStack) -> None:
+    """Put back every original bias, if the model is relocked."""
+    receipt = receipt_of(model)
+    if receipt is None:
+        return
+    sites = _still_locked(model, receipt)
+    for site in sites:
+        if site.bias is None or not torch.equal(site.bias, getattr(site.module, PLACED_BIAS)):
+            raise FastlockError(
+                f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
+                "the original back would lose that change. To get the original, load the checkpoint again; to train "
+                "with a lock, unlock first and relock afterwards."
+            )
+    for site in sites:
+        _restore(site.module, undo)
+    mark(model, None, undo)
+
+
+def _still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
+    """The sites that hold the lock; it is gone from a projection that was replaced since.
+
+    Raises:
+        FastlockError: one that was replaced has a bias, which may or may not be the lock's.
+    """
+    found = []
+    for site in locked_sites(model, receipt):
+        if hasattr(site.module, PLACED_BIAS):
+            found.append(site)
+        elif site.bias is not None:
+            raise FastlockError(
+                f"{site.name} was replaced since the model was relocked, by a module with a bias, of which can't be "
+                "told whether it holds the lock. Put the earlier one back, or load the checkpoint again."
+            )
+    return found
+
+
+def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
+    """Put the bias in; an original one keeps its Parameter, so that an optimizer keeps working on it."""
+    original = None if module.bias is None else module.bias.data
+    keep(module, original, bias.detach().clone(), undo)
+    if original is None:
+        undo.callback(setattr, module, "bias", None)
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    else:
+        undo.callback(setattr, module.bias, "data", original)
+        module.bias.data = bias
+        undo.callback(_HOLDERS.pop, module.bias, None)
+        _HOLDERS[module.bias] = weakref.ref(module)
+
+
+def _restore(module: Any, undo: ExitStack) -> None:
+    original = getattr(module, ORIGINAL_BIAS, None)
+    undo.callback(keep, module, original, getattr(module, PLACED_BIAS), ExitStack())
+    forget(module)
+    if original is None:
+        undo.callback(setattr, module, "bias", module.bias)
+        module.bias = None
+    else:
+        undo.callback(setattr, module.bias, "data", module.bias.data)
+        module.bias.data = original
+        undo.callback(_HOLDERS.__setitem__, module.bias, weakref.ref(module))
+        _HOLDERS.pop(module.bias, None)

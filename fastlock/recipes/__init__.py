@@ -1,0 +1,1 @@
+"""How locks are made and chosen."""

@@ -1,0 +1,101 @@
+"""The score, the direction and the scale of every head, from its activations; a group of heads at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastlock.inference.batching import in_halves
+from fastlock.recipes.activations import Activations, Progress
+from fastlock.recipes.probes import accuracies
+
+# So much of the activations is in memory at once, as float64, and some copies of it; at least one head.
+GROUP_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What the activations say of every head.
+
+    Attributes:
+        scores: how well each head tells the two kinds apart, [num_layers, num_heads] float64; 0 without a direction.
+        directions: the difference of the two means, normalised, [num_layers, num_heads, head_dim] float64; zeros where
+            the means are the same.
+        scales: standard deviation of the vectors along the direction, [num_layers, num_heads] float64.
+    """
+
+    scores: npt.NDArray[np.float64]
+    directions: npt.NDArray[np.float64]
+    scales: npt.NDArray[np.float64]
+
+
+def statistics(
+    activations: Activations,
+    safe: npt.NDArray[np.bool_],
+    train: npt.NDArray[np.bool_] | None,
+    device: torch.device,
+    progress: Progress,
+) -> Statistics:
+    """The statistics of all heads, in float64.
+
+    Args:
+        activations: of all texts.
+        safe: whether each vector is of the kind that the direction leads to, [vectors].
+        train: scores are accuracies of logistic regressions, which these vectors train and the others validate,
+            [vectors]; without it they are effect sizes (Cohen's d) along the direction.
+        device: where to compute.
+        progress: wraps the layers.
+
+    Raises:
+        FastlockError: memory runs out with one head.
+    """
+    # MPS has no float64, and others are not known to.
+    device = device if device.type == "cuda" else torch.device("cpu")
+    kinds = torch.from_numpy(safe).to(device)
+    trains = None if train is None else torch.from_numpy(train).to(device)
+    layers = progress(range(activations.shape[0]), "Scoring heads")
+    found = [_layer_statistics(activations, layer, kinds, trains) for layer in layers]
+    scores, directions, scales = (
+        np.stack([part.cpu().numpy() for part in parts]) for parts in zip(*found, strict=True)
+    )
+    return Statistics(scores, directions, scales)
+
+
+def _layer_statistics(
+    activations: Activations, layer: int, safe: torch.Tensor, train: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Scores, [num_heads], directions, [num_heads, head_dim], and scales, [num_heads], of one layer."""
+    _, num_heads, vectors, head_dim = activations.shape
+    together = max(1, GROUP_BYTES // (8 * vectors * head_dim))
+
+    def of(heads: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+        x = torch.from_numpy(activations.read(layer, slice(heads[0], heads[-1] + 1)))
+        return [head_statistics(x.to(safe.device, torch.float64), safe, train)]
+
+    def name(head: int) -> str:
+        return f"the {vectors} vectors of layer {layer}, head {head}"
+
+    groups = [range(first, min(first + together, num_heads)) for first in range(0, num_heads, together)]
+    found = [part for group in groups for part in in_halves(group, of, name)]
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def head_statistics(x: torch.Tensor, safe: torch.Tensor, train: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Scores, [heads], directions, [heads, head_dim], and scales, [heads], of x, [heads, vectors, head_dim] float64."""
+    difference = x[:, safe].mean(dim=1) - x[:, ~safe].mean(dim=1)
+    norm = difference.norm(dim=1, keepdim=True)
+    directions = torch.where(norm > 0, difference / norm, 0)
+    along = (x @ directions[..., None])[..., 0]  # [heads, vectors]
+    scores = _effect_sizes(along, safe) if train is None else accuracies(x, safe, train)
+    return torch.where(norm[:, 0] > 0, scores, 0), directions, along.std(dim=1, correction=0)
+
+
+def _effect_sizes(along: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+    """Cohen's d of both kinds' projections, [heads, vectors]; 0 where neither kind varies."""
+    a, b = along[:, safe], along[:, ~safe]
+    spread = ((a.var(dim=1, correction=0) + b.var(dim=1, correction=0)) / 2).sqrt()
+    return torch.where(spread > 0, (a.mean(dim=1) - b.mean(dim=1)) / spread, 0)

@@ -1,0 +1,514 @@
+"""A checkpoint's files, and new directories that appear whole, made of links to what did not change."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastlock.errors import FastlockError
+from fastlock.storage.files import CONFIG, Patches, Place
+from fastlock.storage.remote import (
+    RemoteFile,
+    RemoteFolder,
+    check_absent_there,
+    remote_file,
+    remote_files,
+    remote_folder,
+    with_patches,
+)
+
+_FICLONE = 0x40049409  # ioctl of linux/fs.h: share another file's blocks
+_RENAME_EXCHANGE = 2  # of renameat2(2)
+_AT_FDCWD = -100
+_MADV_POPULATE_READ = 22  # Linux 5.14
+_HUGE, _PIECE = 2 * 1024 * 1024, 128 * 1024
+
+
+class LocalFile:
+    """One regular file of a checkpoint, links followed, as it was when it was first looked at.
+
+    Attributes:
+        path: the file itself (in a Hugging Face cache: the blob).
+        size: in bytes.
+        mode: its permissions.
+        identity: device, inode, size and time of last change.
+        patches: offsets, and the bytes that it is to have there instead of its own.
+        viewed: how many bytes of all files this process has mapped.
+    """
+
+    viewed = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.patches: Patches = ()
+        with _reading(path):
+            status = path.stat()
+        self.size = status.st_size
+        self.mode = status.st_mode & 0o777
+        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def patched(self, patches: Patches) -> LocalFile:
+        """The same file with other bytes at some offsets."""
+        changed = copy.copy(self)
+        changed.patches = (*self.patches, *patches)
+        return changed
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+        with _reading(self.path), self._open() as fd:
+            data = os.pread(fd, length, start)
+        if len(data) != length:
+            raise self.changed()
+        return with_patches(data, start, self.patches)
+
+    @contextlib.contextmanager
+    def view(self, start: int, length: int) -> Iterator[memoryview]:
+        """The bytes of a range, mapped and not copied, and without patches; of a cold file, only the range is read."""
+        before = start % mmap.ALLOCATIONGRANULARITY
+        with contextlib.ExitStack() as opened:
+            with _reading(self.path):
+                fd = opened.enter_context(self._open())
+                self._check(os.fstat(fd))  # a mapping beyond a file's end kills the process
+                mapped = mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before)
+                opened.enter_context(mapped)
+                _read_ahead(mapped, start - before)
+                LocalFile.viewed += length
+            with memoryview(mapped) as whole, whole[before:] as wanted:
+                yield wanted
+
+    def copy_to(self, place: Path) -> None:
+        """Make a copy, without patches: of shared blocks where the file system has them."""
+        if not _reflink(self.path, place):
+            shutil.copyfile(self.path, place)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file is not what it was when it was first looked at."""
+        with _reading(self.path):
+            self._check(self.path.stat())
+
+    def changed(self) -> FastlockError:
+        """The error that says so."""
+        return FastlockError(
+            f"{self.path}: was changed while it was being read. Run it again when nobody writes to it."
+        )
+
+    def _check(self, status: os.stat_result) -> None:
+        if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
+            raise self.changed()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int]:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def files_in(directory: Place) -> dict[str, LocalFile] | dict[str, RemoteFile]:
+    """Every file below a directory, by its name there ("original/params.json").
+
+    Raises:
+        FastlockError: there is no such directory, or something in it is neither file nor directory, or a broken link.
+    """
+    return remote_files(directory) if isinstance(directory, str) else local_files(directory)
+
+
+def file_at(place: Place) -> LocalFile | RemoteFile | None:
+    """The file at a place, None where there is none."""
+    if isinstance(place, str):
+        return remote_file(place)
+    with _reading(place):
+        return LocalFile(place) if place.is_file() else None
+
+
+def local_files(directory: Path) -> dict[str, LocalFile]:
+    """`files_in` of a directory of this machine."""
+    with _reading(directory):
+        if not directory.is_dir():
+            raise FastlockError(
+                f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
+            )
+        return dict(_walk(directory, ""))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of what can't be read what it is."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{path}: can't be read ({error}). Check the path and its permissions.") from None
+
+
+def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
+    with os.scandir(directory) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(directory / entry.name, f"{prefix}{entry.name}/")
+            continue
+        try:
+            path = Path(os.path.realpath(entry.path, strict=True))
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            raise FastlockError(
+                f"{entry.path}: can't be followed ({error.strerror}). Complete the checkpoint (a download that was "
+                "cut off?), or remove the broken link."
+            ) from None
+        if not is_file:
+            raise FastlockError(
+                f"{entry.path}: is no regular file. A checkpoint holds files and real directories only."
+            )
+        yield prefix + entry.name, LocalFile(path)
+
+
+class Text:
+    """A small file that is not on disk as it is wanted. Attributes: data; the others as of `LocalFile`."""
+
+    patches: Patches = ()
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.size = len(data)
+        self.identity = (data,)
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+        return self.data[start : start + length]
+
+    def check_unchanged(self) -> None:
+        """It never is."""
+
+
+def _read_ahead(mapped: mmap.mmap, base: int) -> None:
+    """Bring a mapping of the file from `base` on into memory: in large pieces, and nothing beyond it.
+
+    Huge pages read a cold file in one go; the edges, which are no whole huge pages, by asking for them in pieces, since
+    the kernel answers one request with one window of read-ahead.
+    """
+    length = len(mapped)
+    first = min(length, -base % _HUGE)
+    last = max(first, (base + length) // _HUGE * _HUGE - base)
+    mapped.madvise(mmap.MADV_RANDOM)
+    edges = [(0, length)]
+    with contextlib.suppress(OSError, AttributeError):  # no huge pages for files
+        if first < last:
+            mapped.madvise(mmap.MADV_HUGEPAGE, first, last - first)
+        edges = [(0, first), (last, length)]
+    for begin, end in edges:
+        for piece in range(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, _PIECE):
+            mapped.madvise(mmap.MADV_WILLNEED, piece, min(_PIECE, end - piece))
+    with contextlib.suppress(OSError):
+        mapped.madvise(_MADV_POPULATE_READ)
+
+
+class NewFolder:
+    """A directory being made beside its place; nobody sees it before it is whole. Use `new_folder`.
+
+    Attributes:
+        path: where it is being made.
+    """
+
+    def __init__(self, path: Path, source: Place, mode: int, in_place: bool) -> None:
+        self.path = path
+        self._source = source
+        self._mode = mode
+        self._in_place = in_place
+
+    def write(self, name: str, data: bytes) -> None:
+        """A new file, synced."""
+        with self._place(name).open("xb") as file:
+            file.write(data)
+            file.flush()
+            _settle(file.fileno(), self._mode_of_new(name))
+
+    def link(self, name: str, source: LocalFile | RemoteFile) -> None:
+        """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link.
+
+        In place, where neither of the first two can be had, and of what is on another machine, it is a copy.
+        """
+        if isinstance(source, RemoteFile):
+            self.copy(name, source)
+            return
+        place = self._place(name)
+        if _reflink(source.path, place):
+            with place.open("rb") as file:
+                _settle(file.fileno(), source.mode)
+            return
+        try:
+            os.link(source.path, place)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
+                raise
+            if self._in_place:
+                self.copy(name, source)  # a symbolic link would point into what is about to be cleared away
+            else:
+                place.symlink_to(source.path)
+
+    def copy(self, name: str, source: LocalFile | RemoteFile) -> None:
+        """A copy, synced, with the file's permissions and its patches in it."""
+        place = self._place(name)
+        source.copy_to(place)
+        with place.open("r+b") as file:
+            for start, data in source.patches:
+                file.seek(start)
+                file.write(data)
+            file.flush()
+            _settle(file.fileno(), source.mode if isinstance(source, LocalFile) else None)
+
+    def sync(self) -> None:
+        """Sync every file that something else wrote, with the permissions of a new file."""
+        for path in [path for path in self.path.rglob("*") if path.is_file()]:
+            with path.open("rb") as file:
+                _settle(file.fileno(), self._mode_of_new(path.relative_to(self.path).as_posix()))
+
+    def _mode_of_new(self, name: str) -> int | None:
+        """The permissions of the source's file of that name, or else of its config.json."""
+        if isinstance(self._source, Path):
+            for path in (self._source / name, self._source / CONFIG):
+                if path.is_file():
+                    return path.stat().st_mode & 0o777
+        return None
+
+    def _place(self, name: str) -> Path:
+        place = self.path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def _finish(self) -> None:
+        """Sync the directories, with the permissions of the source's of that name; the innermost first."""
+        for found, _, _ in os.walk(self.path, topdown=False):
+            below = Path(found).relative_to(self.path)
+            like = self._source / below if isinstance(self._source, Path) else None
+            _sync(Path(found), like.stat().st_mode & 0o777 if like is not None and like.is_dir() else None)
+        _sync(self.path, self._mode)
+
+
+@contextlib.contextmanager
+def new_folder(out: Place, source: Place, in_place: bool) -> Iterator[NewFolder | RemoteFolder]:
+    """Make a directory: it appears at `out` when the block ends, whole and on disk, or not at all.
+
+    On another machine, its config.json appears last: without that, it is no checkpoint.
+
+    Args:
+        out: its place, where nothing may be; with `in_place` the checkpoint's own, which is then exchanged for the
+            new one in one step of the file system. `locked_in_place` keeps others out of it meanwhile.
+        source: the checkpoint's directory, whose permissions the new one gets; it gets those of the directory above it
+            where the source is on another machine.
+        in_place: whether `out` is `source`.
+
+    Raises:
+        FastlockError: there is something at `out`, another process is making it, or it can't be written.
+    """
+    if isinstance(out, str):
+        with remote_folder(out) as there:
+            yield there
+    else:
+        with new_local_folder(out, source, in_place) as here:
+            yield here
+
+
+@contextlib.contextmanager
+def new_local_folder(out: Path, source: Place, in_place: bool) -> Iterator[NewFolder]:
+    """`new_folder` on this machine."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        status = (out.parent if isinstance(source, str) else source).stat()
+        with _claimed(out) as temporary:
+            if not in_place:
+                check_absent(out)
+            folder = NewFolder(temporary, source, status.st_mode & 0o777, in_place)
+            yield folder
+            folder._finish()
+            if in_place:
+                _exchange_for(temporary, out, status)
+            else:
+                _rename(temporary, out)
+            _after(temporary, out, in_place)
+    except (OSError, ValueError, shutil.Error) as error:
+        raise FastlockError(f"{out}: can't be written ({error}); nothing was changed.") from None
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    try:
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _exists(out) from None
+        raise
+
+
+def _exchange_for(temporary: Path, out: Path, old: os.stat_result) -> None:
+    """Exchange the new directory for the old one: for that one only, since what comes out of it is removed."""
+    _exchange(temporary, out)
+    if not os.path.samestat(old, temporary.lstat()):
+        _exchange(temporary, out)
+        raise FastlockError(f"{out}: is another directory now than at the start. Run it again when nobody moves it.")
+
+
+def _after(temporary: Path, out: Path, in_place: bool) -> None:
+    """What is left to do once the new directory is at its place."""
+    try:
+        _sync(out.parent)
+        if in_place:
+            _remove(temporary)
+    except OSError as error:
+        rest = f" Remove {temporary}, which is the old one, if it is still there." if in_place else ""
+        raise FastlockError(f"{out}: is whole, but what comes after could not be done ({error}).{rest}") from None
+
+
+def is_there(place: Place) -> bool:
+    """Whether there is anything at a place; on another machine, whether there is a checkpoint."""
+    return file_at(f"{place}/{CONFIG}") is not None if isinstance(place, str) else os.path.lexists(place)
+
+
+def check_absent(out: Place) -> None:
+    """Raise if there is anything at `out`."""
+    if isinstance(out, str):
+        check_absent_there(out)
+        return
+    try:
+        there = out.exists() or out.is_symlink()
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{out}: is no usable path ({error}).") from None
+    if there:
+        raise _exists(out)
+
+
+def _exists(out: Path) -> FastlockError:
+    return FastlockError(f"{out}: exists already. Give a directory that does not, or remove it first.")
+
+
+def place_of_making(out: Path) -> Path:
+    """The directory beside `out` in which it is made.
+
+    Its name follows from `out`, so that whatever a killed run left there is cleared away by the next.
+    """
+    return out.with_name(f".{out.name}.fastlock")
+
+
+@contextlib.contextmanager
+def locked_in_place(out: Place, in_place: bool) -> Iterator[None]:
+    """Keep other runs out of a checkpoint that is to be exchanged: from before it is read until the old one is gone.
+
+    After the exchange the lock is on the old directory, at its `place_of_making`, and `_claimed` has locked the new
+    one, so that neither can be taken. Does nothing where it isn't `in_place`.
+
+    Raises:
+        FastlockError: another process has it, or it can't be read.
+    """
+    with contextlib.ExitStack() as stack:
+        if in_place and isinstance(out, Path):
+            with _reading(out):
+                stack.enter_context(_locked(out, out))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[Path]:
+    """The `place_of_making` of `out`: empty, and no other process's."""
+    temporary = place_of_making(out)
+    with _locked(temporary, out, make=True) as fd:
+        _clear(temporary)
+        try:
+            yield temporary
+        finally:
+            # What keeps it from being removed would only hide the error that is on its way.
+            with contextlib.suppress(OSError):
+                if _is_at(fd, temporary):  # it is not after a rename or an exchange
+                    _remove(temporary)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, out: Path, make: bool = False) -> Iterator[int]:
+    """A descriptor of a directory that no other process has locked; `out` is what the error names."""
+    while True:
+        if make:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FastlockError(f"{out}: another process is making it right now. Wait for it to end.") from None
+            if _is_at(fd, directory):
+                yield fd
+                return
+            # It was finished or cleared away between our opening and our locking: once more.
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    return False
+
+
+def _remove(directory: Path) -> None:
+    _make_writable(directory)
+    shutil.rmtree(directory)
+
+
+def _make_writable(directory: Path) -> None:
+    """Let what is in a directory be removed, whatever the permissions of the directories in it."""
+    with contextlib.suppress(PermissionError):  # another user's; the permissions may do as they are
+        directory.chmod(0o700)
+    with os.scandir(directory) as entries:
+        below = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for path in below:
+        _make_writable(path)
+
+
+def _clear(directory: Path) -> None:
+    _make_writable(directory)
+    for entry in list(os.scandir(directory)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _reflink(source: Path, place: Path) -> bool:
+    """Make `place` a file that shares the blocks of `source`; False, and no file, where that can't be."""
+    with source.open("rb") as old, place.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+            return True
+        except OSError:
+            place.unlink()
+            return False
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Let two paths change places in one step: a reader sees either the one or the other."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    done: int = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if done != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)}: this file system can't exchange directories; use --out")
+
+
+def _settle(fd: int, mode: int | None) -> None:
+    """Give a new file or directory its permissions, and sync it."""
+    if mode is not None:
+        os.fchmod(fd, mode)
+    os.fsync(fd)
+
+
+def _sync(directory: Path, mode: int | None = None) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _settle(fd, mode)
+    finally:
+        os.close(fd)

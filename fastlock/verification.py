@@ -1,0 +1,222 @@
+"""Checking a lock: recompute every fold from the model's or checkpoint's own weights, and compare."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlock.architectures.serving_stacks import named_architecture, why_lost
+from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
+from fastlock.checkpoints.relocking import (
+    changed_addition,
+    config_digest,
+    index_changed,
+    original_biases_on_disk,
+    receipt_in,
+    stored_biases,
+)
+from fastlock.checkpoints.tensor_index import INDEX
+from fastlock.kernels.fold.reference import bound, exact_fold, magnitude
+from fastlock.locks.lock import Displacement, Lock, check_lock
+from fastlock.locks.receipt import Receipt, biases_digest
+from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
+from fastlock.models.saving import CONFIG_KEY
+from fastlock.models.sites import sites_for, unwrapped
+from fastlock.storage.files import as_place
+from fastlock.storage.new_directory import files_in
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found; true exactly when the lock is in place, whole and unaltered.
+
+    Attributes:
+        state: "locked", "not locked" or "altered".
+        strength: the strength found, None where there is none.
+        layers: the layers that the lock shifts.
+        altered: those of them whose bias is not what their own weights give.
+        reason: one sentence for people.
+    """
+
+    state: str
+    strength: float | None
+    layers: tuple[int, ...]
+    altered: tuple[int, ...]
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.state == "locked"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as data that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What one site holds, and what it would hold at strength 1: all that a judgement needs.
+
+    Attributes:
+        layer: the decoder layer.
+        fold: W d at strength 1, [hidden] float64.
+        magnitude: |W||d| at strength 1, [hidden] float64.
+        terms: the length of the sums in it.
+        dtype: of the weight.
+        bias: what is there, [hidden], or None.
+    """
+
+    layer: int
+    fold: torch.Tensor
+    magnitude: torch.Tensor
+    terms: int
+    dtype: torch.dtype
+    bias: torch.Tensor | None
+
+    def is_fold(self, strength: float, original: torch.Tensor | None) -> bool:
+        """Whether the bias is the fold at this strength on top of the original, within the bound of a right one."""
+        if self.bias is None or self.bias.shape != self.fold.shape:
+            return False
+        before = torch.zeros_like(self.fold) if original is None else original.detach().to(self.fold)
+        expected = strength * self.fold + before
+        size = strength * self.magnitude + before.abs()
+        error = (self.bias.detach().to(expected) - expected).abs()
+        return bool((error <= bound(expected, size, self.terms, self.dtype)).all())
+
+
+def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification:
+    """Whether this lock is in place: every fold recomputed in float64 from the weights that are there, and compared.
+
+    A bias counts as right within one unit in the last place of its dtype and the rounding of a float32 sum
+    (`reference.error_bound`). Of a directory, headers, configs and the locked columns are read, and it must carry the
+    biases to the stacks that its receipt names. A lock without a receipt is recognised too, where the layers have no
+    biases of their own.
+
+    Raises:
+        FastlockError: the lock does not fit, or the checkpoint is damaged.
+    """
+    check_lock(lock)
+    if isinstance(model_or_directory, nn.Module):
+        return _verify_model(unwrapped(model_or_directory), lock)
+    return _verify_checkpoint(model_or_directory, lock)
+
+
+def _verify_model(model: nn.Module, lock: Lock) -> Verification:
+    sites, receipt = sites_for(model, lock), receipt_of(model)
+    unit = lock.displacement(1.0)
+    evidence = [_evidence(site.layer, site.weight, unit[site.layer], site.bias) for site in sites]
+
+    def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
+        by_name = original_biases(model, known)
+        return {site.layer: by_name.get(site.name) for site in sites}
+
+    def problem(known: Receipt) -> str | None:
+        if is_loaded(model) and not unchanged(model, known):
+            return "the biases do not match the receipt's digest"
+        return None
+
+    return _judge(evidence, lock, receipt, originals, problem)
+
+
+def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verification:
+    where = str(directory)
+    files = files_in(as_place(directory))
+    receipt, raw = receipt_in(files, where)
+    checkpoint = Checkpoint(files, where)
+    sites, unit = checkpoint.sites_for(lock), lock.displacement(1.0)
+    evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer]), sites)
+
+    def problem(known: Receipt) -> str | None:
+        return _problem_on_disk(checkpoint, known, raw[CONFIG_KEY].get("carrier"))
+
+    def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
+        return original_biases_on_disk(checkpoint, known, raw)
+
+    checkpoint.check_unchanged()
+    return _judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
+
+
+def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:
+    return why_lost(checkpoint.kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
+
+
+def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> str | None:
+    carrier = carrier if isinstance(carrier, dict) else {}
+    stacks = carrier.get("stacks")
+    for stack in stacks if isinstance(stacks, list) and stacks else ["transformers"]:
+        if (lost := _why_lost(checkpoint, str(stack)[:40])) is not None:
+            return lost
+    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+        return "the biases do not match the receipt's digest"
+    if (name := changed_addition(checkpoint, receipt)) is not None:
+        return f"{name}, which relocking wrote as zeros, holds other numbers"
+    if "config_digest" in carrier and carrier["config_digest"] != config_digest(checkpoint.raw):
+        return "config.json was changed since it was relocked"
+    if index_changed(checkpoint, carrier):
+        return f"{INDEX} was changed since it was relocked"
+    return None
+
+
+def _evidence(layer: int, weight: torch.Tensor, unit: Displacement, bias: torch.Tensor | None) -> _Evidence:
+    fold, size = exact_fold(weight, unit).cpu(), magnitude(weight, unit).cpu()
+    return _Evidence(layer, fold, size, unit.values.numel() + 1, weight.dtype, bias)
+
+
+def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> _Evidence:
+    columns = checkpoint.read_columns(site, unit.heads).weight
+    bias = None if site.bias is None else checkpoint.read_vector(site.bias)
+    return _evidence(site.layer, columns, Displacement(tuple(range(len(unit.heads))), unit.values), bias)
+
+
+def _judge(
+    evidence: list[_Evidence],
+    lock: Lock,
+    receipt: Receipt | None,
+    originals: Callable[[Receipt], dict[int, torch.Tensor | None]],
+    problem: Callable[[Receipt], str | None],
+    lost: str | None = None,
+) -> Verification:
+    if receipt is None:
+        return _without_receipt(evidence, lost)
+    layers = tuple(e.layer for e in evidence)
+    if receipt.lock_digest != lock.digest:
+        other = f"it is relocked with another lock (sha256 {receipt.lock_digest[:12]}…, not {lock.digest[:12]}…)"
+        return Verification("not locked", None, layers, (), other)
+    if receipt.strength == 0:
+        return Verification("not locked", 0.0, layers, (), "it is relocked at strength 0, which changes nothing")
+    before = originals(receipt)
+    altered = tuple(e.layer for e in evidence if not e.is_fold(receipt.strength, before.get(e.layer)))
+    if altered:
+        reason = f"{len(altered)} of {len(layers)} layers hold a bias that their own weights do not give"
+        return Verification("altered", receipt.strength, layers, altered, reason)
+    if (found := problem(receipt)) is not None:
+        return Verification("altered", receipt.strength, layers, layers, found)
+    return Verification("locked", receipt.strength, layers, (), f"all {len(layers)} layers hold their fold")
+
+
+def _without_receipt(evidence: list[_Evidence], lost: str | None) -> Verification:
+    """Recognise a lock by its biases alone: b = s·W d with one s for all layers, by least squares.
+
+    Args:
+        lost: why transformers would drop the biases, None where it uses them.
+    """
+    layers = tuple(e.layer for e in evidence)
+    if all(e.bias is None or not e.bias.count_nonzero() for e in evidence):
+        return Verification("not locked", None, layers, (), "there is no receipt, and no bias at the locked layers")
+    folds = torch.cat([e.fold for e in evidence])
+    biases = torch.cat([torch.zeros_like(e.fold) if e.bias is None else e.bias.detach().to(e.fold) for e in evidence])
+    estimate = float(folds @ biases / (folds @ folds))
+    # People choose round strengths: the roundest one that the biases allow.
+    for strength in (*(round(estimate, digits) for digits in range(4)), estimate):
+        if 0 < strength < math.inf and all(e.is_fold(strength, None) for e in evidence):
+            if lost is not None:
+                reason = f"there is no receipt, and every bias is the fold, but {lost}"
+                return Verification("not locked", None, layers, (), reason)
+            return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")
+    reason = "there is no receipt, and the biases are not folds of this lock alone"
+    return Verification("not locked", None, layers, (), reason)

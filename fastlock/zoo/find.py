@@ -1,0 +1,275 @@
+"""Finding the checkpoints of a zoo, their names, and the files that several of them share."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlock.errors import FastlockError
+from fastlock.storage.files import CONFIG, Place, as_place, read_bounded
+from fastlock.storage.remote import normalised, opened, reaching
+
+HUB_PREFIX = "models--"
+MAX_LIST_BYTES = 64 * 1024 * 1024
+
+FileId = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a zoo: its directory, and the name that it is to have beside the others."""
+
+    source: str
+    name: str
+
+
+def find_checkpoints(
+    sources: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> list[Checkpoint]:
+    """The checkpoints that sources stand for, sorted by name.
+
+    A source is a checkpoint's directory (one with a config.json; its name is its last path component), a directory to
+    search (names are relative to it), a Hugging Face cache (names are `org--model`), a pattern like `runs/*/final`, or
+    a .txt file with one of these per line, relative to that file; `#` begins a comment. Directories and patterns may be
+    URLs ("s3://bucket/runs/*/final").
+
+    Args:
+        sources: where to look.
+        out: the directory that the results go to: it is left out of every search.
+
+    Raises:
+        FastlockError: a source stands for no checkpoint, or is `out`.
+    """
+    left_out = _identity(out) if out is not None else None
+    found: dict[tuple[str, FileId | str | None], Checkpoint] = {}
+    for source in _without_lists(sources):
+        if left_out is not None and _identity(source) == left_out:
+            raise FastlockError(
+                f"{source}: is --out itself, which is never searched. Leave it out of the sources, or give another "
+                "--out; a directory below a source is fine."
+            )
+        for checkpoint in _of_url(source, left_out) if isinstance(source, str) else _of_source(str(source), left_out):
+            found.setdefault((checkpoint.name, _identity(checkpoint.source)), checkpoint)
+    if not found:
+        raise FastlockError("no sources: give checkpoints, directories to search, patterns, or a list file.")
+    return sorted(found.values(), key=lambda checkpoint: (checkpoint.name, checkpoint.source))
+
+
+def check_names(checkpoints: list[Checkpoint]) -> None:
+    """Refuse names that can't stand side by side in one directory.
+
+    Raises:
+        FastlockError: two are the same, or one is a directory of another.
+    """
+    sources: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        other = sources.setdefault(checkpoint.name, checkpoint.source)
+        if other != checkpoint.source:
+            raise FastlockError(
+                f"{other} and {checkpoint.source}: both would be named {checkpoint.name}. Rename one, "
+                "relock them into different directories, or give the directory above them to be searched."
+            )
+    for name, source in sources.items():
+        if not name:
+            raise FastlockError(f"{source}: has no name of its own. Move the checkpoint into a directory.")
+        for parent in map(str, Path(name).parents):
+            if parent in sources:
+                raise FastlockError(
+                    f"{source}: would be named {name}, inside {parent}, which is the name of {sources[parent]}. "
+                    "Relock them into different directories."
+                )
+
+
+def shared_files(checkpoints: list[Checkpoint]) -> list[list[FileId]]:
+    """For each checkpoint, the safetensors files that others of these have too, by hard or symbolic links.
+
+    Files are only looked at, and those that can't be shared not even followed.
+    """
+    directories = [_identity(checkpoint.source) for checkpoint in checkpoints]
+    times = Counter(directories)
+    linked = [
+        _linked_files(checkpoint.source, times[directory] > 1)
+        for checkpoint, directory in zip(checkpoints, directories, strict=True)
+    ]
+    users = Counter(file for files in linked for file in files)
+    return [sorted(file for file in files if users[file] > 1) for files in linked]
+
+
+def _linked_files(directory: str, directory_is_linked: bool) -> set[FileId]:
+    found = set()
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(".safetensors"):
+                    status = entry.stat(follow_symlinks=False)
+                    if directory_is_linked or entry.is_symlink() or status.st_nlink > 1:
+                        status = entry.stat()
+                        found.add((status.st_dev, status.st_ino))
+    except OSError:  # the worker that gets this checkpoint says what is wrong with it
+        return set()
+    return found
+
+
+def _identity(path: str | os.PathLike[str]) -> FileId | str | None:
+    """What is the same exactly for the same directory; None where there is none."""
+    if isinstance(place := as_place(path), str):
+        return normalised(place)
+    try:
+        status = os.stat(place)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _without_lists(sources: Iterable[str | os.PathLike[str]]) -> Iterator[Place]:
+    """The sources, each list file replaced by what it lists."""
+    for source in sources:
+        place = _expanded_user(source)
+        if isinstance(place, Path) and place.suffix == ".txt" and place.is_file():
+            yield from _listed(place)
+        else:
+            yield place
+
+
+def _listed(path: Path) -> Iterator[Place]:
+    try:
+        lines = read_bounded(path, MAX_LIST_BYTES).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise FastlockError(f"{path}: no list of checkpoints ({error}). Give UTF-8 text, one path per line.") from None
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            place = _expanded_user(text)
+            listed = place if isinstance(place, str) else path.parent / place
+            if isinstance(listed, Path) and listed.suffix == ".txt" and listed.is_file():
+                raise FastlockError(f"{path}, line {number}: {text} is a list itself. Give it as a source of its own.")
+            yield listed
+
+
+def _expanded_user(source: str | os.PathLike[str]) -> Place:
+    place = as_place(source)
+    return place if isinstance(place, str) else place.expanduser()
+
+
+def _of_url(url: str, left_out: FileId | str | None) -> list[Checkpoint]:
+    with reaching(url):
+        fs, root = opened(url)
+        tops = sorted(fs.glob(root)) if glob.has_magic(root) else [root]
+        found = [checkpoint for top in tops for checkpoint in _search_there(fs, top.rstrip("/"), left_out)]
+    if not found:
+        raise FastlockError(f"{url}: no checkpoint is there (no {CONFIG}), nor below it. Check the address.")
+    return found
+
+
+def _search_there(fs: Any, top: str, left_out: FileId | str | None) -> list[Checkpoint]:
+    """The checkpoints below a path of a remote file system, found in one listing; none inside of another."""
+    url: str = fs.unstrip_protocol(top)
+    if fs.isfile(f"{top}/{CONFIG}"):
+        return [Checkpoint(url, top.rpartition("/")[2])]
+    listed = set(fs.find(top))
+    directories = {path.removesuffix(f"/{CONFIG}") for path in listed if path.endswith(f"/{CONFIG}")}
+    found = []
+    for directory in sorted(directories):
+        name = directory.removeprefix(f"{top}/")
+        parts = name.split("/")
+        inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
+        of_out = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
+        if not inside and not of_out and not any(part in ("", "..") or part.startswith(".") for part in parts):
+            found.append(Checkpoint(f"{url}/{name}", name))
+    return found
+
+
+def _of_source(source: str, left_out: FileId | str | None) -> list[Checkpoint]:
+    try:
+        if os.path.lexists(source):
+            found = _of_path(source, left_out)
+            what = "no checkpoint is in it (no config.json), nor below it"
+        else:
+            matches = _expanded(source) if glob.has_magic(source) else []
+            found = [checkpoint for match in matches for checkpoint in _of_path(match, left_out)]
+            what = "no checkpoint is there" if matches else "does not exist"
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{source}: can't be searched ({error}). Check the path and its permissions.") from None
+    if not found:
+        raise FastlockError(f"{source}: {what}. Give a checkpoint's directory, one to search, a pattern, or a list.")
+    return found
+
+
+def _expanded(pattern: str) -> list[str]:
+    """What a pattern stands for in a shell: no hidden names, and `**` follows no links."""
+    path = Path(os.path.abspath(pattern))
+    parts = set(path.parts)
+    matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    return sorted(str(m) for m in matches if all(part in parts or not part.startswith(".") for part in m.parts))
+
+
+def _of_path(path: str, left_out: FileId | str | None) -> list[Checkpoint]:
+    path = os.path.abspath(path)
+    if not os.path.isdir(path):
+        return []
+    if _is_checkpoint(path):
+        return [Checkpoint(path, os.path.basename(path))]
+    return list(_search(path, left_out))
+
+
+def _is_checkpoint(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, CONFIG))
+
+
+def _search(top: str, left_out: FileId | str | None) -> Iterator[Checkpoint]:
+    """The checkpoints below a directory. What lies inside a checkpoint is a part of it, and not searched.
+
+    Every directory is searched once, whatever links lead to it: a loop of links ends there.
+    """
+    searched = {left_out}
+    waiting = deque([top])
+    while waiting:
+        directory = waiting.pop()
+        identity = _identity(directory)
+        if identity in searched:
+            continue
+        if directory != top and _is_checkpoint(directory):
+            yield Checkpoint(directory, os.path.relpath(directory, top))
+            continue
+        searched.add(identity)
+        if _is_hub_repository(directory):
+            yield from _of_hub(directory)
+            continue
+        with os.scandir(directory) as entries:
+            below = sorted(
+                (entry.path, entry.is_symlink())
+                for entry in entries
+                if not entry.name.startswith(".") and os.path.isdir(entry.path)
+            )
+        # Taken from the right: links last, so that the real directories give the names.
+        waiting.extend(path for path, is_link in reversed(below) if not is_link)
+        waiting.extendleft(path for path, is_link in below if is_link)
+
+
+def _is_hub_repository(directory: str) -> bool:
+    return os.path.basename(directory).startswith(HUB_PREFIX) and os.path.isdir(os.path.join(directory, "snapshots"))
+
+
+def _of_hub(repository: str) -> list[Checkpoint]:
+    """What a model's folder of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
+    name = os.path.basename(repository).removeprefix(HUB_PREFIX)
+    snapshots = os.path.join(repository, "snapshots")
+    revisions = sorted(entry for entry in os.listdir(snapshots) if _is_checkpoint(os.path.join(snapshots, entry)))
+    main = _main_revision(repository)
+    if main in revisions:
+        revisions = [main]
+    if len(revisions) == 1:
+        return [Checkpoint(os.path.join(snapshots, revisions[0]), name)]
+    return [Checkpoint(os.path.join(snapshots, revision), f"{name}@{revision[:8]}") for revision in revisions]
+
+
+def _main_revision(repository: str) -> str:
+    try:
+        return read_bounded(Path(repository, "refs", "main"), 1024).decode().strip()
+    except (FastlockError, UnicodeDecodeError):
+        return ""

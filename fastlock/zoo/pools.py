@@ -1,0 +1,455 @@
+"""What a worker does with one checkpoint of a zoo, and the pools of workers: processes of this machine, or Ray's."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+import pebble
+import torch
+
+from fastlock.checkpoints.checkpoint import transformers_config
+from fastlock.checkpoints.diagnosis import doctor
+from fastlock.checkpoints.relocking import read_receipt, relock_checkpoint
+from fastlock.checkpoints.tensor_index import parse_json, read_all
+from fastlock.errors import FastlockError
+from fastlock.locks.lock import Lock
+from fastlock.models.sites import head_geometry
+from fastlock.storage.files import CONFIG, as_place, below
+from fastlock.storage.new_directory import LocalFile, file_at, is_there
+from fastlock.storage.remote import RemoteFile, RemoteFolder
+from fastlock.verification import verify
+
+RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
+LOCKED = "locked"
+TASKS_PER_WORKER = 4
+RAY_RETRIES = 2
+RAY_PATIENCE = 15  # seconds
+# What every worker needs: imported once, in the process that the workers are forked from.
+PRELOADED = ["fastlock.zoo.pools", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a run have in common."""
+
+    work: Callable[[Job, Task], Done]
+    lock: bytes
+    strength: float = 0.0
+    stacks: tuple[str, ...] = ()
+    copy: bool = False
+    base: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One checkpoint: where it is, where it goes, and the folds of files that it shares with earlier ones."""
+
+    index: int
+    source: str
+    name: str
+    out: str = ""
+    folds: tuple[bytes, ...] = ()
+    returns_folds: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one checkpoint.
+
+    Attributes:
+        source: its directory.
+        name: its name in the zoo.
+        out: the relocked directory, "" where none was asked for.
+        status: "relocked", "done already", "skipped" or "failed"; of `verify_zoo` "locked", "not locked", "altered"
+            or "failed".
+        error: why it was skipped, failed or is not locked; "" otherwise.
+        seconds: how long its worker took.
+        bytes_read: what its worker read, whole projections included; None where the system doesn't say.
+        bytes_written: what its worker wrote.
+        time: when it was finished, in seconds since 1970.
+    """
+
+    source: str
+    name: str
+    out: str
+    status: str
+    error: str = ""
+    seconds: float = 0.0
+    bytes_read: int | None = None
+    bytes_written: int | None = None
+    time: float = field(default_factory=time.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as data that JSON can hold."""
+        finished = datetime.fromtimestamp(self.time, timezone.utc).isoformat(timespec="milliseconds")
+        return vars(self) | {"seconds": round(self.seconds, 6), "time": finished}
+
+
+# The result, and the pickled folds of the files that later checkpoints share.
+Done = tuple[Result, bytes | None]
+
+
+def relock_one(job: Job, task: Task) -> Done:
+    """Relock one checkpoint of a zoo; whatever goes wrong is in the result."""
+    given: dict[Any, Any] = {}
+    for folds in task.folds:
+        given |= pickle.loads(folds)
+    folds_of_all = dict(given)
+    result = _measured(task, lambda: _relock(job, task, folds_of_all))
+    added = {key: fold for key, fold in folds_of_all.items() if key not in given}
+    return result, pickle.dumps(added) if task.returns_folds and result.status == RELOCKED else None
+
+
+def verify_one(job: Job, task: Task) -> Done:
+    """Verify one checkpoint of a zoo; whatever goes wrong is in the result."""
+
+    def check() -> tuple[str, str]:
+        found = verify(task.source, _lock(job.lock))
+        return found.state, "" if found else found.reason
+
+    return _measured(task, check), None
+
+
+def geometry(config: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a lock's base and its fine-tunes have in common, out of a config.json or the directory that holds it.
+
+    Raises:
+        FastlockError: there is none, or transformers knows no such model.
+    """
+    raw, where = _raw_config(config)
+    text = transformers_config(raw, where).get_text_config()
+    heads, head_dim = head_geometry(text)
+    return {
+        "model_type": raw["model_type"],
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+        "hidden_size": text.hidden_size,
+    }
+
+
+def _raw_config(config: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    place = as_place(config)
+    file = file_at(place) or file_at(below(place, CONFIG))
+    if file is None:
+        raise FastlockError(f"{place}: no {CONFIG} is there. Give one, or the checkpoint's directory that holds it.")
+    return parse_json(read_all(file, str(place)), str(place)), str(place)
+
+
+def _relock(job: Job, task: Task, folds: dict[Any, Any]) -> tuple[str, str]:
+    if is_there(as_place(task.out)):
+        return _already_there(job, task.out)
+    if job.base is not None and (differs := _differs(task.source, job.base)):
+        return SKIPPED, differs
+    lock = _lock(job.lock)
+    relock_checkpoint(task.source, lock, task.out, job.strength, stacks=job.stacks, copy=job.copy, folds=folds)
+    return RELOCKED, ""
+
+
+def _already_there(job: Job, out: str) -> tuple[str, str]:
+    receipt = read_receipt(out)
+    if receipt is None:
+        found = "without a lock"
+    elif receipt.lock_digest != _lock(job.lock).digest:
+        found = "with another lock"
+    elif receipt.strength != job.strength:
+        found = f"with the lock at strength {receipt.strength:g}"
+    elif idle := [finding.stack for finding in doctor(out, job.stacks) if not finding.acts]:
+        found = f"in a form that {' and '.join(idle)} would drop"
+    else:
+        return DONE_ALREADY, ""
+    return FAILED, f"{out}: exists already, {found}. Remove it first, or choose another directory for all."
+
+
+def _differs(source: str, base: dict[str, Any]) -> str:
+    """In what the geometry of a checkpoint is not its base's; "" where it is the same."""
+    raw, _ = _raw_config(source)
+    known = {"model_type": raw.get("model_type")}
+    if known["model_type"] == base["model_type"]:
+        known = geometry(source)
+    return ", ".join(f"{key} is {value}, not {base[key]}" for key, value in known.items() if value != base[key])
+
+
+def _measured(task: Task, work: Callable[[], tuple[str, str]]) -> Result:
+    _prepare()
+    start, before = time.perf_counter(), _transferred()
+    try:
+        status, error = work()
+    except FastlockError as caught:
+        status, error = FAILED, str(caught)
+    except Exception as caught:  # one broken checkpoint must not stop the others
+        status, error = FAILED, f"{task.source}: {type(caught).__name__}: {caught}"
+    after = _transferred()
+    moved = [b - a for a, b in zip(before, after, strict=True)] if before and after else [None, None]
+    seconds = time.perf_counter() - start
+    return Result(task.source, task.name, task.out, status, error, seconds, moved[0], moved[1])
+
+
+def _transferred() -> tuple[int, int] | None:
+    """Bytes that this process has read (mapped and fetched ones included) and written, where the system counts them."""
+    try:
+        with open("/proc/self/io", "rb") as file:
+            counts = dict(line.split(b": ") for line in file.read().splitlines())
+        return int(counts[b"rchar"]) + LocalFile.viewed + RemoteFile.fetched, int(counts[b"wchar"]) + RemoteFolder.sent
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@functools.cache
+def _prepare() -> None:
+    """Make this process a good worker: one thread, and nothing on the terminal."""
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@functools.lru_cache(maxsize=1)
+def _lock(data: bytes) -> Lock:
+    lock: Lock = pickle.loads(data)  # as this run's own main process sent it
+    return lock
+
+
+class Pool(Protocol):
+    """Workers: tasks go in, and come out done, or with the reason why they never will be."""
+
+    @property
+    def capacity(self) -> int:
+        """How many tasks may be under way."""
+
+    def submit(self, task: Task) -> None:
+        """Take a task; it waits for a worker."""
+
+    def next(self) -> tuple[Task, Done | str]:
+        """Wait for the next task to end."""
+
+    def stop(self) -> None:
+        """End all workers; those at work clean up behind them."""
+
+
+class LocalPool:
+    """Worker processes on this machine.
+
+    A worker that dies takes only its task with it, which is tried once more.
+    """
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self.capacity = TASKS_PER_WORKER * workers
+        self._job = job
+        self._workers = workers
+        self._running: dict[Future[Done], Task] = {}
+        self._ended: queue.SimpleQueue[Future[Done]] = queue.SimpleQueue()
+        self._deaths: Counter[int] = Counter()
+        self._restarts = 0
+        self._pool = self._new_pool()
+
+    def submit(self, task: Task) -> None:
+        """Take a task; it waits for a worker."""
+        try:
+            future = self._pool.schedule(_work, args=(task,))
+        except RuntimeError:  # the pool broke since; `next` notices, and starts all that is running again
+            future = pebble.ProcessFuture()
+        self._running[future] = task
+        future.add_done_callback(self._ended.put)
+
+    def next(self) -> tuple[Task, Done | str]:
+        """Wait for the next task to end."""
+        while True:
+            try:
+                future = self._ended.get(timeout=1)
+            except queue.Empty:
+                if not self._pool.active:
+                    self._restart()
+                continue
+            if future not in self._running:
+                continue
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                self._restart()
+                continue
+            task = self._running.pop(future)
+            if error is None:
+                self._restarts = 0
+                return task, future.result()
+            if not isinstance(error, pebble.ProcessExpired):
+                return task, f"{task.source}: {type(error).__name__}: {error}"
+            self._deaths[task.index] += 1
+            if self._deaths[task.index] > 1:
+                return task, _died(task, error.exitcode)
+            self.submit(task)
+
+    def stop(self) -> None:
+        """End all workers; those at work clean up behind them."""
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+    def _restart(self) -> None:
+        """Start anew after all workers broke down, with everything that was running."""
+        self.stop()
+        self._restarts += 1
+        if self._restarts > 3:
+            raise FastlockError(
+                "the worker processes end as soon as they begin. If this runs from a script, call it under "
+                "`if __name__ == '__main__':`; if memory is short, use fewer workers."
+            )
+        tasks, self._running = list(self._running.values()), {}
+        self._pool = self._new_pool()
+        for task in tasks:
+            self.submit(task)
+
+    def _new_pool(self) -> pebble.ProcessPool:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        _start_fork_server(context)
+        return pebble.ProcessPool(
+            self._workers, initializer=_start_worker, initargs=(self._job, dict(os.environ)), context=context
+        )
+
+
+def _start_fork_server(context: multiprocessing.context.ForkServerContext) -> None:
+    """Start the process that workers are forked from, and wait until it can fork: importing takes it seconds.
+
+    A Ctrl-C in these seconds would end it with a traceback, as it ignores Ctrl-C only once all is imported; and a pool
+    given up meanwhile would leave it workers to fork that can't begin any more.
+    """
+    from multiprocessing import forkserver, resource_tracker  # Windows has none
+
+    resource_tracker.ensure_running()  # which the fork server needs; starting it lifts the block below
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process takes the mask over
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    context.Process(target=_nothing, daemon=True).start()  # returns once it is forked
+
+
+def _nothing() -> None:
+    """What the first process does."""
+
+
+def _died(task: Task, exit_code: int) -> str:
+    try:
+        how = signal.Signals(-exit_code).name
+    except ValueError:
+        how = f"exit code {exit_code}"
+    return (
+        f"{task.source}: its worker died twice ({how}): killed for want of memory, or the files changed while they "
+        "were read. Run the same command again, with fewer workers."
+    )
+
+
+class _Stopped(BaseException):
+    """Raised in a worker that is told to end, so that it cleans up on the way out."""
+
+
+_job: Job | None = None
+_working = False
+
+
+def _start_worker(job: Job, environment: dict[str, str]) -> None:
+    global _job  # noqa: PLW0603 - one job for the life of a worker
+    _job = job
+    os.environ.update(environment)  # the fork server's is of when it started: credentials may have come since
+    signal.signal(signal.SIGTERM, _stop)
+    _prepare()
+
+
+def _stop(*_: object) -> None:
+    if _working:
+        raise _Stopped
+    os._exit(0)
+
+
+def _work(task: Task) -> Done:
+    global _working  # noqa: PLW0603 - read by the signal's handler
+    assert _job is not None
+    _working = True
+    try:
+        return _job.work(_job, task)
+    except _Stopped:
+        os._exit(0)
+    finally:
+        _working = False
+
+
+class RayPool:
+    """Tasks on a Ray cluster, with Ray's own scheduling and retries. All machines must see the same paths."""
+
+    def __init__(self, job: Job, address: str, workers: int | None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise FastlockError("Ray is not installed. Run: pip install 'fastlock[ray]'") from None
+        self._ray = ray
+        self._started_here = not ray.is_initialized()
+        if self._started_here:
+            try:
+                ray.init(address, log_to_driver=False, logging_level="error")
+            except Exception as error:  # Ray raises whatever its parts raise
+                raise FastlockError(
+                    f"{address}: no Ray cluster can be reached there ({error}). Give host:port of one, or `auto` on "
+                    "one of its machines, or `local` for this machine alone."
+                ) from None
+        self._workers = workers
+        self._job = ray.put(job)
+        remote = ray.remote(_work_remotely)
+        self._work = remote.options(num_cpus=1, max_retries=RAY_RETRIES, scheduling_strategy="SPREAD")
+        self._running: dict[Any, Task] = {}
+        self._capacity, self._counted = 0, -1e9
+
+    @property
+    def capacity(self) -> int:
+        """How many tasks may be under way; it follows a cluster that grows."""
+        if self._workers:
+            return self._workers
+        if time.monotonic() - self._counted > 5:
+            cpus = int(self._ray.cluster_resources().get("CPU", 1))
+            self._capacity, self._counted = TASKS_PER_WORKER * max(1, cpus), time.monotonic()
+        return self._capacity
+
+    def submit(self, task: Task) -> None:
+        """Take a task; it waits for a worker."""
+        self._running[self._work.remote(self._job, task)] = task
+
+    def next(self) -> tuple[Task, Done | str]:
+        """Wait for the next task to end."""
+        (ended,), _ = self._ray.wait(list(self._running), num_returns=1)
+        task = self._running.pop(ended)
+        try:
+            done: Done = self._ray.get(ended)
+        except self._ray.exceptions.RayError as error:
+            return task, f"{task.source}: {type(error).__name__}: {error}"
+        return task, done
+
+    def stop(self) -> None:
+        """End all tasks; those at work finish, or clean up behind them.
+
+        A task that ends in the moment in which it is cancelled brings Ray 2.60 down ("unexpected system state"): only
+        those are cancelled that don't end by themselves.
+        """
+        for timeout in (RAY_PATIENCE, RAY_PATIENCE):
+            if self._running:
+                _, left = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
+                for task in left:
+                    self._ray.cancel(task, force=False)
+                self._running = {task: self._running[task] for task in left}
+        if self._started_here:
+            self._ray.shutdown()
+
+
+def _work_remotely(job: Job, task: Task) -> Done:
+    return job.work(job, task)

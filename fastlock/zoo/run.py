@@ -1,0 +1,340 @@
+"""A whole zoo of checkpoints: relocked or verified by many workers, on one machine or many."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fastlock.checkpoints.relocking import DEFAULT_STACKS
+from fastlock.errors import FastlockError
+from fastlock.locks.lock import Lock, check_lock, strength_for
+from fastlock.models.saving import check_stacks
+from fastlock.storage.files import CONFIG, Place, as_place, below, write_atomic
+from fastlock.storage.new_directory import file_at
+from fastlock.storage.remote import write_remote
+from fastlock.zoo.find import Checkpoint, FileId, check_names, find_checkpoints, shared_files
+from fastlock.zoo.pools import (
+    DONE_ALREADY,
+    FAILED,
+    LOCKED,
+    RELOCKED,
+    SKIPPED,
+    Job,
+    LocalPool,
+    Pool,
+    RayPool,
+    Result,
+    Task,
+    geometry,
+    relock_one,
+    verify_one,
+)
+from fastlock.zoo.report import report_page
+
+LOG_NAME = "fastlock-zoo"
+OnResult = Callable[[Result, int], None]
+
+
+@dataclass
+class Summary:
+    """What became of a zoo; true exactly when nothing is wrong with any checkpoint.
+
+    Attributes:
+        results: one for each checkpoint, in the order in which they were finished.
+        seconds: how long it took.
+        log: the JSON lines that were written, None for `verify_zoo`.
+        report: the HTML page, None for `verify_zoo`.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    seconds: float = 0.0
+    log: Place | None = None
+    report: Place | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many checkpoints have each status."""
+        return dict(Counter(result.status for result in self.results))
+
+    @property
+    def wrong(self) -> list[Result]:
+        """The results that say of something wrong."""
+        return [result for result in self.results if result.status not in (RELOCKED, DONE_ALREADY, SKIPPED, LOCKED)]
+
+    def __bool__(self) -> bool:
+        return not self.wrong
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as data that JSON can hold; of the results, those that are not as they should be."""
+        return {
+            "checkpoints": len(self.results),
+            "counts": self.counts,
+            "seconds": round(self.seconds, 3),
+            "wrong": [result.to_dict() for result in self.wrong],
+            "log": str(self.log) if self.log else None,
+            "report": str(self.report) if self.report else None,
+        }
+
+
+def relock_zoo(
+    sources: Iterable[str | os.PathLike[str]],
+    lock: Lock,
+    out: str | os.PathLike[str],
+    strength: float | None = None,
+    *,
+    stacks: Sequence[str] = DEFAULT_STACKS,
+    base: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    ray: str | None = None,
+    copy: bool = False,
+    on_result: OnResult | None = None,
+) -> Summary:
+    """Relock many checkpoints, each into a directory of its name below `out`.
+
+    Stopped at any moment and called again, it goes on where it was: a checkpoint is in `out` whole or not at all.
+    One that is broken, or whose worker dies, stops no other. Worker processes import the calling script, so that it
+    must call this under `if __name__ == "__main__":`.
+
+    Args:
+        sources: what `find_checkpoints` takes: directories, patterns, list files, Hugging Face caches.
+        lock: the lock of their aligned base.
+        out: the directory to fill, or its URL; a log (JSON lines) and a report (HTML) are written there too (at a
+            URL: when the run ends).
+        strength: the paper's α; by default as for `fastlock.relock`.
+        stacks: what shall load the relocked checkpoints; see `relock_checkpoint`.
+        base: a checkpoint or a config.json: checkpoints of another geometry are skipped.
+        workers: how many at once; by default one for each CPU, or all that Ray has.
+        rank: which share of the zoo is this call's, from 0; all ranks together do the whole zoo.
+        world_size: in how many shares the zoo is divided.
+        ray: the address of a Ray cluster ("auto", "local" or host:port), whose workers are used then.
+        copy: copy the files that could be linked; see `relock_checkpoint`.
+        on_result: called with each result, and the number of checkpoints in all.
+
+    Raises:
+        FastlockError: nothing can be begun: no such source, two of one name, no workers, or `out` is a checkpoint or a
+            source itself.
+    """
+    check_lock(lock)
+    strength = strength_for(lock, strength)
+    place = as_place(out)
+    root = place if isinstance(place, str) else place.expanduser().absolute()
+    if file_at(below(root, CONFIG)) is not None:
+        raise FastlockError(f"{root}: is a checkpoint itself. Give another directory for the relocked ones: --out.")
+    found = find_checkpoints(sources, root)
+    check_names(found)
+    checkpoints = _share(found, rank, world_size)
+    job = Job(
+        work=relock_one,
+        lock=pickle.dumps(lock),
+        strength=strength,
+        stacks=check_stacks(stacks),
+        copy=copy,
+        base=None if base is None else geometry(base),
+    )
+    name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
+    log_place, report_place = below(root, f"{name}.jsonl"), below(root, f"{name}.html")
+    summary = Summary(log=log_place, report=report_place)
+    plan = _Plan(checkpoints, shared_files(checkpoints), root)
+    start = time.perf_counter()
+    pool = _pool(job, workers, ray, len(checkpoints))
+    with _appended(log_place) as log:
+
+        def record(result: Result, total: int) -> None:
+            log.write(json.dumps(result.to_dict()).encode() + b"\n")
+            log.flush()
+            if on_result is not None:
+                on_result(result, total)
+
+        try:
+            _run(pool, plan, summary, start, record)
+        finally:
+            facts = {"lock": lock.digest, "strength": f"{strength:g}", "written to": str(root)}
+            _write(report_place, report_page(summary.results, len(checkpoints), summary.seconds, facts).encode())
+    return summary
+
+
+def verify_zoo(
+    sources: Iterable[str | os.PathLike[str]],
+    lock: Lock,
+    *,
+    workers: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    ray: str | None = None,
+    on_result: OnResult | None = None,
+) -> Summary:
+    """Verify many checkpoints, as `verify` does each; the arguments are those of `relock_zoo`.
+
+    Raises:
+        FastlockError: nothing can be begun: no such source, no workers.
+    """
+    check_lock(lock)
+    checkpoints = _share(find_checkpoints(sources), rank, world_size)
+    summary = Summary()
+    plan = _Plan(checkpoints, [[] for _ in checkpoints])
+    start = time.perf_counter()
+    pool = _pool(Job(work=verify_one, lock=pickle.dumps(lock)), workers, ray, len(checkpoints))
+    _run(pool, plan, summary, start, on_result)
+    return summary
+
+
+def _share(checkpoints: list[Checkpoint], rank: int | None, world_size: int | None) -> list[Checkpoint]:
+    if rank is None and world_size is None:
+        return checkpoints
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise FastlockError(f"rank {rank} of {world_size}: give both, the rank from 0 up to the world size less one.")
+    return checkpoints[rank::world_size]
+
+
+def _write(place: Place, data: bytes) -> None:
+    if isinstance(place, str):
+        write_remote(place, data)
+    else:
+        write_atomic(place, data)
+
+
+@contextlib.contextmanager
+def _appended(place: Place) -> Iterator[IO[bytes]]:
+    """A log to append to; at a URL, where nothing can be appended, all of it is written anew at the end."""
+    if not isinstance(place, str):
+        with _appended_here(place) as log:
+            yield log
+        return
+    before = file_at(place)
+    with io.BytesIO() as log:
+        log.write(b"" if before is None else before.read(0, before.size))
+        try:
+            yield log
+        finally:
+            write_remote(place, log.getvalue())
+
+
+@contextlib.contextmanager
+def _appended_here(path: Path) -> Iterator[IO[bytes]]:
+    """A log to append to; a last line that was not written to its end is ended first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("ab+")
+        if end := log.seek(0, os.SEEK_END):
+            log.seek(end - 1)
+            log.write(b"" if log.read(1) == b"\n" else b"\n")
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{path}: can't be written ({error}). Choose another directory.") from None
+    with log:
+        yield log
+
+
+def _pool(job: Job, workers: int | None, ray: str | None, tasks: int) -> Pool:
+    if workers is not None and workers < 1:
+        raise FastlockError(f"{workers} workers: there must be one at least.")
+    if ray is not None:
+        return RayPool(job, ray, workers)
+    return LocalPool(job, max(1, min(workers or _cpus(), tasks)))
+
+
+def _run(pool: Pool, plan: _Plan, summary: Summary, start: float, on_result: OnResult | None) -> None:
+    """Do all tasks; the summary is right at every moment."""
+    try:
+        for result in _results(pool, plan):
+            summary.results.append(result)
+            summary.seconds = time.perf_counter() - start
+            if on_result is not None:
+                on_result(result, len(plan.checkpoints))
+    finally:
+        pool.stop()
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _results(pool: Pool, plan: _Plan) -> Iterator[Result]:
+    running = 0
+    while True:
+        while running < pool.capacity and (task := plan.next_task()) is not None:
+            pool.submit(task)
+            running += 1
+        if not running:
+            return
+        task, done = pool.next()
+        running -= 1
+        if isinstance(done, str):
+            done = Result(task.source, task.name, task.out, FAILED, done), None
+        result, folds = done
+        plan.finished(task.index, folds)
+        yield result
+
+
+class _Plan:
+    """Which checkpoint is next, so that the output projections in a shared file are folded once.
+
+    Of the checkpoints that share a file, the first one folds it while the others wait; if it did not (it failed, or
+    was done already), the next one is the first. The very first unfinished checkpoint never waits, so that it ends.
+    """
+
+    def __init__(self, checkpoints: list[Checkpoint], files: list[list[FileId]], out: Place | None = None) -> None:
+        self.checkpoints = checkpoints
+        self._out = out
+        self._files = files
+        self._users: dict[FileId, deque[int]] = {}
+        for index, shared in enumerate(files):
+            for file in shared:
+                self._users.setdefault(file, deque()).append(index)
+        self._folds: dict[FileId, bytes] = {}
+        self._planned = [False] * len(checkpoints)
+        self._finished = [False] * len(checkpoints)
+        self._ready: deque[int] = deque()
+        for index in reversed(range(len(checkpoints))):
+            self._consider(index)
+
+    def next_task(self) -> Task | None:
+        """The next checkpoint that need not wait, None while there is none."""
+        if not self._ready:
+            return None
+        index = self._ready.popleft()
+        checkpoint, files = self.checkpoints[index], self._files[index]
+        known = {file: self._folds[file] for file in files if file in self._folds}
+        return Task(
+            index,
+            checkpoint.source,
+            checkpoint.name,
+            str(below(self._out, checkpoint.name)) if self._out else "",
+            tuple({id(folds): folds for folds in known.values()}.values()),
+            returns_folds=len(known) < len(files),
+        )
+
+    def finished(self, index: int, folds: bytes | None) -> None:
+        """Note that a checkpoint is done, with the folds that it made for others."""
+        self._finished[index] = True
+        for file in self._files[index]:
+            users = self._users[file]
+            while users and self._finished[users[0]]:
+                users.popleft()
+            if not users:
+                self._folds.pop(file, None)
+            elif file in self._folds:
+                continue
+            elif folds is not None:
+                self._folds[file] = folds
+                for user in reversed(users):
+                    self._consider(user)
+            else:
+                self._consider(users[0])
+
+    def _consider(self, index: int) -> None:
+        """Plan a checkpoint, before all others, if it has nothing to wait for."""
+        waits = any(file not in self._folds and self._users[file][0] != index for file in self._files[index])
+        if not self._planned[index] and not waits:
+            self._planned[index] = True
+            self._ready.appendleft(index)

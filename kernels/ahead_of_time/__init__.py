@@ -1,0 +1,1 @@
+"""Kernels compiled ahead of time, and launching them without Triton."""

@@ -1,0 +1,1 @@
+"""The fold, b = W d + c, over the locked head columns only."""

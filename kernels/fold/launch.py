@@ -1,0 +1,337 @@
+"""The fold as one launch: b = W d + c of every site, over the locked head columns only.
+
+Nothing here imports Triton: a fold by a kernel that was compiled ahead of time needs none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastlock.errors import FastlockError
+from fastlock.kernels.ahead_of_time import cubins
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512
+# int64 numbers in one row of the site table: `jit` says what they are.
+SITE_FIELDS = 6
+VECTOR_BYTES = 16
+
+# 32 rows and two threads a column leave 16 elements of W a thread and head. Threads outnumber the columns, so
+# Triton reads the values straight into the layout of W: no shared memory and no barrier in the loop over heads.
+# A Llama-3-8B lock (12 sites, 4096 rows, 24 heads, bf16) gives 1536 programs of 8 warps. At 64 registers or fewer,
+# 4 or more of them fit an SM: 32 KB of W in flight, more than the 18 KB that latency times bandwidth asks of an
+# H100's SM (3.35 TB/s over 132, 0.7 us), in about three waves. Reasoned from the compiled code, not measured.
+# Plain loads take an address each: half the rows, or 512 threads run out of registers.
+ALIGNED_ROWS = 32
+PLAIN_ROWS = 16
+THREADS_PER_COLUMN = 2
+MIN_WARPS = 4
+MOST_REGISTERS = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one compiled kernel is made for. The launch and the ahead-of-time build both go by this.
+
+    Attributes:
+        dtype: of the weights and biases.
+        out_dtype: of the results.
+        head_dim: columns of one head.
+        transposed: the rows of each weight lie next to one another in memory, not the columns.
+        aligned: W is read 16 bytes at a time.
+    """
+
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    head_dim: int
+    transposed: bool
+    aligned: bool
+
+    @property
+    def name(self) -> str:
+        """Such as bfloat16-rows-128-aligned; of out_dtype only where it is not dtype."""
+        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.out_dtype))
+        layout, access = "columns" if self.transposed else "rows", "aligned" if self.aligned else "plain"
+        return f"{'-'.join(dtypes)}-{layout}-{self.head_dim}-{access}"
+
+    @property
+    def vector(self) -> int:
+        """How many elements of the weight make one 16-byte load."""
+        return VECTOR_BYTES // self.dtype.itemsize
+
+    @property
+    def block_columns(self) -> int:
+        """head_dim, rounded up to a power of two."""
+        return int(1 << (self.head_dim - 1).bit_length())
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of one program."""
+        return ALIGNED_ROWS if self.aligned else PLAIN_ROWS
+
+    @property
+    def num_warps(self) -> int:
+        """Of one program, 32 threads each."""
+        return max(MIN_WARPS, self.block_columns * THREADS_PER_COLUMN // 32)
+
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options. Fusion is set because its default is not the same in every Triton.
+
+        Without a limit of its own, ptxas spills a few registers to come to a number that lets more programs in.
+        """
+        return {"num_warps": self.num_warps, "maxnreg": MOST_REGISTERS, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that one launch reads besides W and the biases, on the weights' device; and the launch, ready to run.
+
+    It holds addresses: it is good for as long as the weights, biases and results stay where they are.
+
+    Attributes:
+        sites: [sites, SITE_FIELDS] int64.
+        heads: address of each locked head's first column, [K] int64.
+        values: the displacements, [K, head_dim] float32.
+        flags: not 0 for each site whose fold was not finite, after one number that is not 0 if there is such a site:
+            [1 + sites] int32; in the host's memory, which the kernel writes to, so that no copy has to be waited for.
+            To be read once the launch is done.
+        variant: the kernel to launch.
+        grid: (sites, blocks of rows of the tallest site).
+        run: launches a cubin with its arguments packed, where one fits (see `cubins.choose`); else Triton's JIT.
+    """
+
+    sites: torch.Tensor
+    heads: torch.Tensor
+    values: torch.Tensor
+    flags: torch.Tensor
+    variant: Variant
+    grid: tuple[int, int]
+    run: Callable[[], None] = field(repr=False, compare=False)
+
+    def displace(self, values: Sequence[torch.Tensor]) -> None:
+        """Other displacements of the same heads, for the launches that follow; one copy on the current stream.
+
+        Args:
+            values: of each site, as in `fold_sites`.
+        """
+        host = _on_host(self.values.numel(), torch.float32, self.values.device)
+        host.copy_(torch.cat(list(values)).flatten())
+        self.values.copy_(host.view(self.values.shape), non_blocking=True)
+
+
+def fold_sites(
+    weights: Sequence[torch.Tensor],
+    heads: Sequence[Sequence[int]],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+) -> None:
+    """Fold every site, out = W d + c (the paper's b_l), in one launch on the device's current stream.
+
+    Products and sums are fp32, in a fixed order; the result is rounded once, to the nearest of out's dtype.
+
+    Args:
+        weights: W of each site, [hidden, num_heads * head_dim] float16, bfloat16 or float32: one dtype, one device
+            and one layout (see `is_transposed`); hidden, num_heads and the leading stride may differ.
+        heads: the locked heads of each site.
+        values: the displacement of those heads, [len(heads), head_dim] float64 or float32 on the CPU.
+        biases: the bias c that is there already, [hidden] of the weights' dtype, or None.
+        out: where the results go, [hidden] of the weights' dtype or float32. An `out` may be its site's bias.
+
+    Raises:
+        FastlockError: the arguments are not as said. Nothing is written then.
+    """
+    if weights:
+        table = build_table(weights, heads, values, biases, out)
+        launch(table)
+        # torch gives pinned memory to others once the copies from it have run: this one, after the kernel.
+        table.flags.to(table.values.device, non_blocking=True)
+
+
+def is_transposed(weight: torch.Tensor) -> bool:
+    """Which way a weight [hidden, columns] lies in memory: row by row (False, nn.Linear) or column by column (True).
+
+    Raises:
+        FastlockError: neither its rows nor its columns are contiguous.
+    """
+    if weight.dim() == 2 and weight.stride(1) == 1:
+        return False
+    if weight.dim() == 2 and weight.stride(0) == 1:
+        return True
+    raise FastlockError(
+        f"a weight of shape {list(weight.shape)} has strides {weight.stride()}; the fold kernel needs contiguous rows "
+        "or columns. Call .contiguous() on it first."
+    )
+
+
+def build_table(
+    weights: Sequence[torch.Tensor],
+    heads: Sequence[Sequence[int]],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+) -> Table:
+    """The table of one launch, for at least one site; one copy to the device. Arguments as in `fold_sites`."""
+    _check(weights, heads, values, biases, out)
+    transposed = any(is_transposed(weight) for weight in weights)
+    head_dim = values[0].shape[1]
+    rows: list[int] = []
+    addresses: list[int] = []
+    for weight, site_heads, bias, result in zip(weights, heads, biases, out, strict=True):
+        first = len(addresses)
+        head_bytes = head_dim * weight.stride(1) * weight.element_size()
+        addresses += [weight.data_ptr() + head * head_bytes for head in site_heads]
+        stride = weight.stride(1 if transposed else 0)
+        # In the order of BIAS, OUT, STRIDE, HIDDEN, FIRST, LAST.
+        rows += [0 if bias is None else bias.data_ptr(), result.data_ptr()]
+        rows += [stride, weight.shape[0], first, len(addresses)]
+    variant = Variant(
+        weights[0].dtype, out[0].dtype, head_dim, transposed, _aligned(weights, addresses, head_dim, transposed)
+    )
+    device = weights[0].device
+    parts = _pack(rows, addresses, torch.cat(list(values)), device)
+    flags = _on_host(1 + len(weights), torch.int32, device).zero_()
+    grid = (len(weights), -(-max(weight.shape[0] for weight in weights) // variant.block_rows))
+    return Table(*parts, flags, variant, grid, _launcher((*parts, flags), variant, grid, device))
+
+
+def launch(table: Table) -> None:
+    """Run the fold of a table on its device's current stream. Does not wait for it.
+
+    Raises:
+        FastlockError: the driver refused the launch, or this process was forked from the one that made the table.
+    """
+    if 0 not in table.grid:
+        table.run()
+
+
+def _launcher(
+    arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int], device: torch.device
+) -> Callable[[], None]:
+    """What launches it: the cubin of the variant with its arguments packed, or Triton's JIT."""
+    index = _cuda_index(device)
+    if index is not None:
+        kernel = cubins.choose(variant.name, index).kernel
+        if kernel is not None:
+            return kernel.launcher((*grid, 1), [argument.data_ptr() for argument in arguments])
+    return partial(_launch_jit, arguments, variant, grid, os.getpid())
+
+
+def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int], process: int) -> None:
+    if os.getpid() != process and _cuda_index(arguments[0].device) is not None:
+        raise cubins.forked()
+    try:
+        from fastlock.kernels.fold import triton_kernel as jit
+    except ImportError as error:
+        raise FastlockError(
+            f"no kernel compiled ahead of time fits (`fastlock doctor` says why), and Triton, which would compile one, "
+            f"can't be imported ({error}). Install Triton, or relock on the CPU."
+        ) from None
+    jit.launch(arguments, variant, grid)
+
+
+def _aligned(weights: Sequence[torch.Tensor], addresses: Sequence[int], head_dim: int, transposed: bool) -> bool:
+    """Every vector of W that the kernel reads starts at a multiple of 16 bytes and is inside the head's block."""
+    vector = VECTOR_BYTES // weights[0].element_size()
+    lengths = [weight.shape[0] for weight in weights] if transposed else [head_dim]
+    strides = [weight.stride(1 if transposed else 0) for weight in weights]
+    return all(n % vector == 0 for n in lengths + strides) and all(n % VECTOR_BYTES == 0 for n in addresses)
+
+
+def _pack(
+    rows: list[int], addresses: list[int], values: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three parts of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
+    numbers = rows + addresses + [0] * (len(addresses) % 2)  # SITE_FIELDS is even, so two int64 are 16 bytes
+    host = _on_host(len(numbers) + (values.numel() + 1) // 2, torch.int64, device)
+    host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()
+    table = host.to(device, non_blocking=True)
+    return (
+        table[: len(rows)].view(-1, SITE_FIELDS),
+        table[len(rows) : len(rows) + len(addresses)],
+        table[len(numbers) :].view(torch.float32)[: values.numel()].view(values.shape),
+    )
+
+
+def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers in the host's memory, [length], for a device: pinned for CUDA, which then reads and writes them itself.
+
+    CUDA C++ Programming Guide, "Unified Virtual Address Space": a kernel may use such an address as it is. torch does
+    not give pinned memory away again before the copies from it have run, even if the tensor is gone by then; of
+    kernels that write to it torch knows nothing.
+    """
+    return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
+def _check(
+    weights: Sequence[torch.Tensor],
+    heads: Sequence[Sequence[int]],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+) -> None:
+    if not len(weights) == len(heads) == len(values) == len(biases) == len(out):
+        raise FastlockError("weights, heads, values, biases and out must have one entry for each site.")
+    dtype, device = weights[0].dtype, weights[0].device
+    transposed = [is_transposed(weight) for weight in weights]
+    contiguous = 0 if any(transposed) else 1
+    if dtype not in DTYPES:
+        raise FastlockError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
+    if _cuda_index(device) is not None and cubins.interpreting():
+        raise FastlockError(
+            f"TRITON_INTERPRET is set, so that Triton runs on the CPU, but the weights are on {device}. Unset it, or "
+            "move them to the CPU."
+        )
+    if _cuda_index(device) is None and not _interpreted():
+        raise FastlockError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
+    head_dim = values[0].shape[-1]
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise FastlockError(f"head_dim is {head_dim}; the fold kernel takes 1 to {MAX_HEAD_DIM}.")
+    for site, (weight, site_heads, value, bias, result) in enumerate(
+        zip(weights, heads, values, biases, out, strict=True)
+    ):
+        hidden, columns = weight.shape
+        if (weight.dtype, weight.device, weight.stride(contiguous)) != (dtype, device, 1):
+            raise FastlockError(f"site {site}: all weights of one launch must have one dtype, device and layout.")
+        if value.shape != (len(site_heads), head_dim):
+            raise FastlockError(
+                f"site {site}: {len(site_heads)} heads of {head_dim} columns, but values {list(value.shape)}."
+            )
+        if any(not 0 <= head < columns // head_dim for head in site_heads):
+            raise FastlockError(f"site {site}: heads {list(site_heads)}, but the weight has {columns} columns.")
+        if bias is not None:
+            _check_vector(bias, hidden, (dtype,), device, f"site {site}: the bias")
+        _check_vector(result, hidden, (dtype, torch.float32), device, f"site {site}: out")
+        if result.dtype != out[0].dtype:
+            raise FastlockError(f"site {site}: all results of one launch must have one dtype.")
+
+
+def _cuda_index(device: torch.device) -> int | None:
+    """torch's index of a CUDA device; None for any other device."""
+    return device.index if device.type == "cuda" else None
+
+
+def _interpreted() -> bool:
+    """Whether Triton is there and interprets its kernels, so that they run on a CPU."""
+    try:
+        from fastlock.kernels.fold import triton_kernel as jit
+    except ImportError:
+        return False
+    return jit.INTERPRETED
+
+
+def _check_vector(
+    vector: torch.Tensor, hidden: int, dtypes: tuple[torch.dtype, ...], device: torch.device, name: str
+) -> None:
+    if vector.shape != (hidden,) or vector.dtype not in dtypes or vector.device != device or not vector.is_contiguous():
+        raise FastlockError(
+            f"{name} is {list(vector.shape)} {vector.dtype} on {vector.device}; it must be contiguous, "
+            f"[{hidden}] {dtypes[0]} on {device}."
+        )

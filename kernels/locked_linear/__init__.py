@@ -1,0 +1,1 @@
+"""The projection with a lock per row, y = (x + s d[lock]) Wᵀ + c."""

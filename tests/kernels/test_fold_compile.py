@@ -1,0 +1,201 @@
+"""The code of the compiled kernels, for GPUs that this machine need not have."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from fastlock.errors import FastlockError
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.fold import compile as build
+from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import triton_kernel as jit
+
+BY_NAME = {variant.name: variant for variant in build.variants()}
+
+
+def loop_of(ptx):
+    """The loop over the heads: from a label to the branch back to it. There is no other loop."""
+    (body,) = re.findall(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", ptx, re.MULTILINE | re.DOTALL)
+    return body[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """CI's sample, compiled by another process: this one may have Triton's interpreter, which can't compile."""
+    folder = tmp_path_factory.mktemp("build")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastlock.kernels.fold.compile", "--jobs", "1"]
+    command += ["--json", str(folder / "reports.json"), "--cubins", str(folder / "cubins")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder):
+    found = json.loads((folder / "reports.json").read_text())
+    return [build.Report(**report | {"cubin": cubins.cubin_of(report["cubin"])}, binary=b"") for report in found]
+
+
+@pytest.fixture(scope="module")
+def manifest(folder):
+    return cubins.read_manifest(folder / "cubins")
+
+
+def test_sample_covers_every_arch_dtype_layout_and_head_dim(reports):
+    sampled = {(report.arch, report.variant) for report in reports}
+    assert len(sampled) == len(reports)
+    for arch in build.ARCHS:
+        of_arch = [BY_NAME[name] for a, name in sampled if a == arch]
+        assert {(v.dtype, v.transposed) for v in of_arch} == {(d, t) for d in fold.DTYPES for t in (False, True)}
+    assert {v.head_dim for v in (BY_NAME[name] for a, name in sampled if a == 90)} == set(build.HEAD_DIMS)
+
+
+def test_nothing_spills(reports):
+    for report in reports:
+        assert (report.spill_bytes, report.local_bytes, report.stack_bytes) == (0, 0, 0), report
+        assert not report.problems
+
+
+def test_aligned_kernels_leave_room_for_four_programs_of_256_threads(reports):
+    for report in reports:
+        if BY_NAME[report.variant].aligned:
+            assert 16 <= report.registers <= 64, report
+
+
+def test_aligned_kernels_read_weights_16_bytes_at_a_time(reports):
+    """Not only are there enough wide loads: the loop over the heads has no narrow load of weights, and no barrier."""
+    for report in reports:
+        variant = BY_NAME[report.variant]
+        loop = loop_of(report.ptx)
+        loads = re.findall(r"\bld\.global\.(\S+)", loop)
+        narrow = [load for load in loads if load == f"b{8 * variant.dtype.itemsize}"]
+        if variant.aligned:
+            # By columns, a thread reads one fp32 value with each vector of W.
+            values = loads.count("v4.b32") if variant.transposed and variant.dtype == torch.float32 else 0
+            assert len(narrow) == values, report
+            assert "bar.sync" not in loop
+        else:
+            assert len(narrow) >= 8, report
+
+
+def test_16_bit_results_are_rounded_once_and_to_the_nearest(reports):
+    for report in reports:
+        dtype = BY_NAME[report.variant].dtype
+        converts = re.findall(r"\bcvt\.\S+\.f32\b", report.ptx)
+        assert all(re.fullmatch(r"cvt\.rn\.b?f16(x2)?\.f32", convert) for convert in converts)
+        assert bool(converts) == (dtype.itemsize == 2)
+
+
+def test_build_sees_plain_loads_and_wrong_rounding(reports):
+    """The checks that the command fails by can fail."""
+    plain = next(report for report in reports if report.variant == "bfloat16-rows-128-plain")
+    promised = dataclasses.replace(BY_NAME[plain.variant], aligned=True)
+    assert build.code_problems(promised, plain.ptx) == ["0 vector loads, 4 expected"]
+    aligned = next(report for report in reports if report.variant == "bfloat16-rows-128-aligned")
+    assert build.code_problems(promised, aligned.ptx) == []
+    (problem,) = build.code_problems(promised, aligned.ptx.replace("cvt.rn.", "cvt.rz."))
+    assert "rounded by ['rz']" in problem
+
+
+def test_build_and_launch_share_their_constants():
+    """A launch passes the constants and options of its variant, and the build compiles them: one definition."""
+    variant = BY_NAME["bfloat16-rows-128-aligned"]
+    names = [*jit.SIGNATURE, *jit.constants(variant)]
+    assert names == list(jit.fold_kernel.arg_names)
+    assert set(variant.options()) == {"num_warps", "maxnreg", "enable_fp_fusion"}
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="needs Triton's interpreter")
+def test_refuses_to_compile_under_the_interpreter():
+    with pytest.raises(FastlockError, match="TRITON_INTERPRET"):
+        build.compile_variant(90, BY_NAME["bfloat16-rows-128-aligned"])
+
+
+def test_the_manifest_describes_every_file(folder, manifest, reports):
+    """Of the sample, every aligned kernel is there; each file is the one that was described; there is no other."""
+    files = {path.name: path for path in (folder / "cubins").iterdir()}
+    assert set(files) == {cubins.MANIFEST} | {cubin.file for cubin in manifest.cubins}
+    assert manifest.triton == triton.__version__
+    assert manifest.sources == cubins.digest_of_sources()
+    shipped = {(report.arch, report.variant) for report in reports if BY_NAME[report.variant].aligned}
+    assert {(int(re.sub(r"\D", "", cubin.target)), cubin.variant) for cubin in manifest.cubins} == shipped
+    for cubin in manifest.cubins:
+        assert hashlib.sha256(files[cubin.file].read_bytes()).hexdigest() == cubin.sha256
+        assert cubin.num_warps == BY_NAME[cubin.variant].num_warps
+
+
+def test_each_arch_has_the_target_that_it_can_run(manifest):
+    targets = {cubin.target for cubin in manifest.cubins}
+    assert targets == {"sm_80", "sm_90a", "sm_100a", "sm_120a"}
+    for arch in build.ARCHS:
+        assert sum(cubins.runs_on(target, divmod(arch, 10)) for target in targets) == 1
+
+
+def test_the_manifest_agrees_with_the_ptx(manifest, reports):
+    """cuobjdump read the numbers in the binary; the PTX, from which ptxas made it, says the same."""
+    code = {report.cubin.file: report.ptx for report in reports}
+    for cubin in manifest.cubins:
+        ptx = code[cubin.file]
+        assert f".target {cubin.target}\n" in ptx
+        (head,) = re.findall(rf"\.visible \.entry {cubin.kernel}\((.*?)\)", ptx, re.DOTALL)
+        parameters = re.findall(r"\.param \.(\w+)", head)
+        assert parameters == ["u64"] * 6 == ["u64"] * len(cubin.parameters)
+        assert cubin.parameters == tuple((8 * i, 8) for i in range(6))
+        assert f".reqntid {32 * cubin.num_warps}" in ptx
+        assert 0 < cubin.shared <= cubins.FREE_SHARED
+
+
+def test_cubins_come_from_the_older_ptxas(manifest):
+    """A newer toolkit's cubins would need a newer driver."""
+    assert {cubin.ptxas for cubin in manifest.cubins} == {triton.knobs.nvidia.ptxas.version}
+
+
+def test_cubins_hold_no_path_of_the_machine(folder, manifest):
+    for cubin in manifest.cubins:
+        binary = (folder / "cubins" / cubin.file).read_bytes()
+        assert b"jit.py" not in binary
+        assert b".debug_line" not in binary
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"global_scratch_size": 128}, "global_scratch_size is 128"),
+        ({"profile_scratch_size": 1}, "profile_scratch_size is 1"),
+        ({"num_ctas": 2}, "num_ctas is 2"),
+        ({"launch_pdl": True}, "launch_pdl is True"),
+        ({"launch_cooperative_grid": True}, "launch_cooperative_grid is True"),
+        ({"num_warps": 16}, "num_warps is 16"),
+        ({"parameters": ((0, 8), (8, 8), (16, 8), (24, 8))}, "its parameters are"),
+    ],
+)
+def test_what_a_plain_launch_cannot_do_is_not_shipped(change, problem, reports, tmp_path):
+    report = next(report for report in reports if report.variant == "bfloat16-rows-128-aligned")
+    variant = BY_NAME[report.variant]
+    plain = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False}
+    plain |= {"launch_pdl": False, "num_ctas": 1, "num_warps": variant.num_warps}
+    assert build.launch_problems(variant, report.cubin, plain) == []
+    parameters = change.pop("parameters", report.cubin.parameters)
+    (found,) = build.launch_problems(variant, dataclasses.replace(report.cubin, parameters=parameters), plain | change)
+    assert problem in found
+    bad = dataclasses.replace(report, problems=[found])
+    assert build.write_cubins([bad], tmp_path / "cubins").cubins == ()
+
+
+def test_cubins_go_to_a_directory_of_their_own(tmp_path):
+    (tmp_path / "precious.txt").write_text("")
+    with pytest.raises(FastlockError, match="other files"):
+        build.write_cubins([], tmp_path)
+    assert (tmp_path / "precious.txt").exists()

@@ -1,0 +1,74 @@
+"""The truth itself: the fold's rounding, its bound, and the forward that folds nothing."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from fastlock.kernels.fold import reference
+from fastlock.kernels.fold.reference import error_bound, exact_fold, fold, unfolded
+from fastlock.locks.lock import Displacement
+from tests.helpers.families import logits, random_lock, same_state, state, tiny_model, tokens
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x", "nearest"),
+    [
+        (torch.float16, 1 + 2**-11 + 2**-40, 1 + 2**-10),
+        (torch.float16, 1 + 2**-11 - 2**-40, 1.0),
+        (torch.float16, 1 + 2**-11, 1.0),
+        (torch.bfloat16, 1 + 2**-8 + 2**-40, 1 + 2**-7),
+        (torch.bfloat16, -(1 + 2**-8 + 2**-40), -(1 + 2**-7)),
+        (torch.bfloat16, 1 + 2**-7 + 2**-8 - 2**-40, 1 + 2**-7),
+        (torch.bfloat16, 0.0, 0.0),
+        (torch.float16, 2**-25 + 2**-60, 2**-24),
+        (torch.float16, 1e6, float("inf")),
+        (torch.bfloat16, 1e300, float("inf")),
+    ],
+)
+def test_it_rounds_once(dtype: torch.dtype, x: float, nearest: float) -> None:
+    """Just off the middle of two numbers, where rounding to float32 first would land on the middle."""
+    weight = torch.ones(1, 1, dtype=dtype)
+    assert fold(weight, Displacement((0,), torch.tensor([[x]], dtype=torch.float64))).item() == nearest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_rounds_to_the_nearest_everywhere(dtype: torch.dtype) -> None:
+    x = torch.randn(20_000, dtype=torch.float64)
+    rounded = reference._rounded(x, dtype)
+    bits = rounded.view(torch.int16)
+    for neighbour in (bits + 1, bits - 1):
+        other = neighbour.view(dtype).double()
+        assert ((rounded.double() - x).abs() <= (other - x).abs()).all()
+    assert reference._rounded(torch.tensor([float("nan")], dtype=torch.float64), dtype).isnan().all()
+
+
+def test_the_fold_against_exact_arithmetic() -> None:
+    """Fractions have no rounding at all."""
+    weight, values = torch.randn(3, 8), torch.randn(1, 2, dtype=torch.float64)
+    bias = torch.randn(3)
+    found = exact_fold(weight, Displacement((2,), values), bias)
+    for row in range(3):
+        products = (Fraction(weight[row, 4 + i].item()) * Fraction(values[0, i].item()) for i in range(2))
+        assert found[row].item() == pytest.approx(float(sum(products, Fraction(bias[row].item()))), rel=1e-15)
+
+
+def test_the_bound_is_near_one_unit_and_grows_with_cancellation() -> None:
+    weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    displacement = Displacement((0,), torch.tensor([[1.0, 1.0]], dtype=torch.float64))
+    exactly, cancelled = error_bound(weight, displacement)
+    assert 2**-22 < exactly < 2**-20
+    assert 2**-23 < cancelled < 2**-21
+    assert (error_bound(weight.half(), displacement) > 2**-10).sum() == 1
+
+
+def test_unfolded_touches_nothing_and_goes_away() -> None:
+    model = tiny_model("gpt2")
+    lock, ids, before = random_lock(model), tokens(), state(model)
+    plain = logits(model, ids)
+    with unfolded(model, lock, 2.0):
+        assert not torch.equal(logits(model, ids), plain)
+    with pytest.raises(ZeroDivisionError), unfolded(model, lock, 2.0):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model, ids), plain)
+    assert same_state(state(model), before)

@@ -1,0 +1,104 @@
+"""The code of the compiled kernels with a lock per row, for GPUs that this machine need not have."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastlock.errors import FastlockError
+from fastlock.kernels.fold import compile as build
+from fastlock.kernels.locked_linear import compile as build_locked_linear
+from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
+from fastlock.kernels.locked_linear.compile import ARCHS, BF16, FP16, FP32, SHARED_BYTES, Job, Report, code_problems
+from fastlock.kernels.locked_linear.launch import Tile, Way
+
+TILE = Tile(64, 64, 64, 4, 4)
+# What a sound kernel of TILE in bfloat16 has: 4 + 4 copies of 16 bytes a thread in each of three steps.
+COPY = "cp.async.cg.shared.global [ %r33 + 0 ], [ %rd64 + 0 ], 0x10, %r34;\n"
+SOUND = COPY * 24 + "wgmma.mma_async.sync\ncvt.rn.bf16x2.f32 %r1, %r2, %r3;\nst.global.v4.b32 [ %rd1 + 0 ], {\n"
+
+
+def compiled(folder, *arguments):
+    """Reports of another process: this one may have Triton's interpreter, which can't compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastlock.kernels.locked_linear.compile", "--json", str(folder / "reports.json")]
+    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [Report(**report) for report in json.loads((folder / "reports.json").read_text())]
+
+
+def test_the_sample(tmp_path):
+    """All in one test, so that one process compiles it: it takes most of a minute."""
+    reports = compiled(tmp_path, "--jobs", "1")
+    found = {(report.arch, report.job): report for report in reports}
+    assert len(found) == len(reports)
+    assert {arch for arch, _ in found} == set(ARCHS)
+    for report in reports:
+        assert (report.spill_bytes, report.local_bytes, report.stack_bytes, report.problems) == (0, 0, 0, []), report
+        assert 0 < report.registers <= 255
+        assert report.shared_bytes <= SHARED_BYTES[report.arch]
+        assert not re.search(r"\bld\.global\.b16\b", report.ptx) or "no_bias" not in report.job
+    for way in build_locked_linear.ways_on(90, BF16, 128):  # every tile that an H100 may be given
+        report = found[90, Job(way, BF16).name]
+        kinds = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\b", report.ptx))
+        assert kinds == {"wgmma.mma_async" if way.tile.rows >= 64 else "mma.sync"}
+    for way in build_locked_linear.ways_on(90, FP32, 128):
+        assert "fma.rn.f32" in found[90, Job(way, FP32).name].ptx
+    assert {dtype for dtype in ("bfloat16", "float16", "float32") if any(dtype in job for _, job in found)} == {
+        "bfloat16",
+        "float16",
+        "float32",
+    }
+    largest = found[100, Job(Way("gather", Tile(128, 256, 64, 8, 4)), BF16).name]
+    assert "tcgen05.mma" in largest.ptx
+
+
+def test_what_the_build_fails_by():
+    job = Job(Way("gather", TILE), BF16)
+    assert build_locked_linear.expected_wide_copies(TILE, BF16) == 8
+    assert code_problems(job, SOUND) == []
+    for change, problem in (
+        (("0x10", "0x8"), "0 16-byte copies, 24 expected"),
+        (("wgmma", "fma"), "0 instructions for tensor cores"),
+        (("cvt.rn", "cvt.rz"), "rounded by ['rz']"),
+        (("st.global.v4.b32", "st.global.b16"), "1 stores of one number"),
+    ):
+        (found,) = code_problems(job, SOUND.replace(*change))
+        assert problem in found
+    assert code_problems(Job(job.way, FP32), SOUND.replace("st.", "mma.sync st.")) != []
+    assert code_problems(Job(Way("add"), BF16), SOUND) == ["no 16-byte load"]
+    assert code_problems(Job(Way("add"), FP16), SOUND.replace("bf16", "f16") + "ld.global.v4.b32 {") == []
+
+
+def test_build_and_launch_share_their_constants():
+    """A launch passes what the build compiles for: one definition, in the order of the kernel's arguments."""
+    for job in (Job(Way("gather", TILE), BF16), Job(Way("add"), BF16), Job(Way("around"), BF16)):
+        kernel, constants = build_locked_linear.kernel_of(job)
+        names = [name for name in kernel.arg_names if name not in constants]
+        assert kernel.arg_names == [*names, *constants]
+        integers = {name for name in names if build_locked_linear.type_of(name, BF16) == "i32"}
+        assert integers <= {*locked_linear_jit.CHANGING, *build_locked_linear.MULTIPLES}
+        assert all(name.startswith("p_") for name in set(names) - integers)
+
+
+def test_jobs_have_names_of_their_own():
+    for arch in ARCHS:
+        for jobs in (set(build_locked_linear.jobs(arch)), set(build_locked_linear.sample(arch))):
+            assert len({job.name for job in jobs}) == len(jobs) > 3
+
+
+def test_no_kernel_of_these_is_shipped(tmp_path):
+    """What `build --cubins` compiles are the fold's alone."""
+    assert not {variant.name for variant in build.variants()} & {job.name for job in build_locked_linear.jobs(90)}
+
+
+@pytest.mark.skipif(not locked_linear_jit.INTERPRETED, reason="needs Triton's interpreter")
+def test_refuses_to_compile_under_the_interpreter():
+    with pytest.raises(FastlockError, match="TRITON_INTERPRET"):
+        build_locked_linear.compile_job(90, Job(Way("add"), torch.bfloat16))
