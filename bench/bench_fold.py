@@ -67,7 +67,7 @@ def test_fold(
     batches = make_batches(zoo, path, count)[: 1 if warm else None]
     with torch.no_grad():
         results, last = time_rounds(benchmark, path, batches, zoo.device)
-        error = errors(last.weights, last.displacements, results, last.biases)
+        error = errors(last.columns, last.values, results, last.biases)
         queued = path.queued and zoo.device.type == "cuda"
         on_device = device_times(path, batches, zoo.device, warm) if queued else []
     moved = count * ((zoo.matrix_bytes if path.whole else zoo.locked_bytes) + zoo.bias_bytes)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import machine
 from fastlock.kernels.locked_linear import launch as locked_linear
-from fastlock.kernels.locked_linear.launch import Inputs
+from fastlock.kernels.locked_linear.reference import Inputs
 from fastlock.models.request_locks import locked_linear as op
 from report import interval_of_median
 
@@ -129,7 +129,7 @@ def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
         "hook": lambda inputs: by_hook(inputs, case.d),
     }
     tiles = {}
-    candidates = locked_linear.ways_for(first) if ON_GPU else [locked_linear.BY_TORCH]
+    candidates = locked_linear.ways_for(first) if ON_GPU else [tiles.BY_TORCH]
     for kind in dict.fromkeys(way.kind for way in candidates):
         of_kind = [way for way in candidates if way.kind == kind]
         way = locked_linear.fastest(of_kind, lambda one: locked_linear.seconds(one, case.inputs))

@@ -14,6 +14,7 @@ import torch
 
 import fastlock
 import machine
+from fastlock.kernels.fold.reference import HeadColumns
 from workloads import SHAPES, STRENGTH, Zoo, errors, lock_for
 
 SHAPE = SHAPES["8B"]
@@ -34,7 +35,11 @@ def main() -> None:
         machine.synchronize(device)
         seconds.append(time.perf_counter() - start)
     folds = [model.model.layers[layer].self_attn.o_proj.bias for layer in displacements]
-    error = errors(weights, list(displacements.values()), folds, [None] * len(folds))
+    columns = [
+        HeadColumns.in_projection(weight, d.heads, d.head_dim)
+        for weight, d in zip(weights, displacements.values(), strict=True)
+    ]
+    error = errors(columns, [d.values for d in displacements.values()], folds, [None] * len(folds))
     jit = sys.modules.get("fastlock.kernels.fold.triton_kernel") is not None
     by = "reference" if device.type == "cpu" else "jit" if jit else "cubin"
     print(json.dumps({"first": seconds[0], "second": seconds[1], "by": by, "error_in_bounds": error["bounds"]}))

@@ -71,10 +71,11 @@ def empty_launch(on: torch.device) -> float | None:
     if on.type == "cpu":
         return None
     from fastlock.kernels.fold.launch import build_table, launch
+    from fastlock.kernels.fold.reference import HeadColumns
 
     weight, values = torch.randn(1, 128, device=on).bfloat16(), torch.randn(1, 128)
     out = weight.new_empty(1)
-    table = build_table([weight], [(0,)], [values], [None], [out])
+    table = build_table([HeadColumns(weight, (0,))], [values], [None], [out])
     return statistics.median(between_events(lambda: launch(table), lambda: torch.cuda._sleep(10**6)) for _ in range(41))
 
 

@@ -17,8 +17,8 @@ import fastlock
 import machine
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import launch as fold
-from fastlock.kernels.fold import reference
-from fastlock.locks.lock import Displacement
+from fastlock.kernels.fold import reference, variants
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.models.sites import sites_for
 from tests.helpers import families
 from workloads import errors
@@ -34,8 +34,8 @@ COMPILED_HERE = (64, 80, 96, 128, 256)  # Triton's JIT takes a while for each
 
 def kernels() -> Iterator[Any]:
     """Every variant that is compiled ahead of time; and of all, aligned and plain, most head sizes by the JIT."""
-    for dtype, head_dim, transposed in itertools.product(fold.DTYPES, HEAD_DIMS, (False, True)):
-        aligned, plain = (fold.Variant(dtype, dtype, head_dim, transposed, aligned) for aligned in (True, False))
+    for dtype, head_dim, transposed in itertools.product(variants.DTYPES, HEAD_DIMS, (False, True)):
+        aligned, plain = (variants.Variant(dtype, dtype, head_dim, transposed, aligned) for aligned in (True, False))
         launches = [("cubin", aligned)]
         launches += [("jit", aligned), ("jit", plain)] if head_dim in COMPILED_HERE else []
         for launched_by, variant in launches:
@@ -52,7 +52,7 @@ def launched_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("launched_by", "variant"), list(kernels()), indirect=["launched_by"])
-def test_kernel(launched_by: str, variant: fold.Variant, record_property: Callable[..., None]) -> None:
+def test_kernel(launched_by: str, variant: variants.Variant, record_property: Callable[..., None]) -> None:
     """One variant on one site with a bias; NaN in the columns that are not locked."""
     dtype, head_dim, transposed, aligned = variant.dtype, variant.head_dim, variant.transposed, variant.aligned
     lines, length = (5 * head_dim, HIDDEN) if transposed else (HIDDEN, 5 * head_dim)
@@ -61,10 +61,11 @@ def test_kernel(launched_by: str, variant: fold.Variant, record_property: Callab
     weight = weight.view(lines, length).t() if transposed else weight.view(lines, length)
     for head in HEADS:
         weight[:, head * head_dim : (head + 1) * head_dim] = torch.randn(HIDDEN, head_dim).to(weight)
-    displacement = Displacement(HEADS, torch.randn(len(HEADS), head_dim, dtype=torch.float64))
+    columns = HeadColumns.in_projection(weight, HEADS, head_dim)
+    values = torch.randn(len(HEADS), head_dim, dtype=torch.float64)
     bias = torch.randn(HIDDEN).to(weight)
     out = torch.full_like(bias, math.nan)
-    arguments = ([weight], [HEADS], [displacement.values], [bias], [out])
+    arguments = ([columns], [values], [bias], [out])
     table = fold.build_table(*arguments)
     assert table.variant == variant
     if launched_by == "cubin":
@@ -76,8 +77,8 @@ def test_kernel(launched_by: str, variant: fold.Variant, record_property: Callab
     else:
         assert not isinstance(table.run, cubins.Launch)
     fold.fold_sites(*arguments)
-    error = (out.double() - reference.exact_fold(weight, displacement, bias)).abs()
-    bounds = float((error / reference.error_bound(weight, displacement, bias)).nan_to_num(nan=math.inf).max())
+    error = (out.double() - reference.exact_fold(columns, values, bias)).abs()
+    bounds = float((error / reference.error_bound(columns, values, bias)).nan_to_num(nan=math.inf).max())
     layout = f"{'columns' if transposed else 'rows'}, {'aligned' if aligned else 'plain'}"
     record_property("what", f"kernel by {launched_by}, {str(dtype).removeprefix('torch.')}, {layout}")
     record_property("case", f"head_dim {head_dim}")
@@ -91,12 +92,12 @@ def test_relock(kind: str, record_property: Callable[..., None]) -> None:
     model = families.tiny_model(kind, torch.bfloat16).to(DEVICE)
     lock = families.random_lock(model)
     before, displacements = families.state(model), lock.displacement(6.0)
-    weights = [site.weight for site in sites_for(model, lock)]
-    added = list(displacements.values())
+    columns = [site.head_columns(displacements[site.layer].heads) for site in sites_for(model, lock)]
+    values = [displacement.values for displacement in displacements.values()]
     biases = [None if site.bias is None else site.bias.detach().clone() for site in sites_for(model, lock)]
     fastlock.relock(model, lock)
     folds = [site.bias for site in sites_for(model, lock)]
-    error = errors(weights, added, folds, biases)["bounds"]
+    error = errors(columns, values, folds, biases)["bounds"]
     record_property("what", "relock, bfloat16, every family")
     record_property("case", kind)
     record_property("error", error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import functional
 import fastlock
 from fastlock.fold import Fold, fold
 from fastlock.kernels.fold import reference
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Displacement
 from workloads import STRENGTH, Zoo
 
@@ -29,6 +30,7 @@ class Batch:
         self.displacements = [zoo.displacements[layer] for layer in self.layers]
         self.heads = [displacement.heads for displacement in self.displacements]
         self.values = [displacement.values for displacement in self.displacements]
+        self.columns = _columns_of(self.weights, self.displacements)
         self.biases: list[torch.Tensor | None] = [None] * len(self.weights)
         self.names = [f"layer {layer}" for layer in self.layers]
         self.outs = [weight.new_empty(weight.shape[0]) for weight in self.weights]
@@ -65,7 +67,7 @@ class Batch:
     def table(self) -> Any:
         from fastlock.kernels.fold.launch import build_table
 
-        return build_table(self.weights, self.heads, self.values, self.biases, self.outs)
+        return build_table(self.columns, self.values, self.biases, self.outs)
 
     @cached_property
     def dense(self) -> list[torch.Tensor]:
@@ -89,19 +91,17 @@ class Batch:
 
 
 def by_reference(batch: Batch) -> list[torch.Tensor]:
-    displacements = _from_lock(batch)
-    return [reference.fold(*site) for site in zip(batch.weights, displacements, batch.biases, strict=True)]
+    return [reference.fold(*site) for site in zip(*_from_lock(batch), batch.biases, strict=True)]
 
 
 def by_fold(batch: Batch) -> list[torch.Tensor]:
-    sites = zip(batch.weights, _from_lock(batch), batch.biases, batch.names, strict=True)
-    return fold([Fold(*site) for site in sites])
+    return fold([Fold(*site) for site in zip(*_from_lock(batch), batch.biases, batch.names, strict=True)])
 
 
 def by_kernel(batch: Batch) -> list[torch.Tensor]:
     from fastlock.kernels.fold.launch import fold_sites
 
-    fold_sites(batch.weights, batch.heads, batch.values, batch.biases, batch.outs)
+    fold_sites(batch.columns, batch.values, batch.biases, batch.outs)
     return batch.outs
 
 
@@ -151,9 +151,17 @@ def by_authors(batch: Batch) -> list[torch.Tensor]:
     return biases
 
 
-def _from_lock(batch: Batch) -> list[Displacement]:
+def _from_lock(batch: Batch) -> tuple[list[HeadColumns], list[torch.Tensor]]:
+    """Columns and values of each site, the displacement made anew, as relocking does."""
     displacements = batch.zoo.lock.displacement(STRENGTH)
-    return [displacements[layer] for layer in batch.layers]
+    of_sites = [displacements[layer] for layer in batch.layers]
+    return _columns_of(batch.weights, of_sites), [displacement.values for displacement in of_sites]
+
+
+def _columns_of(weights: Sequence[torch.Tensor], displacements: Sequence[Displacement]) -> list[HeadColumns]:
+    return [
+        HeadColumns.in_projection(weight, d.heads, d.head_dim) for weight, d in zip(weights, displacements, strict=True)
+    ]
 
 
 def _columns(weight: torch.Tensor, heads: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
@@ -189,7 +197,7 @@ class Path:
 
 
 PATHS = [
-    Path("reference", by_reference, "lock", "`fastlock.reference.fold`, site by site, in float64"),
+    Path("reference", by_reference, "lock", "`fastlock.kernels.fold.reference.fold`, site by site, in float64"),
     Path(
         "fold",
         by_fold,
@@ -201,7 +209,7 @@ PATHS = [
         "kernel",
         by_kernel,
         "d",
-        "`fastlock.kernels.fold.fold_sites`: the table made and sent, and one launch",
+        "`fastlock.kernels.fold.launch.fold_sites`: the table made and sent, and one launch",
         queued=True,
         cuda=True,
     ),

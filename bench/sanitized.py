@@ -9,6 +9,9 @@ import itertools
 import os
 import sys
 
+from fastlock.kernels.fold import variants
+from fastlock.kernels.locked_linear import tiles
+
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that each tensor is an allocation of its own
 
 import torch
@@ -17,19 +20,19 @@ import bench_rows
 import machine
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.kernels.locked_linear import launch as locked_linear
-from fastlock.locks.lock import Displacement
 from workloads import errors
 
 DEVICE = machine.device()
 HEADS = (0, 2)
 
 
-def site(dtype: torch.dtype, head_dim: int, transposed: bool, hidden: int) -> tuple[torch.Tensor, Displacement]:
+def site(dtype: torch.dtype, head_dim: int, transposed: bool, hidden: int) -> tuple[HeadColumns, torch.Tensor]:
     lines, length = (3 * head_dim, hidden) if transposed else (hidden, 3 * head_dim)
     weight = torch.randn(lines, length, device=DEVICE).to(dtype)
     values = torch.randn(len(HEADS), head_dim, dtype=torch.float64)
-    return weight.t() if transposed else weight, Displacement(HEADS, values)
+    return HeadColumns.in_projection(weight.t() if transposed else weight, HEADS, head_dim), values
 
 
 def worst_of_rows() -> float:
@@ -38,7 +41,7 @@ def worst_of_rows() -> float:
     for rows in (1, 136):
         case = bench_rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(bench_rows.DTYPE), rows)
         (inputs,) = case.inputs
-        ways = locked_linear.ways_for(inputs) if bench_rows.ON_GPU else [locked_linear.BY_TORCH]
+        ways = locked_linear.ways_for(inputs) if bench_rows.ON_GPU else [tiles.BY_TORCH]
         for way in {way.kind: way for way in ways}.values():
             y = locked_linear.run(way, inputs)
             machine.synchronize(DEVICE)
@@ -51,15 +54,14 @@ def main() -> int:
     for switch in ("1", "0"):  # by a cubin, where there is one, and by Triton's JIT
         os.environ[cubins.SWITCH] = switch
         cubins.forget()
-        for dtype, head_dim, transposed in itertools.product(fold.DTYPES, (64, 80), (False, True)):
+        for dtype, head_dim, transposed in itertools.product(variants.DTYPES, (64, 80), (False, True)):
             sites = [site(dtype, head_dim, transposed, hidden) for hidden in (1000, 33, 1)]
-            weights, displacements = zip(*sites, strict=True)
-            biases = [torch.randn(len(weight)).to(weight) for weight in weights]
+            columns, values = zip(*sites, strict=True)
+            biases = [torch.randn(len(of_site.matrix)).to(of_site.matrix) for of_site in columns]
             outs = [torch.full_like(bias, torch.nan) for bias in biases]
-            values = [displacement.values for displacement in displacements]
-            fold.fold_sites(weights, [HEADS] * 3, values, biases, outs)
+            fold.fold_sites(columns, values, biases, outs)
             machine.synchronize(DEVICE)
-            worst = max(worst, errors(weights, displacements, outs, biases)["bounds"])
+            worst = max(worst, errors(columns, values, outs, biases)["bounds"])
     print(f"largest error, in units of reference.error_bound: {worst:.2f}")
     return 0 if worst <= 1 else 1
 

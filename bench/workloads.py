@@ -13,6 +13,7 @@ from torch import nn
 import machine
 from fastlock import Lock
 from fastlock.kernels.fold import reference
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Displacement
 
 STRENGTH = 6.0
@@ -153,8 +154,8 @@ def random_lock(shape: Shape) -> Lock:
 
 
 def errors(
-    weights: Sequence[torch.Tensor],
-    displacements: Sequence[Displacement],
+    columns: Sequence[HeadColumns],
+    values: Sequence[torch.Tensor],
     folds: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
 ) -> dict[str, float]:
@@ -165,10 +166,10 @@ def errors(
         relative: the norm of all errors over the norm of all exact folds.
     """
     worst, error_norm, norm = 0.0, 0.0, 0.0
-    for weight, displacement, fold, bias in zip(weights, displacements, folds, biases, strict=True):
-        exact = reference.exact_fold(weight, displacement, bias)
+    for of_site, value, fold, bias in zip(columns, values, folds, biases, strict=True):
+        exact = reference.exact_fold(of_site, value, bias)
         error = (fold.detach().to(exact) - exact).abs()
-        ratio = (error / reference.error_bound(weight, displacement, bias)).nan_to_num(nan=math.inf)
+        ratio = (error / reference.error_bound(of_site, value, bias)).nan_to_num(nan=math.inf)
         worst = max(worst, float(ratio.max()))
         error_norm += float(error.square().sum())
         norm += float(exact.square().sum())

@@ -12,7 +12,7 @@ import torch
 from fastlock.errors import FastlockError
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.launch import build_table, launch  # no Triton is imported; here, as importing takes time
-from fastlock.locks.lock import Displacement
+from fastlock.kernels.fold.reference import HeadColumns
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,23 +20,28 @@ class Fold:
     """What one site's fold takes.
 
     Attributes:
-        weight: W, [hidden, num_heads * head_dim], float16, bfloat16, float32 or float64; detached.
-        displacement: d.
-        bias: c, [hidden] of the weight's dtype and device, or None; detached.
+        columns: the locked heads' columns of W, float16, bfloat16, float32 or float64.
+        values: d, the displacement of each of these heads, [len(heads), head_dim] float64 on the CPU.
+        bias: c, [hidden] of the columns' dtype and device, or None; detached.
         name: of the site, for messages.
     """
 
-    weight: torch.Tensor
-    displacement: Displacement
+    columns: HeadColumns
+    values: torch.Tensor
     bias: torch.Tensor | None
     name: str
+
+    @property
+    def head_dim(self) -> int:
+        """How many columns a head has."""
+        return self.values.shape[1]
 
 
 def fold(folds: Sequence[Fold]) -> list[torch.Tensor]:
     """The new bias of each site, once. As `FoldPlan` says.
 
     Returns:
-        b of each site, [hidden], of the weight's dtype and device.
+        b of each site, [hidden], of the columns' dtype and device.
 
     Raises:
         FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large.
@@ -57,7 +62,7 @@ class FoldPlan:
     It holds addresses: it is good for as long as weights and biases stay where they are; their numbers may change.
 
     Attributes:
-        results: b of each site, [hidden], of the weight's dtype and device; what they hold is the last run's.
+        results: b of each site, [hidden], of the columns' dtype and device; what they hold is the last run's.
         by_torch: whether some are written by torch, which counts that (`Tensor._version`); the kernel's are not.
     """
 
@@ -68,7 +73,7 @@ class FoldPlan:
             groups.setdefault(_group(folds[first]), []).append(first)
         with torch.inference_mode(False), torch.no_grad():
             self._groups = [
-                (members, _way(folds[members[0]].weight)([folds[i] for i in members])) for members in groups.values()
+                (members, _way(folds[members[0]])([folds[i] for i in members])) for members in groups.values()
             ]
         made = {i: b for members, group in self._groups for i, b in zip(members, group.results, strict=True)}
         self.results = [made[first] for first in self._firsts]
@@ -109,8 +114,8 @@ class FoldPlan:
             with contextlib.suppress(Exception):
                 group.finish()
 
-    def displace(self, displacements: Sequence[Displacement]) -> bool:
-        """Other displacements, one a site, for the runs that follow: only what differs is sent to the device.
+    def displace(self, folds: Sequence[Fold]) -> bool:
+        """The folds of the same sites with other displacements, for the runs that follow: only these are sent.
 
         Returns:
             Whether this plan can do them; if not (sites that shared a result differ now, or head_dim does), nothing was
@@ -120,12 +125,12 @@ class FoldPlan:
             FastlockError, RuntimeError: memory ran out, say. Then some sites have their new displacements, and others
                 not; they can be given their earlier ones.
         """
-        if any(displacements[i] is not displacements[first] for i, first in enumerate(self._firsts)):
+        if any(folds[i].values is not folds[first].values for i, first in enumerate(self._firsts)):
             return False
-        if any(displacements[i].values.shape[1] != group.head_dim for members, group in self._groups for i in members):
+        if any(folds[i].head_dim != group.head_dim for members, group in self._groups for i in members):
             return False
         for members, group in self._groups:
-            group.displace([displacements[i] for i in members])
+            group.displace([folds[i] for i in members])
         return True
 
 
@@ -138,15 +143,14 @@ class _ByKernel:
             (f.bias, f.bias.contiguous()) for f in folds if f.bias is not None and not f.bias.is_contiguous()
         ]
         copies = iter(copy for _, copy in self._copied)
-        self.results = [f.weight.new_empty(f.weight.shape[0]) for f in folds]
-        self.head_dim = folds[0].displacement.values.shape[1]
+        self.results = [_result_of(f) for f in folds]
+        self.head_dim = folds[0].head_dim
         self._build([f if f.bias is None or f.bias.is_contiguous() else replace(f, bias=next(copies)) for f in folds])
 
     def _build(self, folds: list[Fold]) -> None:
         table = build_table(
-            [f.weight for f in folds],
-            [f.displacement.heads for f in folds],
-            [f.displacement.values for f in folds],
+            [f.columns for f in folds],
+            [f.values for f in folds],
             [f.bias for f in folds],
             self.results,
         )
@@ -168,10 +172,10 @@ class _ByKernel:
         self._flags.fill(0)
         return _not_finite(self._folds[first])
 
-    def displace(self, displacements: Sequence[Displacement]) -> None:
-        folds = [replace(f, displacement=d) for f, d in zip(self._folds, displacements, strict=True)]
-        if all(f.displacement.heads == d.heads for f, d in zip(self._folds, displacements, strict=True)):
-            self._table.displace([d.values for d in displacements])
+    def displace(self, displaced: Sequence[Fold]) -> None:
+        folds = [replace(f, columns=d.columns, values=d.values) for f, d in zip(self._folds, displaced, strict=True)]
+        if all(f.columns.starts == d.columns.starts for f, d in zip(self._folds, displaced, strict=True)):
+            self._table.displace([f.values for f in folds])
             self._folds = folds
         else:
             self._build(folds)
@@ -182,13 +186,13 @@ class _ByReference:
 
     def __init__(self, folds: Sequence[Fold]) -> None:
         self._folds = list(folds)
-        self.results = [f.weight.new_empty(f.weight.shape[0]) for f in folds]
-        self.head_dim = folds[0].displacement.values.shape[1]
+        self.results = [_result_of(f) for f in folds]
+        self.head_dim = folds[0].head_dim
 
     def start(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for f, b in zip(self._folds, self.results, strict=True):
-                b.copy_(reference.fold(f.weight, f.displacement, f.bias))
+                b.copy_(reference.fold(f.columns, f.values, f.bias))
 
     def finish(self) -> str | None:
         """Say what is wrong with the first fold that is not finite."""
@@ -197,26 +201,34 @@ class _ByReference:
             None,
         )
 
-    def displace(self, displacements: Sequence[Displacement]) -> None:
-        self._folds = [replace(f, displacement=d) for f, d in zip(self._folds, displacements, strict=True)]
+    def displace(self, displaced: Sequence[Fold]) -> None:
+        self._folds = list(displaced)
 
 
-def _way(weight: torch.Tensor) -> type[_ByKernel] | type[_ByReference]:
+def _way(f: Fold) -> type[_ByKernel] | type[_ByReference]:
+    weight = f.columns.matrix
     by_kernel = weight.device.type == "cuda" and weight.dtype != torch.float64 and 1 in weight.stride()
     return _ByKernel if by_kernel else _ByReference
 
 
 def _group(f: Fold) -> tuple[object, ...]:
     """Folds for which this is the same can be one launch."""
-    weight = f.weight
-    return weight.device, weight.dtype, weight.stride(1) == 1, 1 in weight.stride(), f.displacement.values.shape[1]
+    matrix = f.columns.matrix
+    return matrix.device, matrix.dtype, matrix.stride(1) == 1, 1 in matrix.stride(), f.head_dim
+
+
+def _result_of(f: Fold) -> torch.Tensor:
+    """Memory for b."""
+    return f.columns.matrix.new_empty(f.columns.matrix.shape[0])
 
 
 def _firsts_alike(folds: Sequence[Fold]) -> list[int]:
     """For each fold the number of the first that reads the same memory with the same displacement: its own, mostly."""
     firsts: dict[tuple[object, ...], int] = {}
     return [
-        firsts.setdefault((_memory(f.weight), None if f.bias is None else _memory(f.bias), id(f.displacement)), i)
+        firsts.setdefault(
+            (_memory(f.columns.matrix), f.columns.starts, None if f.bias is None else _memory(f.bias), id(f.values)), i
+        )
         for i, f in enumerate(folds)
     ]
 
@@ -235,6 +247,6 @@ def _bad(folds: Sequence[torch.Tensor]) -> list[bool]:
 
 def _not_finite(f: Fold) -> str:
     return (
-        f"{f.name}: its fold is not finite in {f.weight.dtype}. Either its locked columns hold NaN or infinite weights "
-        "(check the checkpoint), or the strength is too large for the dtype (lower it)."
+        f"{f.name}: its fold is not finite in {f.columns.matrix.dtype}. Either its locked columns hold NaN or infinite "
+        "weights (check the checkpoint), or the strength is too large for the dtype (lower it)."
     )

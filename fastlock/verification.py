@@ -22,7 +22,7 @@ from fastlock.checkpoints.relocking import (
     stored_biases,
 )
 from fastlock.checkpoints.tensor_index import INDEX
-from fastlock.kernels.fold.reference import bound, exact_fold, magnitude
+from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, biases_digest
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
@@ -109,7 +109,10 @@ def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -
 def _verify_model(model: nn.Module, lock: Lock) -> Verification:
     sites, receipt = sites_for(model, lock), receipt_of(model)
     unit = lock.displacement(1.0)
-    evidence = [_evidence(site.layer, site.weight, unit[site.layer], site.bias) for site in sites]
+    evidence = [
+        _evidence(site.layer, site.head_columns(unit[site.layer].heads), unit[site.layer].values, site.bias)
+        for site in sites
+    ]
 
     def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
         by_name = original_biases(model, known)
@@ -162,15 +165,15 @@ def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> 
     return None
 
 
-def _evidence(layer: int, weight: torch.Tensor, unit: Displacement, bias: torch.Tensor | None) -> _Evidence:
-    fold, size = exact_fold(weight, unit).cpu(), magnitude(weight, unit).cpu()
-    return _Evidence(layer, fold, size, unit.values.numel() + 1, weight.dtype, bias)
+def _evidence(layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None) -> _Evidence:
+    fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
+    return _Evidence(layer, fold, size, values.numel() + 1, columns.matrix.dtype, bias)
 
 
 def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> _Evidence:
-    columns = checkpoint.read_columns(site, unit.heads).weight
+    columns = checkpoint.read_columns(site, unit.heads).columns
     bias = None if site.bias is None else checkpoint.read_vector(site.bias)
-    return _evidence(site.layer, columns, Displacement(tuple(range(len(unit.heads))), unit.values), bias)
+    return _evidence(site.layer, columns, unit.values, bias)
 
 
 def _judge(

@@ -91,7 +91,9 @@ def test_without_a_receipt(dtype: torch.dtype, strength: float) -> None:
     displacements = lock.displacement(strength)
     for site in sites(model):
         if site.layer in displacements:
-            site.module.bias = nn.Parameter(reference.fold(site.weight, displacements[site.layer]))
+            site.module.bias = nn.Parameter(
+                reference.fold(site.head_columns(displacements[site.layer].heads), displacements[site.layer].values)
+            )
     found = fastlock.verify(model, lock)
     assert found
     assert found.strength == pytest.approx(strength, rel=2e-3)

@@ -17,6 +17,7 @@ import torch
 
 from fastlock.checkpoints.tensor_index import Stored, parse_json, read_all, read_shards
 from fastlock.errors import FastlockError
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
 from fastlock.models.sites import FAMILIES, REFUSED, Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.storage.files import CONFIG, File
@@ -65,15 +66,15 @@ class StoredSite:
 
 
 @dataclass(frozen=True)
-class Columns:
+class StoredColumns:
     """The locked columns of one site, and their digest.
 
     Attributes:
-        weight: [hidden, len(heads) * head_dim], in the dtype of the file.
+        columns: side by side, [hidden, len(heads) * head_dim], in the dtype of the file.
         digest: SHA-256 of their bytes, row by row.
     """
 
-    weight: torch.Tensor
+    columns: HeadColumns
     digest: bytes
 
 
@@ -138,7 +139,7 @@ class Checkpoint:
                 )
         return locked
 
-    def read_columns(self, site: StoredSite, heads: Sequence[int]) -> Columns:
+    def read_columns(self, site: StoredSite, heads: Sequence[int]) -> StoredColumns:
         """Read the locked columns of one site, and nothing else of it."""
         file, itemsize = self.files[site.weight.file], site.dtype.itemsize
         width = site.head_dim * itemsize
@@ -162,7 +163,8 @@ class Checkpoint:
                             :, head * width : (head + 1) * width
                         ]
                     del stored
-        return Columns(torch.from_numpy(columns).view(site.dtype), hashlib.sha256(columns.data).digest())
+        matrix = torch.from_numpy(columns).view(site.dtype)
+        return StoredColumns(HeadColumns.side_by_side(matrix, site.head_dim), hashlib.sha256(columns.data).digest())
 
     def read_vector(self, stored: Stored) -> torch.Tensor:
         """A whole tensor of one dimension, in the dtype of the file."""

@@ -283,10 +283,9 @@ def _fold_site(
     before = None if original is None else raw_bytes(original)
     key = (checkpoint.files[site.weight.file].identity, site.weight.start, before, *of_lock)
     if key not in folds:
-        columns = checkpoint.read_columns(site, displacement.heads)
-        compact = Displacement(tuple(range(len(displacement.heads))), displacement.values)
-        (bias,) = fold([Fold(columns.weight, compact, original, f"{checkpoint.where}: {site.name}")])
-        folds[key] = raw_bytes(bias), columns.digest
+        read = checkpoint.read_columns(site, displacement.heads)
+        (bias,) = fold([Fold(read.columns, displacement.values, original, f"{checkpoint.where}: {site.name}")])
+        folds[key] = raw_bytes(bias), read.digest
     data, digest = folds[key]
     return _Folded(site, displacement.heads, torch.frombuffer(bytearray(data), dtype=site.dtype), original, digest)
 

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fastlock.architectures.serving_stacks import STACKS
-from fastlock.checkpoints.diagnosis import doctor, launch_paths
+from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocking import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
 from fastlock.cli import zoo as zoo_cli
 from fastlock.cli.zoo import LockFile, Strength
@@ -33,6 +33,7 @@ from fastlock.evaluation.judges import KEYWORDS, judge_name, open_judge
 from fastlock.evaluation.lm_eval_harness import check_tasks
 from fastlock.evaluation.prompts import Prompts, load_prompts, prompts_digest, shipped_prompts
 from fastlock.evaluation.report import cells, columns, files_digest, read_report, table_rows, to_json, write_report
+from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
 from fastlock.locks.lock import Lock, strength_for
 from fastlock.locks.receipt import Receipt
 from fastlock.models.loading import load_model, load_tokenizer

@@ -57,12 +57,16 @@ class Displacement:
     heads: tuple[int, ...]
     values: torch.Tensor
 
+    @property
+    def head_dim(self) -> int:
+        """How many numbers a head has."""
+        return self.values.shape[1]
+
     def dense(self, width: int) -> torch.Tensor:
         """The displacement d as a whole vector: [width] float64, `width = num_heads * head_dim`."""
-        head_dim = self.values.shape[1]
         d = torch.zeros(width, dtype=torch.float64, device="cpu")
         for head, value in zip(self.heads, self.values, strict=True):
-            d[head * head_dim : (head + 1) * head_dim] = value
+            d[head * self.head_dim : (head + 1) * self.head_dim] = value
         return d
 
 

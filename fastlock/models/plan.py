@@ -228,11 +228,11 @@ class _Built:
             self._run()
             return True
         members = self._with(locks, strengths)
-        earlier = [f.displacement for f in folds_of(self._members)]
+        earlier = folds_of(self._members)
         if _layers(members) != _layers(self._members):
             return False
         try:
-            if not self._plan.displace([f.displacement for f in folds_of(members)]):
+            if not self._plan.displace(folds_of(members)):
                 return False
             receipts = [None if member.model is None else receipt_for(member) for member in members]
             self._run()

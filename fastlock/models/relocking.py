@@ -213,9 +213,10 @@ def prepare(
 def folds_of(members: Sequence[Member]) -> list[Fold]:
     """What is to be folded, member by member and site by site."""
     return [
-        Fold(site.weight, member.displacements[site.layer], original_bias(site), site.name)
+        Fold(site.head_columns(displacement.heads), displacement.values, original_bias(site), site.name)
         for member in members
         for site in member.sites
+        for displacement in [member.displacements[site.layer]]
     ]
 
 

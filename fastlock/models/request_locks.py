@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold import reference
-from fastlock.kernels.locked_linear.launch import Inputs, by_torch
+from fastlock.kernels.fold.reference import HeadColumns, exact_fold
 from fastlock.kernels.locked_linear.launch import locked_linear as by_fastest
+from fastlock.kernels.locked_linear.reference import Inputs, by_torch
 from fastlock.locks.lock import Displacement, Lock, check_lock, check_strength, strength_for
 from fastlock.locks.receipt import version_of
 from fastlock.models.reloaded import check_unlocked
@@ -317,7 +317,10 @@ class LockedLinear(nn.Module):
         """W d of each lock at strength 1, [num_locks, hidden] float32: summed in float64, rounded once."""
         weight = self.weight.detach().t() if self.transposed else self.weight.detach()
         none = torch.zeros(len(weight), dtype=torch.float64, device="cpu")
-        folds = [none if d is None else reference.exact_fold(weight, d).cpu() for d in self._displacements]
+        folds = [
+            none if d is None else exact_fold(HeadColumns.in_projection(weight, d.heads, d.head_dim), d.values).cpu()
+            for d in self._displacements
+        ]
         found = torch.stack(folds).float()
         if not found.isfinite().all():
             raise FastlockError(f"{self.name}: a fold is not finite: its locked columns hold NaN or infinite weights.")

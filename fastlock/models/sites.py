@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
 
 # The dtypes of weights that can be folded, by the names that receipts give them.
@@ -78,6 +80,10 @@ class Site:
         """W, [hidden, num_heads * head_dim]: a view, whichever way the module keeps it."""
         weight: torch.Tensor = self.module.weight.detach()
         return weight if isinstance(self.module, (nn.Linear, Bare)) else weight.t()
+
+    def head_columns(self, heads: Sequence[int]) -> HeadColumns:
+        """The columns of W that these heads' outputs meet."""
+        return HeadColumns.in_projection(self.weight, heads, self.head_dim)
 
     @property
     def dtype_name(self) -> str:

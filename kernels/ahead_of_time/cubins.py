@@ -31,7 +31,7 @@ FORMAT = 1
 # Set to 0, no cubin is built, or used.
 SWITCH = "FASTLOCK_CUBINS"
 # A cubin is made from these files, and launched by what they say: from others it is not the same kernel.
-SOURCES = ("fold/launch.py", "fold/triton_kernel.py")
+SOURCES = ("fold/variants.py", "fold/launch.py", "fold/triton_kernel.py")
 # The kernel's own arguments: addresses of the sites, heads, values and flags. Triton adds addresses of scratch memory.
 ARGUMENTS = 4
 ADDRESS_BYTES = 8

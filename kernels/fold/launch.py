@@ -9,83 +9,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import cubins
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 512
-# int64 numbers in one row of the site table: `jit` says what they are.
-SITE_FIELDS = 6
-VECTOR_BYTES = 16
-
-# 32 rows and two threads a column leave 16 elements of W a thread and head. Threads outnumber the columns, so
-# Triton reads the values straight into the layout of W: no shared memory and no barrier in the loop over heads.
-# A Llama-3-8B lock (12 sites, 4096 rows, 24 heads, bf16) gives 1536 programs of 8 warps. At 64 registers or fewer,
-# 4 or more of them fit an SM: 32 KB of W in flight, more than the 18 KB that latency times bandwidth asks of an
-# H100's SM (3.35 TB/s over 132, 0.7 us), in about three waves. Reasoned from the compiled code, not measured.
-# Plain loads take an address each: half the rows, or 512 threads run out of registers.
-ALIGNED_ROWS = 32
-PLAIN_ROWS = 16
-THREADS_PER_COLUMN = 2
-MIN_WARPS = 4
-MOST_REGISTERS = 64
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What one compiled kernel is made for. The launch and the ahead-of-time build both go by this.
-
-    Attributes:
-        dtype: of the weights and biases.
-        out_dtype: of the results.
-        head_dim: columns of one head.
-        transposed: the rows of each weight lie next to one another in memory, not the columns.
-        aligned: W is read 16 bytes at a time.
-    """
-
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    head_dim: int
-    transposed: bool
-    aligned: bool
-
-    @property
-    def name(self) -> str:
-        """Such as bfloat16-rows-128-aligned; of out_dtype only where it is not dtype."""
-        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.out_dtype))
-        layout, access = "columns" if self.transposed else "rows", "aligned" if self.aligned else "plain"
-        return f"{'-'.join(dtypes)}-{layout}-{self.head_dim}-{access}"
-
-    @property
-    def vector(self) -> int:
-        """How many elements of the weight make one 16-byte load."""
-        return VECTOR_BYTES // self.dtype.itemsize
-
-    @property
-    def block_columns(self) -> int:
-        """head_dim, rounded up to a power of two."""
-        return int(1 << (self.head_dim - 1).bit_length())
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of one program."""
-        return ALIGNED_ROWS if self.aligned else PLAIN_ROWS
-
-    @property
-    def num_warps(self) -> int:
-        """Of one program, 32 threads each."""
-        return max(MIN_WARPS, self.block_columns * THREADS_PER_COLUMN // 32)
-
-    def options(self) -> dict[str, Any]:
-        """Triton's compile options. Fusion is set because its default is not the same in every Triton.
-
-        Without a limit of its own, ptxas spills a few registers to come to a number that lets more programs in.
-        """
-        return {"num_warps": self.num_warps, "maxnreg": MOST_REGISTERS, "enable_fp_fusion": True}
+from fastlock.kernels.fold.reference import HeadColumns
+from fastlock.kernels.fold.variants import DTYPES, MAX_HEAD_DIM, SITE_FIELDS, VECTOR_BYTES, Variant
 
 
 @dataclass(frozen=True)
@@ -126,8 +56,7 @@ class Table:
 
 
 def fold_sites(
-    weights: Sequence[torch.Tensor],
-    heads: Sequence[Sequence[int]],
+    columns: Sequence[HeadColumns],
     values: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor],
@@ -137,18 +66,17 @@ def fold_sites(
     Products and sums are fp32, in a fixed order; the result is rounded once, to the nearest of out's dtype.
 
     Args:
-        weights: W of each site, [hidden, num_heads * head_dim] float16, bfloat16 or float32: one dtype, one device
-            and one layout (see `is_transposed`); hidden, num_heads and the leading stride may differ.
-        heads: the locked heads of each site.
+        columns: the locked heads' columns of each site, in a matrix of float16, bfloat16 or float32: one dtype, one
+            device and one layout (see `is_transposed`); hidden, width and the leading stride may differ.
         values: the displacement of those heads, [len(heads), head_dim] float64 or float32 on the CPU.
-        biases: the bias c that is there already, [hidden] of the weights' dtype, or None.
-        out: where the results go, [hidden] of the weights' dtype or float32. An `out` may be its site's bias.
+        biases: the bias c that is there already, [hidden] of the matrices' dtype, or None.
+        out: where the results go, [hidden] of the matrices' dtype or float32. An `out` may be its site's bias.
 
     Raises:
         FastlockError: the arguments are not as said. Nothing is written then.
     """
-    if weights:
-        table = build_table(weights, heads, values, biases, out)
+    if columns:
+        table = build_table(columns, values, biases, out)
         launch(table)
         # torch gives pinned memory to others once the copies from it have run: this one, after the kernel.
         table.flags.to(table.values.device, non_blocking=True)
@@ -171,22 +99,22 @@ def is_transposed(weight: torch.Tensor) -> bool:
 
 
 def build_table(
-    weights: Sequence[torch.Tensor],
-    heads: Sequence[Sequence[int]],
+    columns: Sequence[HeadColumns],
     values: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor],
 ) -> Table:
     """The table of one launch, for at least one site; one copy to the device. Arguments as in `fold_sites`."""
-    _check(weights, heads, values, biases, out)
+    _check(columns, values, biases, out)
+    weights = [of_site.matrix for of_site in columns]
     transposed = any(is_transposed(weight) for weight in weights)
     head_dim = values[0].shape[1]
     rows: list[int] = []
     addresses: list[int] = []
-    for weight, site_heads, bias, result in zip(weights, heads, biases, out, strict=True):
-        first = len(addresses)
-        head_bytes = head_dim * weight.stride(1) * weight.element_size()
-        addresses += [weight.data_ptr() + head * head_bytes for head in site_heads]
+    for of_site, bias, result in zip(columns, biases, out, strict=True):
+        weight, first = of_site.matrix, len(addresses)
+        column_bytes = weight.stride(1) * weight.element_size()
+        addresses += [weight.data_ptr() + start * column_bytes for start in of_site.starts]
         stride = weight.stride(1 if transposed else 0)
         # In the order of BIAS, OUT, STRIDE, HIDDEN, FIRST, LAST.
         rows += [0 if bias is None else bias.data_ptr(), result.data_ptr()]
@@ -271,14 +199,14 @@ def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 def _check(
-    weights: Sequence[torch.Tensor],
-    heads: Sequence[Sequence[int]],
+    columns: Sequence[HeadColumns],
     values: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor],
 ) -> None:
-    if not len(weights) == len(heads) == len(values) == len(biases) == len(out):
-        raise FastlockError("weights, heads, values, biases and out must have one entry for each site.")
+    if not len(columns) == len(values) == len(biases) == len(out):
+        raise FastlockError("columns, values, biases and out must have one entry for each site.")
+    weights = [of_site.matrix for of_site in columns]
     dtype, device = weights[0].dtype, weights[0].device
     transposed = [is_transposed(weight) for weight in weights]
     contiguous = 0 if any(transposed) else 1
@@ -294,18 +222,19 @@ def _check(
     head_dim = values[0].shape[-1]
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise FastlockError(f"head_dim is {head_dim}; the fold kernel takes 1 to {MAX_HEAD_DIM}.")
-    for site, (weight, site_heads, value, bias, result) in enumerate(
-        zip(weights, heads, values, biases, out, strict=True)
-    ):
-        hidden, columns = weight.shape
+    for site, (of_site, value, bias, result) in enumerate(zip(columns, values, biases, out, strict=True)):
+        weight, starts = of_site.matrix, of_site.starts
+        hidden, width = weight.shape
         if (weight.dtype, weight.device, weight.stride(contiguous)) != (dtype, device, 1):
             raise FastlockError(f"site {site}: all weights of one launch must have one dtype, device and layout.")
-        if value.shape != (len(site_heads), head_dim):
+        if value.shape != (len(starts), head_dim):
             raise FastlockError(
-                f"site {site}: {len(site_heads)} heads of {head_dim} columns, but values {list(value.shape)}."
+                f"site {site}: {len(starts)} heads of {head_dim} columns, but values {list(value.shape)}."
             )
-        if any(not 0 <= head < columns // head_dim for head in site_heads):
-            raise FastlockError(f"site {site}: heads {list(site_heads)}, but the weight has {columns} columns.")
+        if any(not 0 <= start <= width - head_dim for start in starts):
+            raise FastlockError(
+                f"site {site}: heads of {head_dim} columns from {list(starts)} on, but the weight has {width} columns."
+            )
         if bias is not None:
             _check_vector(bias, hidden, (dtype,), device, f"site {site}: the bias")
         _check_vector(result, hidden, (dtype, torch.float32), device, f"site {site}: out")

@@ -1,35 +1,56 @@
-"""The fold in plain PyTorch, and the relocked forward without folding: the truth for every test.
+"""The fold in plain PyTorch: the truth for every test.
 
 Eq.: (x + d) Wᵀ + c = x Wᵀ + (c + W d), with W the output projection, d the displacement, c the bias.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
-
-from fastlock.locks.lock import Displacement, Lock, strength_for
-from fastlock.models.sites import sites_for
 
 # On a CPU, rows are widened to float64 in blocks that stay in the cache.
 _CACHED_ROWS = 512
 
 
-def fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class HeadColumns:
+    """The columns of an output projection that belong to its locked heads: all of W that a fold reads.
+
+    Every kind of projection says where they are in a matrix: in memory in W itself, on disk in what was read of it.
+
+    Attributes:
+        matrix: [hidden, n], any floating dtype, device and strides.
+        starts: of each locked head its first column in the matrix.
+    """
+
+    matrix: torch.Tensor
+    starts: tuple[int, ...]
+
+    @classmethod
+    def in_projection(cls, weight: torch.Tensor, heads: Sequence[int], head_dim: int) -> HeadColumns:
+        """Those of a whole W, [hidden, num_heads * head_dim]."""
+        return cls(weight.detach(), tuple(head * head_dim for head in heads))
+
+    @classmethod
+    def side_by_side(cls, columns: torch.Tensor, head_dim: int) -> HeadColumns:
+        """Those that were read one after the other, [hidden, len(heads) * head_dim]."""
+        return cls(columns.detach(), tuple(range(0, columns.shape[1], head_dim)))
+
+
+def fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """b = W d + c over the locked head columns only, in float64, rounded once.
 
     Args:
-        weight: the output projection W, [hidden, num_heads * head_dim], any floating dtype, device and strides.
-        displacement: the locked heads and their values.
+        columns: those of the locked heads.
+        values: the displacement of each of these heads, [len(heads), head_dim].
         bias: the bias c that is there already, [hidden], or None.
 
     Returns:
-        b, [hidden], of the weight's dtype and device.
+        b, [hidden], of the matrix's dtype and device.
     """
-    return _rounded(exact_fold(weight, displacement, bias), weight.dtype).to(weight.device)
+    return _rounded(exact_fold(columns, values, bias), columns.matrix.dtype).to(columns.matrix.device)
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -46,34 +67,34 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((nearest.view(torch.int32) - beyond) | inexact).view(torch.float32).to(dtype)
 
 
-def exact_fold(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The fold before rounding: b, [hidden] float64, on the weight's device where that has float64, else the CPU."""
-    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
-    b = torch.zeros(weight.shape[0], dtype=torch.float64, device=device)
+def exact_fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The fold before rounding: b, [hidden] float64, on the matrix's device where that has float64, else the CPU."""
+    matrix = columns.matrix
+    device = matrix.device if matrix.device.type in ("cpu", "cuda") else torch.device("cpu")
+    b = torch.zeros(matrix.shape[0], dtype=torch.float64, device=device)
     block = _CACHED_ROWS if device.type == "cpu" else max(1, len(b))
-    for columns, value in _locked_columns(weight, displacement):
+    for of_head, value in _by_head(columns, values):
         for first in range(0, len(b), block):
             rows = slice(first, first + block)
             # Not a matrix product: BLAS would share these few rows among threads, which takes longer than the sums.
-            b[rows] += (columns[rows].to(device).double() * value.to(device)).sum(dim=1)
+            b[rows] += (of_head[rows].to(device).double() * value.to(device)).sum(dim=1)
     return b if bias is None else b + bias.detach().to(device).double()
 
 
-def error_bound(weight: torch.Tensor, displacement: Displacement, bias: torch.Tensor | None = None) -> torch.Tensor:
+def error_bound(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """How far a right fold may be from the exact one, number by number: [hidden] float64, where `exact_fold` is.
 
-    One unit in the last place of the weight's dtype, for the rounding, and n·2⁻²⁴·(|W||d| + |c|) for a sum of n
+    One unit in the last place of the matrix's dtype, for the rounding, and n·2⁻²⁴·(|W||d| + |c|) for a sum of n
     float32 products in any order (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5).
     """
-    b = exact_fold(weight, displacement, bias)
-    size = magnitude(weight, displacement) + (0 if bias is None else bias.detach().to(b.device).double().abs())
-    return bound(b, size, displacement.values.numel() + 1, weight.dtype)
+    b = exact_fold(columns, values, bias)
+    size = magnitude(columns, values) + (0 if bias is None else bias.detach().to(b.device).double().abs())
+    return bound(b, size, values.numel() + 1, columns.matrix.dtype)
 
 
-def magnitude(weight: torch.Tensor, displacement: Displacement) -> torch.Tensor:
+def magnitude(columns: HeadColumns, values: torch.Tensor) -> torch.Tensor:
     """|W||d|, [hidden] float64, where `exact_fold` is."""
-    absolute = Displacement(displacement.heads, displacement.values.abs())
-    return exact_fold(weight.detach().abs(), absolute)
+    return exact_fold(HeadColumns(columns.matrix.abs(), columns.starts), values.abs())
 
 
 def bound(b: torch.Tensor, size: torch.Tensor, terms: int, dtype: torch.dtype) -> torch.Tensor:
@@ -83,30 +104,7 @@ def bound(b: torch.Tensor, size: torch.Tensor, terms: int, dtype: torch.dtype) -
     return unit + terms * 2.0**-24 * size
 
 
-def _locked_columns(weight: torch.Tensor, displacement: Displacement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each locked head's columns of W, [hidden, head_dim], and its values, [head_dim]."""
-    head_dim = displacement.values.shape[1]
-    for head, value in zip(displacement.heads, displacement.values, strict=True):
-        yield weight.detach()[:, head * head_dim : (head + 1) * head_dim], value
-
-
-@contextlib.contextmanager
-def unfolded(model: nn.Module, lock: Lock, strength: float | None = None) -> Iterator[nn.Module]:
-    """Run the model with d added to the input of each locked output projection; nothing is folded.
-
-    This is what a relocked model must equal, at every position. It touches no weight.
-    """
-    displacements = lock.displacement(strength_for(lock, strength))
-    handles = []
-    try:
-        for site in sites_for(model, lock):
-            d = displacements[site.layer].dense(site.num_heads * site.head_dim)
-
-            def shift(module: nn.Module, args: tuple[torch.Tensor], d: torch.Tensor = d) -> tuple[torch.Tensor]:
-                return (args[0] + d.to(args[0]),)
-
-            handles.append(site.module.register_forward_pre_hook(shift))
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+def _by_head(columns: HeadColumns, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each locked head's columns, [hidden, head_dim], and its values, [head_dim]."""
+    for start, value in zip(columns.starts, values, strict=True):
+        yield columns.matrix[:, start : start + len(value)], value

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import variants
 
 # True where TRITON_INTERPRET=1 was set when this module was imported: the kernel then runs on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -24,9 +24,9 @@ STRIDE = tl.constexpr(2)  # elements from one row of the weight to the next; one
 HIDDEN = tl.constexpr(3)
 FIRST = tl.constexpr(4)  # the site's heads are FIRST to LAST - 1 of the head table
 LAST = tl.constexpr(5)
-SITE_FIELDS = tl.constexpr(fold.SITE_FIELDS)
+SITE_FIELDS = tl.constexpr(variants.SITE_FIELDS)
 
-VECTOR_BYTES = tl.constexpr(fold.VECTOR_BYTES)
+VECTOR_BYTES = tl.constexpr(variants.VECTOR_BYTES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -107,7 +107,7 @@ def fold_kernel(
 SIGNATURE = {"p_sites": "*i64", "p_heads": "*i64", "p_values": "*fp32", "p_flags": "*i32"}
 
 
-def constants(variant: fold.Variant) -> dict[str, Any]:
+def constants(variant: variants.Variant) -> dict[str, Any]:
     """The kernel's constexpr arguments for a variant."""
     return {
         "DTYPE": DTYPES[variant.dtype],
@@ -121,7 +121,7 @@ def constants(variant: fold.Variant) -> dict[str, Any]:
     }
 
 
-def launch(arguments: Sequence[torch.Tensor], variant: fold.Variant, grid: tuple[int, int]) -> None:
+def launch(arguments: Sequence[torch.Tensor], variant: variants.Variant, grid: tuple[int, int]) -> None:
     """Launch on the device's current stream, compiled on the first launch of a variant.
 
     Args:

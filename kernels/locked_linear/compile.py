@@ -1,6 +1,6 @@
 """Compile the kernels with a lock per row ahead of time, without a GPU, and check the code. None is shipped compiled.
 
-Run as `python -m fastlock.kernels.build_locked_linear`; `python -m fastlock.kernels.build` does it too.
+Run as `python -m fastlock.kernels.locked_linear.compile`; `python -m fastlock.kernels.build` does it too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from fastlock.kernels.fold import compile as build
-from fastlock.kernels.fold.compile import ARCHS
-from fastlock.kernels.locked_linear.launch import DTYPES, MOST_ROWS, Tile, Way, shift_tiles, tiles
+from fastlock.kernels.ahead_of_time import compile
+from fastlock.kernels.ahead_of_time.compile import ARCHS
+from fastlock.kernels.locked_linear.tiles import DTYPES, MOST_ROWS, Tile, Way, shift_tiles, tiles
 from fastlock.kernels.locked_linear.triton_kernels import (
     ADD_COLUMNS,
     ADD_ROWS,
@@ -159,7 +159,7 @@ def compile_job(arch: int, job: Job) -> Report:
         attrs={(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned},
     )
     options = job.way.tile.options() if job.way.tile else {"enable_fp_fusion": True}
-    found = build.compiled(source, arch, options)
+    found = compile.compiled(source, arch, options)
     ptx, memory = found.kernel.asm["ptx"], found.memory
     shared = found.kernel.metadata.shared
     problems = [f"{n} bytes of {what}" for what, n in memory.items() if n] + code_problems(job, ptx)
@@ -237,7 +237,7 @@ def compile_all(archs: Sequence[int], every: bool, processes: int) -> Iterator[R
     """Each kernel in turn, with a line of a table printed for it."""
     wanted = [(arch, job) for arch in archs for job in dict.fromkeys(jobs(arch) if every else sample(arch))]
     print(f"{'arch':<7}{'kernel':<46}{'regs':>5}{'spills':>8}{'local':>7}{'shared':>8}{'copies':>8}{'mma':>5}")
-    for report in build.in_processes(compile_job, wanted, processes):
+    for report in compile.in_processes(compile_job, wanted, processes):
         print(
             f"sm_{report.arch:<4}{report.job:<46}{report.registers:>5}{report.spill_bytes:>8}{report.local_bytes:>7}"
             f"{report.shared_bytes:>8}{report.wide_copies:>8}{report.tensor_cores:>5}  {'; '.join(report.problems)}",
@@ -255,11 +255,11 @@ def conclude(reports: Sequence[Report]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print a table, and return 1 if any kernel has a problem."""
-    parser = argparse.ArgumentParser(prog="python -m fastlock.kernels.build_locked_linear", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastlock.kernels.locked_linear.compile", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--all", action="store_true", help="every kernel, not only CI's sample")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports, PTX included, to this file")
-    parser.add_argument("--jobs", type=int, default=build.processors(), help="processes (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=compile.processors(), help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
     reports = list(compile_all(options.arch, options.all, options.jobs))
     if options.json:

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlock.kernels.locked_linear.launch import Inputs, Way
+from fastlock.kernels.locked_linear.reference import Inputs
+from fastlock.kernels.locked_linear.tiles import Way
 
 # True where TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 import fastlock
-from fastlock.checkpoints.diagnosis import LaunchPath
 from fastlock.cli import main as cli
 from fastlock.errors import FastlockError
+from fastlock.kernels.ahead_of_time.launch_paths import LaunchPath
 from tests.helpers.families import random_lock, tiny_model
 
 

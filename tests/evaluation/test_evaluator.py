@@ -31,8 +31,8 @@ from fastlock.evaluation.evaluator import Answer, Evaluation, evaluate, interval
 from fastlock.evaluation.lm_eval_harness import Score
 from fastlock.evaluation.prompts import Prompts, load_prompts, shipped_prompts
 from fastlock.evaluation.report import cells, columns, read_report, report_html, report_markdown, write_report
-from fastlock.kernels.fold.reference import unfolded
 from fastlock.models.loading import load_model, load_tokenizer
+from fastlock.models.unfolded import unfolded
 from tests.helpers.families import random_lock, same_state, state, tiny_model
 
 evaluate_module = importlib.import_module("fastlock.evaluation.evaluator")

@@ -15,6 +15,7 @@ import torch
 
 from fastlock.kernels.ahead_of_time import cubins, driver
 from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import variants
 
 NO_CONTEXT, NOT_FOUND, INVALID_CONTEXT = 0, 500, 201
 STREAM = 0x51EA
@@ -181,9 +182,9 @@ class FakeDriver:
 BY_NAME = {
     variant.name: variant
     for dtype, transposed, head_dim, aligned in itertools.product(
-        fold.DTYPES, (False, True), (32, 64, 80, 96, 112, 128, 160, 192, 256), (True, False)
+        variants.DTYPES, (False, True), (32, 64, 80, 96, 112, 128, 160, 192, 256), (True, False)
     )
-    for variant in [fold.Variant(dtype, dtype, head_dim, transposed, aligned)]
+    for variant in [variants.Variant(dtype, dtype, head_dim, transposed, aligned)]
 }
 
 
@@ -198,7 +199,7 @@ def at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
-def run_fold(variant: fold.Variant, addresses: tuple[int, ...], grid: tuple[int, int]) -> None:
+def run_fold(variant: variants.Variant, addresses: tuple[int, ...], grid: tuple[int, int]) -> None:
     """What the kernel does, in float64, by the rows that the grid reaches."""
     table = at(addresses[0], grid[0] * 6, torch.int64).view(-1, 6)
     heads = at(addresses[1], int(table[:, 5].max()), torch.int64).tolist()
@@ -220,7 +221,7 @@ def run_fold(variant: fold.Variant, addresses: tuple[int, ...], grid: tuple[int,
             flags[0] = flags[1 + site] = 1
 
 
-def describe(variant: fold.Variant, target: str = "sm_90a", **changes: object) -> cubins.Cubin:
+def describe(variant: variants.Variant, target: str = "sm_90a", **changes: object) -> cubins.Cubin:
     """A cubin of the manifest whose file is the variant's name."""
     made = cubins.Cubin(
         variant=variant.name,

@@ -19,6 +19,8 @@ from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import compile as build
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import triton_kernel as jit
+from fastlock.kernels.fold import variants
+from fastlock.kernels.fold.reference import HeadColumns
 
 STREAM = 0x51EA0
 FIELDS = ["function", *["grid"] * 3, *["block"] * 3, "shared", "stream", *["parameters"] * 6, "attributes", "launches"]
@@ -62,8 +64,11 @@ def table() -> tuple[fold.Table, list[torch.Tensor]]:
     """Two sites of different heights, bfloat16, by rows of 128 columns."""
     weights = [torch.randn(4096, 512).bfloat16(), torch.randn(1000, 256).bfloat16()]
     outs = [weight.new_empty(len(weight)) for weight in weights]
+    columns = [
+        HeadColumns.in_projection(weight, heads, 128) for weight, heads in zip(weights, [(0, 3), (1,)], strict=True)
+    ]
     values = [torch.randn(2, 128), torch.randn(1, 128)]
-    return fold.build_table(weights, [(0, 3), (1,)], values, [None, None], outs), [*weights, *outs]
+    return fold.build_table(columns, values, [None, None], outs), [*weights, *outs]
 
 
 def host_microseconds(made: fold.Table) -> float:
@@ -78,7 +83,7 @@ def host_microseconds(made: fold.Table) -> float:
 
 
 def main(folder: Path) -> None:
-    variant = fold.Variant(torch.bfloat16, torch.bfloat16, 128, transposed=False, aligned=True)
+    variant = variants.Variant(torch.bfloat16, torch.bfloat16, 128, transposed=False, aligned=True)
     build.write_cubins([build.compile_variant(90, variant)], folder)
     cubins.FOLDER = folder
     cubins._current_stream = lambda device: STREAM

@@ -16,10 +16,11 @@ import torch
 
 import fastlock
 from fastlock import fold as fold_module
-from fastlock.checkpoints.diagnosis import launch_paths
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
 from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import variants
 from tests.helpers import fake_driver
 from tests.helpers.fake_driver import FakeDriver, describe, write_folder
 from tests.helpers.families import random_lock, same_state, state, tiny_model
@@ -82,7 +83,7 @@ def exact(site) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", ALIGNED, ids=lambda variant: variant.name)
-def test_every_argument_of_a_launch(variant: fold.Variant, installed: FakeDriver) -> None:
+def test_every_argument_of_a_launch(variant: variants.Variant, installed: FakeDriver) -> None:
     """Number, order and values of the parameters, grid, block, shared memory, stream, context; and what comes out."""
     site = make_site(1000, variant.head_dim, (0, 2), variant.dtype, variant.transposed)
     site = dataclasses.replace(site, guarded=site.guarded.to(variant.dtype))
@@ -200,7 +201,7 @@ def test_each_device_has_its_own_module(monkeypatch, folder: Path) -> None:
 
 def test_relock_by_a_cubin(installed: FakeDriver, monkeypatch) -> None:
     """A whole model: one launch, the biases that its weights give, and nothing left after unlocking."""
-    monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
+    monkeypatch.setattr(fold_module, "_way", lambda f: fold_module._ByKernel)
     model = tiny_model("llama", torch.bfloat16, head_dim=64)
     lock, before = random_lock(model, [(0, 1), (0, 3), (1, 2), (2, 0)]), state(model)
     fastlock.relock(model, lock, 2.0)
@@ -212,7 +213,7 @@ def test_relock_by_a_cubin(installed: FakeDriver, monkeypatch) -> None:
 
 def test_a_plan_launches_the_same_cubin_with_the_same_arguments(installed: FakeDriver, monkeypatch) -> None:
     """Another strength too: the displacements are replaced where they are."""
-    monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
+    monkeypatch.setattr(fold_module, "_way", lambda f: fold_module._ByKernel)
     model = tiny_model("llama", torch.bfloat16, head_dim=64)
     lock = random_lock(model, [(0, 1), (2, 0)])
     plan = fastlock.Plan([model], lock, 2.0)
@@ -469,13 +470,13 @@ import pytest, torch
 import fastlock
 from fastlock import fold as fold_module
 from tests.helpers import fake_driver
-from fastlock.locks.lock import Displacement
+from fastlock.kernels.fold.reference import HeadColumns
 library = fake_driver.FakeDriver()
 weight, values = torch.randn(40, 256).bfloat16(), torch.randn(2, 64, dtype=torch.float64)
 with pytest.MonkeyPatch.context() as patch:
     fake_driver.install(patch, pathlib.Path(sys.argv[1]), library)
-    patch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
-    fold_module.fold([fold_module.Fold(weight, Displacement((0, 3), values), None, "a site")])
+    patch.setattr(fold_module, "_way", lambda f: fold_module._ByKernel)
+    fold_module.fold([fold_module.Fold(HeadColumns.in_projection(weight, (0, 3), 64), values, None, "a site")])
 assert len(library.launches) == 1
 print([name for name in sys.modules if name.partition(".")[0] == "triton"])
 """

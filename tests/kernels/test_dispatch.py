@@ -9,6 +9,7 @@ import torch
 import fastlock
 from fastlock import fold as fold_module
 from fastlock.kernels.fold import launch as kernels
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.models.sites import sites_for
 from tests.helpers.families import random_lock, same_state, state, tiny_model
 
@@ -26,7 +27,7 @@ def launches(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(fold_module, "launch", launch)
     if DEVICE == "cpu":
-        monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
+        monkeypatch.setattr(fold_module, "_way", lambda f: fold_module._ByKernel)
     return sites
 
 
@@ -214,13 +215,13 @@ def test_the_interpreter_is_not_given_addresses_of_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
     weight, out = torch.randn(4, 16), torch.full((4,), math.nan)
     with pytest.raises(fastlock.FastlockError, match="TRITON_INTERPRET is set"):
-        kernels.fold_sites([weight], [(0,)], [torch.randn(1, 8)], [None], [out])
+        kernels.fold_sites([HeadColumns(weight, (0,))], [torch.randn(1, 8)], [None], [out])
     assert out.isnan().all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
 def test_no_launch_by_triton_after_a_fork(monkeypatch) -> None:
-    table = kernels.build_table([torch.randn(4, 16)], [(0,)], [torch.randn(1, 8)], [None], [torch.empty(4)])
+    table = kernels.build_table([HeadColumns(torch.randn(4, 16), (0,))], [torch.randn(1, 8)], [None], [torch.empty(4)])
     monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
     monkeypatch.setattr(kernels.os, "getpid", lambda: -1)
     with pytest.raises(fastlock.FastlockError, match="was forked"):

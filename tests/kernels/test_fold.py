@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
 from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold.reference import HeadColumns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -26,6 +27,11 @@ class Site:
     values: torch.Tensor
     bias: torch.Tensor | None
     guarded: torch.Tensor
+    head_dim: int
+
+    @property
+    def columns(self):
+        return HeadColumns.in_projection(self.weight, self.heads, self.head_dim)
 
     @property
     def out(self):
@@ -54,12 +60,12 @@ def make_site(
         values,
         torch.randn(hidden, generator=generator).to(DEVICE, dtype) if bias else None,
         torch.full((hidden + 2 * GUARD,), math.nan, dtype=out_dtype, device=DEVICE),
+        head_dim,
     )
 
 
 def arguments(sites):
-    columns = ("weight", "heads", "values", "bias", "out")
-    return [[getattr(site, name) for site in sites] for name in columns]
+    return [[getattr(site, name) for site in sites] for name in ("columns", "values", "bias", "out")]
 
 
 def run(*sites):
@@ -169,7 +175,7 @@ def test_result_may_replace_the_bias():
     site = make_site(50, 64, (0, 1), torch.float32)
     check(site)
     expected = site.out.clone()
-    fold.fold_sites([site.weight], [site.heads], [site.values], [site.bias], [site.bias])
+    fold.fold_sites([site.columns], [site.values], [site.bias], [site.bias])
     assert torch.equal(site.bias, expected)
 
 
@@ -180,7 +186,7 @@ def test_no_locked_head_leaves_the_bias():
 
 
 def test_no_site_is_no_launch():
-    fold.fold_sites([], [], [], [], [])
+    fold.fold_sites([], [], [], [])
 
 
 def test_float32_values_and_parameters():
@@ -303,9 +309,9 @@ def test_refuses_what_it_would_misread(change, message):
 
 
 def test_refuses_lists_of_different_lengths():
-    weights, *others = arguments([make_site(40, 64, (0,))])
+    columns, *others = arguments([make_site(40, 64, (0,))])
     with pytest.raises(FastlockError, match="one entry"):
-        fold.fold_sites(weights * 2, *others)
+        fold.fold_sites(columns * 2, *others)
 
 
 def test_refuses_large_heads():

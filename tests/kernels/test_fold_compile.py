@@ -11,6 +11,9 @@ import sys
 import pytest
 import torch
 
+from fastlock.kernels.ahead_of_time import compile
+from fastlock.kernels.fold import variants
+
 pytest.importorskip("triton")
 
 import triton
@@ -18,10 +21,9 @@ import triton
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import compile as build
-from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import triton_kernel as jit
 
-BY_NAME = {variant.name: variant for variant in build.variants()}
+BY_NAME = {variant.name: variant for variant in variants.variants()}
 
 
 def loop_of(ptx):
@@ -35,7 +37,7 @@ def folder(tmp_path_factory):
     """CI's sample, compiled by another process: this one may have Triton's interpreter, which can't compile."""
     folder = tmp_path_factory.mktemp("build")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastlock.kernels.fold.compile", "--jobs", "1"]
+    command = [sys.executable, "-m", "fastlock.kernels.build", "--jobs", "1"]
     command += ["--json", str(folder / "reports.json"), "--cubins", str(folder / "cubins")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -56,10 +58,10 @@ def manifest(folder):
 def test_sample_covers_every_arch_dtype_layout_and_head_dim(reports):
     sampled = {(report.arch, report.variant) for report in reports}
     assert len(sampled) == len(reports)
-    for arch in build.ARCHS:
+    for arch in compile.ARCHS:
         of_arch = [BY_NAME[name] for a, name in sampled if a == arch]
-        assert {(v.dtype, v.transposed) for v in of_arch} == {(d, t) for d in fold.DTYPES for t in (False, True)}
-    assert {v.head_dim for v in (BY_NAME[name] for a, name in sampled if a == 90)} == set(build.HEAD_DIMS)
+        assert {(v.dtype, v.transposed) for v in of_arch} == {(d, t) for d in variants.DTYPES for t in (False, True)}
+    assert {v.head_dim for v in (BY_NAME[name] for a, name in sampled if a == 90)} == set(variants.HEAD_DIMS)
 
 
 def test_nothing_spills(reports):
@@ -139,7 +141,7 @@ def test_the_manifest_describes_every_file(folder, manifest, reports):
 def test_each_arch_has_the_target_that_it_can_run(manifest):
     targets = {cubin.target for cubin in manifest.cubins}
     assert targets == {"sm_80", "sm_90a", "sm_100a", "sm_120a"}
-    for arch in build.ARCHS:
+    for arch in compile.ARCHS:
         assert sum(cubins.runs_on(target, divmod(arch, 10)) for target in targets) == 1
 
 

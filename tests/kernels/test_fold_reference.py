@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastlock.kernels.fold import reference
-from fastlock.kernels.fold.reference import error_bound, exact_fold, fold, unfolded
-from fastlock.locks.lock import Displacement
+from fastlock.kernels.fold.reference import HeadColumns, error_bound, exact_fold, fold
+from fastlock.models.unfolded import unfolded
 from tests.helpers.families import logits, random_lock, same_state, state, tiny_model, tokens
 
 
@@ -29,7 +29,7 @@ from tests.helpers.families import logits, random_lock, same_state, state, tiny_
 def test_it_rounds_once(dtype: torch.dtype, x: float, nearest: float) -> None:
     """Just off the middle of two numbers, where rounding to float32 first would land on the middle."""
     weight = torch.ones(1, 1, dtype=dtype)
-    assert fold(weight, Displacement((0,), torch.tensor([[x]], dtype=torch.float64))).item() == nearest
+    assert fold(HeadColumns(weight, (0,)), torch.tensor([[x]], dtype=torch.float64)).item() == nearest
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_the_fold_against_exact_arithmetic() -> None:
     """Fractions have no rounding at all."""
     weight, values = torch.randn(3, 8), torch.randn(1, 2, dtype=torch.float64)
     bias = torch.randn(3)
-    found = exact_fold(weight, Displacement((2,), values), bias)
+    found = exact_fold(HeadColumns.in_projection(weight, (2,), 2), values, bias)
     for row in range(3):
         products = (Fraction(weight[row, 4 + i].item()) * Fraction(values[0, i].item()) for i in range(2))
         assert found[row].item() == pytest.approx(float(sum(products, Fraction(bias[row].item()))), rel=1e-15)
@@ -55,11 +55,11 @@ def test_the_fold_against_exact_arithmetic() -> None:
 
 def test_the_bound_is_near_one_unit_and_grows_with_cancellation() -> None:
     weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    displacement = Displacement((0,), torch.tensor([[1.0, 1.0]], dtype=torch.float64))
-    exactly, cancelled = error_bound(weight, displacement)
+    values = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    exactly, cancelled = error_bound(HeadColumns(weight, (0,)), values)
     assert 2**-22 < exactly < 2**-20
     assert 2**-23 < cancelled < 2**-21
-    assert (error_bound(weight.half(), displacement) > 2**-10).sum() == 1
+    assert (error_bound(HeadColumns(weight.half(), (0,)), values) > 2**-10).sum() == 1
 
 
 def test_unfolded_touches_nothing_and_goes_away() -> None:

@@ -7,11 +7,15 @@ import types
 import pytest
 import torch
 
+from fastlock.kernels.locked_linear import tiles
+
 pytest.importorskip("triton")
 
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
-from fastlock.kernels.locked_linear.launch import BY_TORCH, Inputs, Tile, Way, run
+from fastlock.kernels.locked_linear.launch import run
+from fastlock.kernels.locked_linear.reference import Inputs
+from fastlock.kernels.locked_linear.tiles import BY_TORCH, Tile, Way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -205,7 +209,7 @@ def test_edges_of_tiles(kind, tile, rows):
 def test_width_that_no_step_divides(width, transposed):
     """Heads of 4, 10 and 33 columns: whatever is no multiple of 16 can't be shifted as it is read."""
     inputs = make(9, 33 // width if width == 33 else 2, width // (1 if width == 33 else 2), 24, transposed=transposed)
-    assert locked_linear.shift_tiles([SMALL], inputs.head_dim, torch.float32) == []
+    assert tiles.shift_tiles([SMALL], inputs.head_dim, torch.float32) == []
     for way in (GATHER, ADD, AROUND):
         check(way, inputs)
 
@@ -216,7 +220,7 @@ def tiles_launched():
         (dtype, tile)
         for dtype in (torch.bfloat16, torch.float32)
         for rows in (1, 32, 64, 512, 4096)
-        for tile in locked_linear.tiles(dtype, rows, 9, shared)
+        for tile in tiles.tiles(dtype, rows, 9, shared)
     ]
     return list(dict.fromkeys(found))
 
@@ -229,7 +233,7 @@ def test_every_tile_that_is_launched(dtype, tile):
     inputs = make(rows, 2, 128, tile.hidden + 20, dtype, locks)
     for way in (
         Way("gather", tile),
-        *(Way("shift", narrow) for narrow in locked_linear.shift_tiles([tile], 128, dtype)),
+        *(Way("shift", narrow) for narrow in tiles.shift_tiles([tile], 128, dtype)),
     ):
         check(way, inputs)
 
@@ -347,12 +351,12 @@ def test_no_rows(way):
 
 def test_bucket_is_the_next_power_of_two():
     rows = [1, 15, 16, 17, 32, 33, 64, 4096, 4097, 8192, 100_000]
-    assert [locked_linear.bucket(n) for n in rows] == [16, 16, 16, 32, 32, 64, 64, 4096, 8192, 8192, 8192]
+    assert [tiles.bucket(n) for n in rows] == [16, 16, 16, 32, 32, 64, 64, 4096, 8192, 8192, 8192]
 
 
 def test_shift_is_inside_one_head():
     def widths(tile, dtype=torch.bfloat16):
-        found = {d: locked_linear.shift_tiles([tile], d, dtype) for d in (64, 80, 96, 112, 128, 192, 256, 20)}
+        found = {d: tiles.shift_tiles([tile], d, dtype) for d in (64, 80, 96, 112, 128, 192, 256, 20)}
         return {d: [narrow.width for narrow in tiles] for d, tiles in found.items()}
 
     large = Tile(64, 64, 128, 4, 4)
@@ -362,14 +366,14 @@ def test_shift_is_inside_one_head():
     assert widths(small) == {64: [64], 80: [], 96: [], 112: [], 128: [128], 192: [64], 256: [128], 20: []}
     assert widths(small, torch.float32)[96] == [32]
     twice = [large, dataclasses.replace(large, width=64)]
-    assert locked_linear.shift_tiles(twice, 64, torch.bfloat16) == [twice[1]]
+    assert tiles.shift_tiles(twice, 64, torch.bfloat16) == [twice[1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 17, 64, 100, 4096, 10**6])
 @pytest.mark.parametrize(("major", "shared"), [(8, 163), (8, 99), (9, 227), (10, 227), (12, 99)])
 def test_there_is_always_a_way_that_fits(dtype, rows, major, shared):
-    found = locked_linear.ways(dtype, rows, 128, major, shared * 1024)
+    found = tiles.ways(dtype, rows, 128, major, shared * 1024)
     assert len(set(found)) == len(found)
     assert {way.kind for way in found} == {"gather", "shift", "add", "around", "torch"}
     assert all(way.tile is None or way.tile.shared_bytes(dtype) <= shared * 1024 for way in found)

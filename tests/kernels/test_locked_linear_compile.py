@@ -9,14 +9,15 @@ import sys
 import pytest
 import torch
 
+from fastlock.kernels.fold import variants
+
 pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold import compile as build
 from fastlock.kernels.locked_linear import compile as build_locked_linear
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
 from fastlock.kernels.locked_linear.compile import ARCHS, BF16, FP16, FP32, SHARED_BYTES, Job, Report, code_problems
-from fastlock.kernels.locked_linear.launch import Tile, Way
+from fastlock.kernels.locked_linear.tiles import Tile, Way
 
 TILE = Tile(64, 64, 64, 4, 4)
 # What a sound kernel of TILE in bfloat16 has: 4 + 4 copies of 16 bytes a thread in each of three steps.
@@ -95,7 +96,7 @@ def test_jobs_have_names_of_their_own():
 
 def test_no_kernel_of_these_is_shipped(tmp_path):
     """What `build --cubins` compiles are the fold's alone."""
-    assert not {variant.name for variant in build.variants()} & {job.name for job in build_locked_linear.jobs(90)}
+    assert not {variant.name for variant in variants.variants()} & {job.name for job in build_locked_linear.jobs(90)}
 
 
 @pytest.mark.skipif(not locked_linear_jit.INTERPRETED, reason="needs Triton's interpreter")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fastlock.kernels.fold import variants
+
 pytest.importorskip("triton")
 
 from fastlock.kernels.ahead_of_time import cubins
-from fastlock.kernels.fold import compile as build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CUBINS = Path("fastlock", "kernels", "cubins")
@@ -63,7 +64,7 @@ def test_a_wheel_has_the_cubins(source: Path, tmp_path: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "installed")
-    names = [variant.name for variant in build.variants() if build.shipped(variant)]
+    names = [variant.name for variant in variants.variants() if variants.shipped(variant)]
     manifest = cubins.read_manifest(tmp_path / "installed" / CUBINS)
     assert [cubin.variant for cubin in manifest.cubins] == names
     assert {cubin.target for cubin in manifest.cubins} == {"sm_90a"}

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastlock
-from fastlock.kernels.fold import reference
+from fastlock.models import unfolded
 from fastlock.models.sites import FAMILIES, REFUSED, sites
 from tests.helpers.families import (
     CONFIGS,
@@ -42,7 +42,7 @@ def test_relocked_is_the_unfolded_forward_at_every_position(kind: str) -> None:
     model = tiny_model(kind, torch.float64)
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
-    with reference.unfolded(model, lock, 3.0):
+    with unfolded.unfolded(model, lock, 3.0):
         expected = logits(model, ids)
     fastlock.relock(model, lock, 3.0)
     effect = (expected - plain).abs().amax(dim=-1)
@@ -62,7 +62,7 @@ def test_relocked_is_the_unfolded_forward_in_generate_with_a_cache(kind: str) ->
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    with reference.unfolded(model, lock, 3.0):
+    with unfolded.unfolded(model, lock, 3.0):
         expected = model.generate(ids, **how)
     fastlock.relock(model, lock, 3.0)
     got = model.generate(ids, **how)
@@ -149,7 +149,7 @@ def test_variants_of_a_family_are_exact(kind: str, changes: dict, tmp_path) -> N
     model = tiny_model(kind, torch.float64, **changes)
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
-    with reference.unfolded(model, lock, 3.0):
+    with unfolded.unfolded(model, lock, 3.0):
         expected = logits(model, ids)
     fastlock.relock(model, lock, 3.0)
     assert (logits(model, ids) - expected).abs().max() < EXACT * (expected - plain).abs().max()
@@ -168,7 +168,7 @@ def test_gemma3_with_its_vision_tower(tmp_path) -> None:
     model = tiny_gemma3(torch.float64)
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
-    with reference.unfolded(model, lock, 3.0):
+    with unfolded.unfolded(model, lock, 3.0):
         expected = logits(model, ids)
     fastlock.relock(model, lock, 3.0)
     got = logits(model, ids)

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastlock
 from fastlock import fold as fold_module
-from fastlock.kernels.fold import reference
+from fastlock.models import unfolded
 from fastlock.models.sites import sites
 from tests.helpers.families import logits, random_lock, same_state, state, tiny_model, tokens
 
@@ -363,7 +363,7 @@ def test_torch_compile_sees_the_lock_come_and_go() -> None:
     model = tiny_model("llama")
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
-    with reference.unfolded(model, lock):
+    with unfolded.unfolded(model, lock):
         expected = logits(model, ids)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(logits(compiled, ids), plain)
@@ -410,7 +410,7 @@ def test_the_meta_device_is_refused() -> None:
 def test_a_device_map_on_one_device_works(tmp_path) -> None:
     model = tiny_model("llama")
     lock, ids = random_lock(model), tokens()
-    with reference.unfolded(model, lock):
+    with unfolded.unfolded(model, lock):
         expected = logits(model, ids)
     model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     fastlock.relock(model, lock)
@@ -471,7 +471,7 @@ def test_layers_on_several_devices_are_folded_by_device(monkeypatch) -> None:
     monkeypatch.setattr(
         fold_module,
         "_group",
-        lambda f: ("second", *groups(f)[1:]) if f.weight.data_ptr() == last.data_ptr() else groups(f),
+        lambda f: ("second", *groups(f)[1:]) if f.columns.matrix.data_ptr() == last.data_ptr() else groups(f),
     )
     monkeypatch.setattr(fold_module, "_ByReference", Recorded)
     fastlock.relock(model, lock)

@@ -12,7 +12,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 import fastlock
-from fastlock.kernels.fold import reference
+from fastlock.models import unfolded as unfolded_module
 from fastlock.models.request_locks import LockedLinear, RequestLocks, _dense, locked_linear
 from fastlock.models.sites import sites
 from tests.helpers.families import CONFIGS, logits, random_lock, reload, same_state, state, tiny_model, tokens
@@ -208,7 +208,7 @@ def one_by_one(model, locks, assigned, strengths, run):
         if lock == -1:
             results.append(run(model)[i])
         else:
-            with reference.unfolded(model, locks[lock], strength):
+            with unfolded_module.unfolded(model, locks[lock], strength):
                 results.append(run(model)[i])
     return torch.stack(results)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import fastlock
-from fastlock.kernels.fold.reference import unfolded
+from fastlock.models.unfolded import unfolded
 from tests.helpers.families import logits, random_lock, tiny_model, tokens
 
 STRENGTH = 4.0
