@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-import os
+
+from fastlock.errors import shown
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #626b76; --line: #d9dee4; --page: #fff; --card: #f5f7f9;
@@ -48,11 +49,6 @@ def facts_list(facts: dict[str, str]) -> str:
     """Names and values, as a list."""
     rows = "".join(f"<dt>{html_text(key)}</dt><dd>{html_text(value)}</dd>" for key, value in facts.items())
     return f"<dl>{rows}</dl>"
-
-
-def shown(text: str | os.PathLike[str]) -> str:
-    """A name from outside, fit to be shown: what can't be printed is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(text))
 
 
 def html_text(text: str) -> str:

@@ -28,8 +28,7 @@ from fastlock.locks.receipt import Receipt, biases_digest
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.models.saving import CONFIG_KEY
 from fastlock.models.sites import sites_for, unwrapped
-from fastlock.storage.files import as_place
-from fastlock.storage.new_directory import files_in
+from fastlock.storage.places import as_place, files_in
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from fastlock.checkpoints.relocking import DEFAULT_STACKS, receipt_in, stored_bi
 from fastlock.errors import FastlockError
 from fastlock.locks.receipt import Receipt
 from fastlock.models.saving import check_stacks, choose_carrier
-from fastlock.storage.files import as_place
-from fastlock.storage.new_directory import files_in
+from fastlock.storage.places import as_place, files_in
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from fastlock.architectures.serving_stacks import named_architecture
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads, read_config
 from fastlock.checkpoints.model_card import CARD, with_section, without_section
-from fastlock.checkpoints.tensor_index import INDEX, SINGLE, Stored, read_all, read_shards
+from fastlock.checkpoints.tensor_index import INDEX, SINGLE, Stored, read_shards
 from fastlock.errors import FastlockError
 from fastlock.fold import Fold, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
@@ -32,21 +32,18 @@ from fastlock.locks.receipt import LockedSite, Receipt, biases_digest, raw_bytes
 from fastlock.models.loading import load_model, out_of_llama_form
 from fastlock.models.relocking import relock, unlock
 from fastlock.models.saving import CONFIG_KEY, Carrier, check_stacks, choose_carrier
-from fastlock.storage.files import CONFIG, File, Place, as_place, below
+from fastlock.storage.files import CONFIG, File, Text, read_all
+from fastlock.storage.local import LocalFile, local_files
 from fastlock.storage.new_directory import (
-    LocalFile,
-    NewFolder,
-    Text,
+    NewDirectory,
     check_absent,
-    file_at,
-    files_in,
-    local_files,
+    create_directory,
+    create_local_directory,
     locked_in_place,
-    new_folder,
-    new_local_folder,
     place_of_making,
 )
-from fastlock.storage.remote import RemoteFile, RemoteFolder, normalised
+from fastlock.storage.places import Place, as_place, below, file_at, files_in
+from fastlock.storage.remote import RemoteDirectory, RemoteFile, normalised
 
 DEFAULT_STACKS = ("transformers", "vllm")
 NEW_SHARD = "model-fastlock.safetensors"
@@ -66,7 +63,7 @@ _SET_ASIDE = (
 
 Folds = dict[tuple[Any, ...], tuple[bytes, bytes]]
 _Files = dict[str, LocalFile | RemoteFile | Text]
-_NewFolder = NewFolder | RemoteFolder
+_NewDirectory = NewDirectory | RemoteDirectory
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def relock_checkpoint(
         _check_switched_off(checkpoint, carrier)
         folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
         receipt = _receipt(checkpoint, lock, strength, folded)
-        with new_folder(out, source, in_place) as new:
+        with create_directory(out, source, in_place) as new:
             _write_relocked(new, checkpoint, carrier, receipt, folded, stacks, copy)
             checkpoint.check_unchanged()
         return receipt
@@ -158,7 +155,7 @@ def unlock_checkpoint(
             _unlock_saved(source, out, in_place)
             return
         originals = original_files(files, str(source))
-        with new_folder(out, source, in_place) as new:
+        with create_directory(out, source, in_place) as new:
             for name, file in originals.items():
                 _carry(new, name, file, copy or (ASIDE + name in files and _is_copied(new, name, file)))
             for file in originals.values():
@@ -302,7 +299,7 @@ def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_
 
 
 def _write_relocked(
-    new: _NewFolder,
+    new: _NewDirectory,
     checkpoint: Checkpoint,
     carrier: Carrier,
     receipt: Receipt,
@@ -335,7 +332,7 @@ def _write_relocked(
     new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: receipt.to_dict() | {"carrier": note}}))
 
 
-def _carry(new: _NewFolder, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
+def _carry(new: _NewDirectory, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
     if isinstance(file, Text):
         new.write(name, file.data)
     elif copy or file.patches:
@@ -349,8 +346,8 @@ def _is_small(name: str, file: File) -> bool:
     return name in (CONFIG, INDEX) or file.size <= MAX_COPIED_BYTES
 
 
-def _is_copied(new: _NewFolder, name: str, file: File) -> bool:
-    return isinstance(new, NewFolder) and _is_small(name, file)  # on another machine, links are copies
+def _is_copied(new: _NewDirectory, name: str, file: File) -> bool:
+    return isinstance(new, NewDirectory) and _is_small(name, file)  # on another machine, links are copies
 
 
 def _digest(file: File, where: str) -> str:
@@ -623,7 +620,7 @@ def _save(
     """
     files = local_files(source)
     shards = read_shards(dict(files), str(source)).files
-    with new_local_folder(out, source, in_place) as new:
+    with create_local_directory(out, source, in_place) as new:
         try:
             model.save_pretrained(new.path)
         except safetensors.SafetensorError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import File
+from fastlock.storage.files import File, parse_json, read_all
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 * 1024 * 1024
-MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_DIMENSIONS = 16
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,32 +101,6 @@ def read_shards(files: dict[str, Any], where: str) -> Shards:
     return Shards(tensors, index)
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object out of a file that may be hostile.
-
-    Raises:
-        FastlockError: it is none, or says something twice.
-    """
-    try:
-        value = json.loads(data, object_pairs_hook=no_duplicates)
-        if not isinstance(value, dict):
-            raise TypeError("it is no JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FastlockError(f"{where}: not JSON ({str(error)[:200]}). Get the checkpoint again.") from None
-    return value
-
-
-def read_all(file: File, where: str, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The whole of a small file.
-
-    Raises:
-        FastlockError: it is larger than `limit`.
-    """
-    if file.size > limit:
-        raise FastlockError(f"{where}: {file.size} bytes, which no file of this kind has. Get the checkpoint again.")
-    return file.read(0, file.size)
-
-
 def _read_index(files: dict[str, Any], where: str) -> dict[str, Any]:
     index = parse_json(read_all(files[INDEX], f"{where}/{INDEX}"), f"{where}/{INDEX}")
     weight_map = index.get("weight_map")
@@ -196,11 +168,3 @@ def _stored(file: str, entry: Any, data: int) -> Stored:
     if bits is not None and math.prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"{end - begin} bytes for a {entry['dtype'][:20]} of shape {str(shape)[:80]}")
     return Stored(file, entry["dtype"], tuple(shape), data + begin, end - begin)
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("it says something twice")
-    return found

@@ -32,7 +32,7 @@ from fastlock.evaluation.evaluator import Evaluation, evaluate
 from fastlock.evaluation.judges import KEYWORDS, judge_name, open_judge
 from fastlock.evaluation.lm_eval_harness import check_tasks
 from fastlock.evaluation.prompts import Prompts, load_prompts, prompts_digest, shipped_prompts
-from fastlock.evaluation.report import cells, columns, files_digest, read_report, table_rows, to_json, write_report
+from fastlock.evaluation.report import cells, columns, read_report, table_rows, to_json, write_report
 from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
 from fastlock.locks.lock import Lock, strength_for
 from fastlock.locks.receipt import Receipt
@@ -45,7 +45,7 @@ from fastlock.recipes.calibration_report import to_json as calibration_json
 from fastlock.recipes.extraction import extract as make_lock
 from fastlock.recipes.pairs import load_pairs, shipped_pairs
 from fastlock.recipes.training import train_lock
-from fastlock.storage.files import as_place, writable_directory
+from fastlock.storage.places import as_place, files_digest, writable_directory
 from fastlock.verification import verify
 from fastlock.version import __version__
 

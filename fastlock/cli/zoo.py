@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from fastlock.checkpoints.relocking import DEFAULT_STACKS
-from fastlock.html_page import shown
+from fastlock.errors import shown
 from fastlock.locks.lock import Lock
 from fastlock.zoo.pools import DONE_ALREADY, LOCKED, RELOCKED, SKIPPED, Result
 from fastlock.zoo.run import Summary, relock_zoo, verify_zoo

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
-from fastlock.html_page import shown
+from fastlock.errors import FastlockError, shown
 from fastlock.inference.batching import in_halves
 from fastlock.inference.generation import check_row, generate, row_name
 from fastlock.models.loading import load_model, load_tokenizer

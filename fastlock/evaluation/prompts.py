@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import as_path, read_bounded
+from fastlock.storage.files import read_bounded
+from fastlock.storage.places import as_path
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -10,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, shown
 from fastlock.evaluation.evaluator import Answer, Evaluation, interval, share
 from fastlock.evaluation.lm_eval_harness import Score
-from fastlock.html_page import facts_list, head, html_text, shown
-from fastlock.storage.files import as_path, read_bounded, write_atomic
+from fastlock.html_page import facts_list, head, html_text
+from fastlock.storage.files import read_bounded, write_atomic
 
 COLUMNS = ("model", "refuses harmful", "refuses harmless", "perplexity")
 WIDTH, LEFT, ROW = 960, 210, 30
@@ -22,15 +21,6 @@ MAX_FILE_BYTES = 1024 * 1024 * 1024
 _JSON = "evaluation.json"
 _SCALE = WIDTH - LEFT - 120
 _KINDS = (("Harmful requests", "harmful"), ("Harmless requests", "harmless"))
-
-
-def files_digest(directory: str | Path) -> str:
-    """SHA-256 of the names, sizes and times of the files in a directory: quick, and other once one is written anew."""
-    sha = hashlib.sha256()
-    for path in sorted(path for path in as_path(directory).iterdir() if path.is_file()):
-        state = path.stat()
-        sha.update(json.dumps([path.name, state.st_size, state.st_mtime_ns]).encode())
-    return sha.hexdigest()
 
 
 def to_json(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> dict[str, object]:

@@ -18,10 +18,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fastlock.checkpoints.tensor_index import no_duplicates
 from fastlock.errors import FastlockError
 from fastlock.locks import safelock
-from fastlock.storage.files import as_path, read_bounded, write_atomic
+from fastlock.storage.files import no_duplicates, read_bounded, write_atomic
+from fastlock.storage.places import as_path
 from fastlock.version import __version__
 
 FORMAT = "fastlock-lock"

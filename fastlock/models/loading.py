@@ -15,7 +15,7 @@ import torch
 
 from fastlock.errors import FastlockError
 from fastlock.models.saving import in_class
-from fastlock.storage.files import as_path
+from fastlock.storage.places import as_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,7 +26,8 @@ from torch import nn
 from fastlock.errors import FastlockError
 from fastlock.inference.batching import in_halves
 from fastlock.models.sites import Site
-from fastlock.storage.files import as_path, read_bounded, writable_directory, write_atomic
+from fastlock.storage.files import read_bounded, write_atomic
+from fastlock.storage.places import as_path, writable_directory
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 

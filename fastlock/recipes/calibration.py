@@ -23,20 +23,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, check_number
 from fastlock.evaluation.evaluator import Evaluation, evaluate
 from fastlock.evaluation.judges import Judge, judge_name, refuses
 from fastlock.evaluation.prompts import Prompts, prompts_digest, shipped_prompts
-from fastlock.evaluation.report import files_digest
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import raw_bytes
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.relocking import relocked
 from fastlock.models.sites import check_foldable, head_geometry, sites, text_config, unwrapped
 from fastlock.recipes.activations import Progress, no_progress
-from fastlock.recipes.extraction import Ranking, check_number, rank_heads
+from fastlock.recipes.extraction import Ranking, rank_heads
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs
 from fastlock.storage.files import write_atomic
+from fastlock.storage.places import files_digest
 
 Cost = Callable[[nn.Module, Any], float]
 _STUDY = "calibrate"  # what the search is called in its journal

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, check_number
 from fastlock.inference.generation import check_row
 from fastlock.locks.lock import Lock
 from fastlock.models.reloaded import check_unlocked
@@ -318,12 +318,6 @@ def _checked_harmless(recipe: str, harmless: Any) -> tuple[str, ...]:
     if len(distinct) < 2 or not all(isinstance(text, str) and text.strip() for text in distinct):
         raise FastlockError("harmless: give at least two different prompts, none of them empty.")
     return distinct
-
-
-def check_number(name: str, value: int, low: int, high: int, of: str = "") -> None:
-    """Refuse what is no whole number from `low` to `high`; `of` is said of the limits."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise FastlockError(f"{name} is {value!r}; it must be a whole number from {low} to {high}{of}.")
 
 
 def _check_heads(heads: int, num_layers: int, num_heads: int) -> None:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import re
 import secrets
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 from fastlock.errors import FastlockError
 
+MAX_JSON_BYTES = 64 * 1024 * 1024
 CONFIG = "config.json"  # what makes a directory a checkpoint
 
-Place = Path | str  # here, or the URL of another machine
 Patches = Sequence[tuple[int, bytes]]  # offsets in a file, and other bytes that it is to have there
-
-_SPOILT_URL = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
 
 
 class File(Protocol):
@@ -40,37 +36,6 @@ class File(Protocol):
 
     def check_unchanged(self) -> None:
         """Raise if it is not what it was when it was first looked at."""
-
-
-def as_path(given: str | os.PathLike[str]) -> Path:
-    """The path that a user gave."""
-    try:
-        return Path(given)
-    except TypeError:
-        raise FastlockError(f"{given!r} is no path; give the path of a file or directory.") from None
-
-
-def as_place(given: str | os.PathLike[str]) -> Place:
-    """What a user gave: a path here, or a URL of another machine ("s3://bucket/model"), without a slash at its end."""
-    if isinstance(given, str) and "://" in given:
-        return _path_of_url(given) if given.lower().startswith("file://") else given.rstrip("/")
-    path = as_path(given)
-    if _SPOILT_URL.match(str(path)):
-        raise FastlockError(f"{path}: a URL that went through pathlib has lost a slash. Give it as text.")
-    return path
-
-
-def _path_of_url(url: str) -> Path:
-    """The path that a file:// URL names on this machine."""
-    host, slash, path = url[len("file://") :].partition("/")
-    if not slash or host.lower() not in ("", "localhost"):
-        raise FastlockError(f"{url}: names no file of this machine. Give its path, or file:///the/path.")
-    return Path("/" + unquote(path, errors="surrogateescape").lstrip("/"))
-
-
-def below(place: Place, name: str) -> Place:
-    """What is at a relative name below a place."""
-    return f"{place}/{name}" if isinstance(place, str) else place / name
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -107,19 +72,63 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def writable_directory(given: str | os.PathLike[str]) -> Path:
-    """A directory that files can be written to, made where there is none.
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object out of a file that may be hostile.
 
     Raises:
-        FastlockError: it can't be.
+        FastlockError: it is none, or says something twice.
     """
-    path = as_path(given)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # only a file tells: rights say little to root, or of a read-only disk
-            pass
-    except FileExistsError:
-        raise FastlockError(f"{path}: is there already, and is no directory. Give another directory.") from None
-    except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: can't be written ({error}). Give another directory.") from None
-    return path
+        value = json.loads(data, object_pairs_hook=no_duplicates)
+        if not isinstance(value, dict):
+            raise TypeError("it is no JSON object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FastlockError(f"{where}: not JSON ({str(error)[:200]}). Get the checkpoint again.") from None
+    return value
+
+
+def read_all(file: File, where: str, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The whole of a small file.
+
+    Raises:
+        FastlockError: it is larger than `limit`.
+    """
+    if file.size > limit:
+        raise FastlockError(f"{where}: {file.size} bytes, which no file of this kind has. Get the checkpoint again.")
+    return file.read(0, file.size)
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it says something twice")
+    return found
+
+
+def with_patches(data: bytes, start: int, patches: Patches) -> bytes:
+    """The bytes of a file from `start` on, with those of the patches that lie in them."""
+    end = start + len(data)
+    for offset, patch in patches:
+        first, last = max(start, offset), min(end, offset + len(patch))
+        if first < last:
+            data = data[: first - start] + patch[first - offset : last - offset] + data[last - start :]
+    return data
+
+
+class Text:
+    """A small file that is not on disk as it is wanted. Attributes: data; the others as of `LocalFile`."""
+
+    patches: Patches = ()
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.size = len(data)
+        self.identity = (data,)
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+        return self.data[start : start + length]
+
+    def check_unchanged(self) -> None:
+        """It never is."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import CONFIG, File, Patches
+from fastlock.storage.files import CONFIG, File, Patches, with_patches
 
 MARKER = ".fastlock-unfinished"
 MAX_REQUESTS = 8
@@ -93,8 +93,8 @@ class RemoteFile:
         return data
 
 
-class RemoteFolder:
-    """A directory to be made on another machine. Everything is only noted, and done at the end; use `remote_folder`.
+class RemoteDirectory:
+    """A directory to be made on another machine. Everything is only noted, and done at the end; use `create_remote_directory`.
 
     Attributes:
         sent: how many bytes this process has sent; those that the other machine copied itself don't count.
@@ -165,14 +165,14 @@ class RemoteFolder:
 
     def _send(self, name: str, data: bytes) -> None:
         self._with_parents(name, lambda path: self._fs.pipe_file(path, data))
-        RemoteFolder.sent += len(data)
+        RemoteDirectory.sent += len(data)
 
     def _send_pieces(self, name: str, source: File) -> None:
         file = self._with_parents(name, lambda path: self._fs.open(path, "wb"))
         with file:
             for start in range(0, source.size, PIECE_BYTES):
                 file.write(source.read(start, min(PIECE_BYTES, source.size - start)))
-        RemoteFolder.sent += source.size
+        RemoteDirectory.sent += source.size
 
     def _copy_there(self, name: str, source: RemoteFile) -> None:
         self._with_parents(name, lambda path: self._fs.cp_file(source.path, path))
@@ -187,16 +187,6 @@ class RemoteFolder:
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-
-def with_patches(data: bytes, start: int, patches: Patches) -> bytes:
-    """The bytes of a file from `start` on, with those of the patches that lie in them."""
-    end = start + len(data)
-    for offset, patch in patches:
-        first, last = max(start, offset), min(end, offset + len(patch))
-        if first < last:
-            data = data[: first - start] + patch[first - offset : last - offset] + data[last - start :]
-    return data
 
 
 def remote_files(url: str) -> dict[str, RemoteFile]:
@@ -243,7 +233,7 @@ def write_remote(url: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def remote_folder(url: str) -> Iterator[RemoteFolder]:
+def create_remote_directory(url: str) -> Iterator[RemoteDirectory]:
     """Make a directory at a URL: everything is done when the block ends, its config.json last.
 
     A run that was stopped, made again, goes over what it left.
@@ -253,7 +243,7 @@ def remote_folder(url: str) -> Iterator[RemoteFolder]:
     """
     with reaching(url):
         fs, root = opened(url)
-    folder = RemoteFolder(fs, root)
+    folder = RemoteDirectory(fs, root)
     yield folder
     with reaching(url):
         folder._finish()

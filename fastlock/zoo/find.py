@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import CONFIG, Place, as_place, read_bounded
+from fastlock.storage.files import CONFIG, read_bounded
+from fastlock.storage.places import Place, as_place
 from fastlock.storage.remote import normalised, opened, reaching
 
 HUB_PREFIX = "models--"

@@ -23,13 +23,13 @@ import torch
 from fastlock.checkpoints.checkpoint import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocking import read_receipt, relock_checkpoint
-from fastlock.checkpoints.tensor_index import parse_json, read_all
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
 from fastlock.models.sites import head_geometry
-from fastlock.storage.files import CONFIG, as_place, below
-from fastlock.storage.new_directory import LocalFile, file_at, is_there
-from fastlock.storage.remote import RemoteFile, RemoteFolder
+from fastlock.storage.files import CONFIG, parse_json, read_all
+from fastlock.storage.local import LocalFile
+from fastlock.storage.places import as_place, below, file_at, is_there
+from fastlock.storage.remote import RemoteDirectory, RemoteFile
 from fastlock.verification import verify
 
 RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
@@ -203,7 +203,9 @@ def _transferred() -> tuple[int, int] | None:
     try:
         with open("/proc/self/io", "rb") as file:
             counts = dict(line.split(b": ") for line in file.read().splitlines())
-        return int(counts[b"rchar"]) + LocalFile.viewed + RemoteFile.fetched, int(counts[b"wchar"]) + RemoteFolder.sent
+        return int(counts[b"rchar"]) + LocalFile.viewed + RemoteFile.fetched, int(
+            counts[b"wchar"]
+        ) + RemoteDirectory.sent
     except (OSError, ValueError, KeyError):
         return None
 

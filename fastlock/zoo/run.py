@@ -18,8 +18,8 @@ from fastlock.checkpoints.relocking import DEFAULT_STACKS
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.models.saving import check_stacks
-from fastlock.storage.files import CONFIG, Place, as_place, below, write_atomic
-from fastlock.storage.new_directory import file_at
+from fastlock.storage.files import CONFIG, write_atomic
+from fastlock.storage.places import Place, as_place, below, file_at
 from fastlock.storage.remote import write_remote
 from fastlock.zoo.find import Checkpoint, FileId, check_names, find_checkpoints, shared_files
 from fastlock.zoo.pools import (

@@ -19,6 +19,7 @@ import torch
 
 import fastlock
 from fastlock.checkpoints import relocking as checkpoint
+from fastlock.storage import local
 from fastlock.storage import new_directory as folders
 from tests.helpers.families import random_lock, tiny_model
 
@@ -228,7 +229,7 @@ def test_a_source_that_is_cut_short_while_it_is_mapped(tmp_path) -> None:
 
     def work() -> None:
         faulthandler.disable()
-        folders._read_ahead = lambda mapped, base: os.truncate(shard, 0)
+        local._read_ahead = lambda mapped, base: os.truncate(shard, 0)
         fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out")
 
     assert finished(forked(work)) == -signal.SIGBUS
@@ -290,8 +291,8 @@ def test_in_place_nobody_else_has_it_from_before_it_is_read(work: str, tmp_path,
         else:
             fastlock.unlock_checkpoint(place, place, in_place=True)
 
-    def read(directory) -> dict[str, folders.LocalFile]:
-        found = folders.local_files(directory)
+    def read(directory) -> dict[str, local.LocalFile]:
+        found = local.local_files(directory)
         if not codes:
             codes.append(None)
             codes.append(finished(forked(run)))
@@ -306,7 +307,7 @@ def test_in_place_nobody_else_has_it_from_before_it_is_read(work: str, tmp_path,
 def test_another_process_is_making_it(tmp_path) -> None:
     lock, _, _ = prepared(tmp_path)
     with (
-        folders.new_folder(tmp_path / "out", tmp_path / "source", in_place=False),
+        folders.create_directory(tmp_path / "out", tmp_path / "source", in_place=False),
         pytest.raises(fastlock.FastlockError, match="another process is making it"),
     ):
         fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out")
@@ -327,7 +328,7 @@ def test_a_source_that_changes(when: str, how: str, tmp_path, monkeypatch) -> No
             with shard.open("r+b") as file:
                 file.truncate(len(data) + (100 if how == "appended" else -100))
 
-    owner, name = (folders.LocalFile, "view") if when == "before reading" else (folders.NewFolder, "link")
+    owner, name = (local.LocalFile, "view") if when == "before reading" else (folders.NewDirectory, "link")
     original, changed = getattr(owner, name), []
 
     def hook(*args):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llam
 import fastlock
 from fastlock.checkpoints.relocking import ASIDE, NEW_SHARD, RENAMED
 from fastlock.models.sites import ATTENTION, FAMILIES, sites
+from fastlock.storage import local
 from fastlock.storage import new_directory as folders
 from tests.helpers.families import (
     CONFIGS,
@@ -179,7 +180,7 @@ def test_a_checkpoint_saved_from_memory_is_refused_for_a_stack_that_drops_it(kin
 def test_only_headers_configs_and_locked_projections_are_read(tmp_path, monkeypatch) -> None:
     _, lock, source = checkpoint(tmp_path, shard="30KB")
     viewed, read = [], 0
-    view, whole = folders.LocalFile.view, folders.LocalFile.read
+    view, whole = local.LocalFile.view, local.LocalFile.read
 
     def spy_view(self, start, length):
         viewed.append((self.path.name, start, length))
@@ -190,8 +191,8 @@ def test_only_headers_configs_and_locked_projections_are_read(tmp_path, monkeypa
         read += length
         return whole(self, start, length)
 
-    monkeypatch.setattr(folders.LocalFile, "view", spy_view)
-    monkeypatch.setattr(folders.LocalFile, "read", spy_read)
+    monkeypatch.setattr(local.LocalFile, "view", spy_view)
+    monkeypatch.setattr(local.LocalFile, "read", spy_read)
     fastlock.relock_checkpoint(source, lock, tmp_path / "out")
     assert sum(length for _, _, length in viewed) == 2 * 64 * 128 * 2  # two layers of [64, 4 * 32] bfloat16
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in source.glob("*.safetensors"))

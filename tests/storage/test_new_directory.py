@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastlock
+from fastlock.storage import local
 from fastlock.storage import new_directory as folders
-from fastlock.storage.files import as_place
+from fastlock.storage.places import as_place
 from tests.checkpoints.test_crash import contents, finished, forked, prepared
 from tests.helpers.families import random_lock, tiny_model
 
@@ -118,7 +119,7 @@ def test_another_directory_at_the_place_of_the_checkpoint(tmp_path) -> None:
     place.mkdir()
 
     def work() -> None:
-        with folders.new_folder(place, place, in_place=True) as new:
+        with folders.create_directory(place, place, in_place=True) as new:
             new.write("file", b"new")
             place.rename(tmp_path / "moved")
             place.mkdir()
@@ -134,7 +135,7 @@ def test_a_file_that_is_there_twice(tmp_path) -> None:
     (tmp_path / "source").mkdir()
 
     def work() -> None:
-        with folders.new_folder(tmp_path / "out", tmp_path / "source", in_place=False) as new:
+        with folders.create_directory(tmp_path / "out", tmp_path / "source", in_place=False) as new:
             new.write("twice", b"1")
             new.write("twice", b"2")
 
@@ -148,7 +149,7 @@ def test_a_target_that_appears_meanwhile(tmp_path) -> None:
     (tmp_path / "source").mkdir()
 
     def work() -> None:
-        with folders.new_folder(tmp_path / "out", tmp_path / "source", in_place=False) as new:
+        with folders.create_directory(tmp_path / "out", tmp_path / "source", in_place=False) as new:
             new.write("file", b"1")
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "other").touch()
@@ -215,8 +216,8 @@ def test_shared_blocks_are_synced(tmp_path, monkeypatch, shared_blocks) -> None:
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", noted)
-    with folders.new_folder(tmp_path / "out", source, in_place=False) as new:
-        new.link("file", folders.LocalFile(source / "file"))
+    with folders.create_directory(tmp_path / "out", source, in_place=False) as new:
+        new.link("file", local.LocalFile(source / "file"))
         assert (new.path / "file").stat().st_ino in synced
     assert (tmp_path / "out" / "file").stat().st_ino != (source / "file").stat().st_ino
 

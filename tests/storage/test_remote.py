@@ -21,7 +21,8 @@ import fastlock
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocking import NEW_SHARD, read_receipt
 from fastlock.cli.main import app
-from fastlock.storage.remote import MARKER, with_patches
+from fastlock.storage.files import with_patches
+from fastlock.storage.remote import MARKER
 from fastlock.zoo.find import find_checkpoints
 from fastlock.zoo.run import relock_zoo, verify_zoo
 from tests.helpers.families import random_lock, tiny_model

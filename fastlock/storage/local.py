@@ -1,0 +1,177 @@
+"""Files of this machine, read and mapped in ranges."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import mmap
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastlock.errors import FastlockError
+from fastlock.storage.files import Patches, with_patches
+
+_FICLONE = 0x40049409  # ioctl of linux/fs.h: share another file's blocks
+
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+_HUGE, _PIECE = 2 * 1024 * 1024, 128 * 1024
+
+
+class LocalFile:
+    """One regular file of a checkpoint, links followed, as it was when it was first looked at.
+
+    Attributes:
+        path: the file itself (in a Hugging Face cache: the blob).
+        size: in bytes.
+        mode: its permissions.
+        identity: device, inode, size and time of last change.
+        patches: offsets, and the bytes that it is to have there instead of its own.
+        viewed: how many bytes of all files this process has mapped.
+    """
+
+    viewed = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.patches: Patches = ()
+        with reading(path):
+            status = path.stat()
+        self.size = status.st_size
+        self.mode = status.st_mode & 0o777
+        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def patched(self, patches: Patches) -> LocalFile:
+        """The same file with other bytes at some offsets."""
+        changed = copy.copy(self)
+        changed.patches = (*self.patches, *patches)
+        return changed
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+        with reading(self.path), self._open() as fd:
+            data = os.pread(fd, length, start)
+        if len(data) != length:
+            raise self.changed()
+        return with_patches(data, start, self.patches)
+
+    @contextlib.contextmanager
+    def view(self, start: int, length: int) -> Iterator[memoryview]:
+        """The bytes of a range, mapped and not copied, and without patches; of a cold file, only the range is read."""
+        before = start % mmap.ALLOCATIONGRANULARITY
+        with contextlib.ExitStack() as opened:
+            with reading(self.path):
+                fd = opened.enter_context(self._open())
+                self._check(os.fstat(fd))  # a mapping beyond a file's end kills the process
+                mapped = mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before)
+                opened.enter_context(mapped)
+                _read_ahead(mapped, start - before)
+                LocalFile.viewed += length
+            with memoryview(mapped) as whole, whole[before:] as wanted:
+                yield wanted
+
+    def copy_to(self, place: Path) -> None:
+        """Make a copy, without patches: of shared blocks where the file system has them."""
+        if not reflink(self.path, place):
+            shutil.copyfile(self.path, place)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file is not what it was when it was first looked at."""
+        with reading(self.path):
+            self._check(self.path.stat())
+
+    def changed(self) -> FastlockError:
+        """The error that says so."""
+        return FastlockError(
+            f"{self.path}: was changed while it was being read. Run it again when nobody writes to it."
+        )
+
+    def _check(self, status: os.stat_result) -> None:
+        if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
+            raise self.changed()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int]:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def local_files(directory: Path) -> dict[str, LocalFile]:
+    """`files_in` of a directory of this machine."""
+    with reading(directory):
+        if not directory.is_dir():
+            raise FastlockError(
+                f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
+            )
+        return dict(_walk(directory, ""))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of what can't be read what it is."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{path}: can't be read ({error}). Check the path and its permissions.") from None
+
+
+def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
+    with os.scandir(directory) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(directory / entry.name, f"{prefix}{entry.name}/")
+            continue
+        try:
+            path = Path(os.path.realpath(entry.path, strict=True))
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            raise FastlockError(
+                f"{entry.path}: can't be followed ({error.strerror}). Complete the checkpoint (a download that was "
+                "cut off?), or remove the broken link."
+            ) from None
+        if not is_file:
+            raise FastlockError(
+                f"{entry.path}: is no regular file. A checkpoint holds files and real directories only."
+            )
+        yield prefix + entry.name, LocalFile(path)
+
+
+def _read_ahead(mapped: mmap.mmap, base: int) -> None:
+    """Bring a mapping of the file from `base` on into memory: in large pieces, and nothing beyond it.
+
+    Huge pages read a cold file in one go; the edges, which are no whole huge pages, by asking for them in pieces, since
+    the kernel answers one request with one window of read-ahead.
+    """
+    length = len(mapped)
+    first = min(length, -base % _HUGE)
+    last = max(first, (base + length) // _HUGE * _HUGE - base)
+    mapped.madvise(mmap.MADV_RANDOM)
+    edges = [(0, length)]
+    with contextlib.suppress(OSError, AttributeError):  # no huge pages for files
+        if first < last:
+            mapped.madvise(mmap.MADV_HUGEPAGE, first, last - first)
+        edges = [(0, first), (last, length)]
+    for begin, end in edges:
+        for piece in range(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, _PIECE):
+            mapped.madvise(mmap.MADV_WILLNEED, piece, min(_PIECE, end - piece))
+    with contextlib.suppress(OSError):
+        mapped.madvise(_MADV_POPULATE_READ)
+
+
+def reflink(source: Path, place: Path) -> bool:
+    """Make `place` a file that shares the blocks of `source`; False, and no file, where that can't be."""
+    with source.open("rb") as old, place.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+            return True
+        except OSError:
+            place.unlink()
+            return False
