@@ -7,9 +7,11 @@ lock lost in silence is not noticed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastlock.models.sites import ATTENTION, FAMILIES
+from fastlock.architectures.families import ATTENTION, FAMILIES
+from fastlock.errors import FastlockError
 
 STACKS = ("transformers", "vllm", "sglang", "llama.cpp")
 CHECKED = {"transformers": "5.23", "vllm": "0.32", "sglang": "0.5.23", "llama.cpp": "in llama-cpp-python 0.3.36"}
@@ -122,3 +124,14 @@ def needs(model_type: str, stack: str) -> tuple[str, ...]:
         return ()
     family = FAMILIES[model_type]
     return _NEEDS.get(model_type, family.switched if family.bias_flag else ())
+
+
+def check_stacks(stacks: Sequence[str]) -> tuple[str, ...]:
+    """The stacks asked for, each once.
+
+    Raises:
+        FastlockError: there are none, or one is unknown.
+    """
+    if isinstance(stacks, str) or not stacks or any(stack not in STACKS for stack in stacks):
+        raise FastlockError(f"stacks {stacks!r}: give a list of serving stacks, of {', '.join(STACKS)}.")
+    return tuple(dict.fromkeys(stacks))

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from fastlock.architectures.families import FAMILIES, REFUSED, Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.checkpoints.tensor_index import Stored, read_shards
 from fastlock.errors import FastlockError
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
-from fastlock.models.sites import FAMILIES, REFUSED, Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.storage.files import CONFIG, File, parse_json, read_all
 
 MAX_THREADS = 8

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlock.architectures.serving_stacks import named_architecture, needs, why_lost
+from fastlock.architectures.serving_stacks import check_stacks, named_architecture, needs, why_lost
+from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocking import DEFAULT_STACKS, receipt_in, stored_biases
 from fastlock.errors import FastlockError
 from fastlock.locks.receipt import Receipt
-from fastlock.models.saving import check_stacks, choose_carrier
 from fastlock.storage.places import as_place, files_in
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from fastlock.architectures.serving_stacks import named_architecture
+from fastlock.architectures.serving_stacks import check_stacks, named_architecture
+from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads, read_config
 from fastlock.checkpoints.model_card import CARD, with_section, without_section
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE, Stored, read_shards
@@ -31,7 +32,7 @@ from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
 from fastlock.models.loading import load_model, out_of_llama_form
 from fastlock.models.relocking import relock, unlock
-from fastlock.models.saving import CONFIG_KEY, Carrier, check_stacks, choose_carrier
+from fastlock.models.saving import CONFIG_KEY
 from fastlock.storage.files import CONFIG, File, Text, read_all
 from fastlock.storage.local import LocalFile, local_files
 from fastlock.storage.new_directory import (

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import base64
 import copy
-import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlock.architectures.serving_stacks import STACKS, acts, architecture, named_architecture, native_flag, needs
-from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.architectures.llama_form import llama_config
 from fastlock.errors import FastlockError
 from fastlock.locks.receipt import Receipt, raw_bytes
-from fastlock.models.sites import ATTENTION, Site, family_of, head_geometry
+from fastlock.models.sites import Site, family_of
 from fastlock.models.sites import sites as every_site
 
 if TYPE_CHECKING:
@@ -36,17 +33,6 @@ RECEIPT = "_fastlock"
 ORIGINAL_BIAS = "fastlock_original_bias"
 PLACED_BIAS = "fastlock_placed_bias"
 CONFIG_KEY = "fastlock"
-
-# The families that can be written as a Llama, and the class that can.
-LLAMA_FORM = {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-# What a Llama's config does not share with that of a Mistral or Qwen2 which has no sliding window.
-_NOT_OF_LLAMA = (
-    "model_type architectures sliding_window use_sliding_window max_window_layers layer_types head_dim"
-).split()
-_LLAMA_TENSOR = re.compile(
-    r"(model\.embed_tokens|model\.norm|lm_head)\.weight|model\.layers\.\d+\.("
-    r"self_attn\.[qkvo]_proj\.(weight|bias)|mlp\.(gate|up|down)_proj\.weight|(input|post_attention)_layernorm\.weight)"
-)
 
 
 class _Swapped:
@@ -231,161 +217,3 @@ def _llama_form(model: PreTrainedModel, config: Any) -> tuple[Any, Callable[[Any
         "with the lock shipped beside the checkpoint."
     )
     return llama_config(config, type(model).__name__, works), LlamaForCausalLM
-
-
-def llama_config(config: Any, name: str, works: str) -> Any:
-    """The config under which a Mistral or Qwen2 is computed by Llama's code, with a place for the bias.
-
-    Args:
-        config: the model's own.
-        name: its class, for messages.
-        works: what would work instead, for messages.
-
-    Raises:
-        FastlockError: it would not be the same model, to the bit.
-    """
-    from transformers import LlamaConfig
-
-    lost = f"{name}: transformers has no place for an output projection bias in a {config.model_type} checkpoint"
-    if LLAMA_FORM.get(config.model_type) != name:
-        raise FastlockError(f"{lost} and would drop the lock in silence when loading it. {works}")
-    if (window := active_window(config)) is not None:
-        raise FastlockError(
-            f"{lost}, and the Llama form is not exact with a sliding window of {window} tokens. {works} If the model "
-            "is never run beyond that window, set config.sliding_window = None and save again."
-        )
-    keys = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_LLAMA}
-    _, head_dim = head_geometry(config)
-    try:
-        llama = LlamaConfig(**keys | {"head_dim": head_dim, "mlp_bias": False, "attention_bias": True})
-    except (ValueError, TypeError) as error:
-        raise FastlockError(f"{lost}, and a Llama can't have this config ({error}). {works}") from None
-    llama.dtype = config.dtype
-    return llama
-
-
-def active_window(config: Any) -> int | None:
-    """The sliding window of a Mistral or Qwen2; None where no layer has one."""
-    window: int | None = getattr(config, "sliding_window", None)
-    if config.model_type == "qwen2" and "sliding_attention" not in config.layer_types:
-        return None
-    return window
-
-
-@dataclass(frozen=True)
-class Carrier:
-    """How a checkpoint on disk brings the biases to the stacks that are asked for.
-
-    Attributes:
-        form: "native", or "llama".
-        flag: the config key that switches the biases on; "" where they always are.
-        was: whether it was on before.
-        config: the new config.json, without a receipt; its architecture is another one where a stack needs that.
-        switched: the modules of a layer that then need a bias, zeros included; "lm_head" is the model's.
-    """
-
-    form: str
-    flag: str
-    was: bool
-    config: dict[str, Any]
-    switched: tuple[str, ...]
-
-
-def check_stacks(stacks: Sequence[str]) -> tuple[str, ...]:
-    """The stacks asked for, each once.
-
-    Raises:
-        FastlockError: there are none, or one is unknown.
-    """
-    if isinstance(stacks, str) or not stacks or any(stack not in STACKS for stack in stacks):
-        raise FastlockError(f"stacks {stacks!r}: give a list of serving stacks, of {', '.join(STACKS)}.")
-    return tuple(dict.fromkeys(stacks))
-
-
-def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
-    """The carrier that acts in every one of these stacks: the family's own bias, else the Llama form.
-
-    Raises:
-        FastlockError: there is none; it names the stack that would lose the lock, and what would work.
-    """
-    kind, asked = checkpoint.kind, set(stacks)
-    native = acts(kind)
-    if "transformers" in native and asked <= native:
-        return _native(checkpoint, stacks, checkpoint.family.bias_flag or "")
-    if kind in LLAMA_FORM and asked <= acts("llama"):
-        architecture = (checkpoint.raw.get("architectures") or [LLAMA_FORM[kind]])[0]
-        try:
-            return _as_llama(checkpoint, str(architecture))
-        except FastlockError:
-            if not asked <= native:
-                raise
-    if asked <= native:
-        flags = {native_flag(kind, stack) for stack in stacks}
-        if len(flags) == 1:
-            return _native(checkpoint, stacks, flags.pop() or "")
-    losing = ", ".join(stack for stack in stacks if stack not in native)
-    raise FastlockError(
-        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {kind} checkpoint, in silence. "
-        f"{_what_works(native)} Nothing was written."
-    )
-
-
-def _what_works(native: frozenset[str]) -> str:
-    if not native:
-        return "No stack has a place for it: relock in memory after loading (fastlock.relock)."
-    return f"What works: --for {','.join(stack for stack in STACKS if stack in native)}."
-
-
-def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carrier:
-    config = copy.deepcopy(checkpoint.raw)
-    text = config if checkpoint.text_key is None else config.setdefault(checkpoint.text_key, {})
-    was = not flag or bool(getattr(checkpoint.text_config, flag, False))
-    switched = checkpoint.family.switched if flag and flag == checkpoint.family.bias_flag else ()
-    switched += tuple(name for stack in stacks for name in needs(checkpoint.kind, stack))
-    if flag:
-        text[flag] = True
-    if (needed := _architecture(checkpoint, stacks)) is not None:
-        config["architectures"] = [needed]
-    _drop_remote_code(config)
-    return Carrier("native", flag, was, config, tuple(dict.fromkeys(switched)))
-
-
-def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None:
-    """The architecture that config.json must name for all of these stacks, None where it need not be changed."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    needed = next((name for stack in stacks if (name := architecture(checkpoint.kind, stack)) is not None), None)
-    if needed is None:
-        return None
-    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.kind]
-    if named_architecture(checkpoint.raw) not in (None, own, needed):
-        raise FastlockError(
-            f"{checkpoint.where}: vllm's own code would lose the lock in a {checkpoint.kind} checkpoint, in silence, "
-            f"and {needed}, which keeps it, is for {own} alone. What works: --for transformers. Nothing was written."
-        )
-    if others := set(stacks) - {"transformers", "vllm"}:
-        raise FastlockError(
-            f"{checkpoint.where}: vllm keeps the lock in a {checkpoint.kind} checkpoint where config.json names "
-            f"{needed}, which {' and '.join(sorted(others))} would not take: relock it twice, once for each. Nothing "
-            "was written."
-        )
-    return needed
-
-
-def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
-    works = "What works: relock in memory after loading (fastlock.relock). Nothing was written."
-    llama = llama_config(checkpoint.config, architecture, works)
-    if foreign := [name for name in checkpoint.shards.tensors if not _LLAMA_TENSOR.fullmatch(name)]:
-        raise FastlockError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
-    config = json.loads(llama.to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
-    return Carrier("llama", "attention_bias", checkpoint.kind == "qwen2", config, ATTENTION)
-
-
-def _drop_remote_code(config: dict[str, Any]) -> None:
-    """Code of the checkpoint's own may have no place for the bias; without it, transformers' own class is used."""
-    mapped = config.get("auto_map")
-    if isinstance(mapped, dict):
-        kept = {key: value for key, value in mapped.items() if key.startswith("AutoTokenizer")}
-        config.pop("auto_map")
-        if kept:
-            config["auto_map"] = kept

@@ -1,4 +1,4 @@
-"""Where each architecture keeps its attention output projection, and whether a bias there is kept or lost."""
+"""The output projections of a model in memory, each checked that it can be folded."""
 
 from __future__ import annotations
 
@@ -9,36 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.errors import FastlockError
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
 
 # The dtypes of weights that can be folded, by the names that receipts give them.
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-
-
-# The modules of a layer to which most families' flag gives a bias.
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family of transformers keeps its attention output projection.
-
-    Attributes:
-        layers: last part of the path of the decoder's list of layers.
-        projection: path of the output projection inside a layer.
-        bias_flag: the config key that gives the projection a bias; "" where it always has one; None where the
-            family can't have one, so that transformers drops it, in silence, when a checkpoint is loaded.
-        switched: the modules of a layer to which that key gives a bias; "lm_head" is the model's.
-        transposed: whether its weight is kept as [num_heads * head_dim, hidden] (GPT-2's Conv1D).
-    """
-
-    layers: str = "layers"
-    projection: str = "self_attn.o_proj"
-    bias_flag: str | None = "attention_bias"
-    switched: tuple[str, ...] = ATTENTION
-    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,92 +74,6 @@ class Site:
         return bias
 
 
-_NEVER = Family(bias_flag=None)
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
-
-FAMILIES = {
-    "apertus": Family(),
-    "arcee": Family(),
-    "bloom": Family("h", "self_attention.dense", ""),
-    "codegen": Family("h", "attn.out_proj", None),
-    "cohere": Family(),
-    "cohere2": Family(),
-    "dots1": Family(),
-    "ernie4_5": Family(bias_flag="use_bias", switched=ATTENTION + _MLP),
-    "ernie4_5_moe": Family(bias_flag="use_bias", switched=ATTENTION + _MLP + _SHARED_EXPERTS + ("lm_head",)),
-    "exaone4": _NEVER,
-    "falcon": Family(
-        "h",
-        "self_attention.dense",
-        "bias",
-        ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    ),
-    "gemma": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(),
-    "glm": _NEVER,
-    "glm4": _NEVER,
-    "glm4_moe": _NEVER,
-    "gpt2": Family("h", "attn.c_proj", "", transposed=True),
-    "gpt_bigcode": Family("h", "attn.c_proj", ""),
-    "gpt_neo": Family("h", "attn.attention.out_proj", ""),
-    "gpt_neox": Family(projection="attention.dense", switched=("attention.query_key_value", "attention.dense")),
-    "gpt_oss": Family(),
-    "gptj": Family("h", "attn.out_proj", None),
-    "granite": Family(),
-    "granitemoe": Family(),
-    "helium": _NEVER,
-    "hunyuan_v1_dense": Family(),
-    "llama": Family(),
-    "ministral": _NEVER,
-    "mistral": _NEVER,
-    "mixtral": _NEVER,
-    "mpt": Family("blocks", "attn.out_proj", None),
-    "nemotron": Family(),
-    "olmo": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(),
-    "olmoe": Family(),
-    "opt": Family(
-        projection="self_attn.out_proj",
-        bias_flag="enable_bias",
-        switched=(*ATTENTION[:3], "self_attn.out_proj", "fc1", "fc2"),
-    ),
-    "phi": Family(projection="self_attn.dense", bias_flag=""),
-    "phi3": _NEVER,
-    "phimoe": Family(),
-    "qwen2": _NEVER,
-    "qwen2_moe": _NEVER,
-    "qwen3": Family(),
-    "qwen3_moe": Family(),
-    "seed_oss": Family(bias_flag="attention_out_bias", switched=("self_attn.o_proj",)),
-    "smollm3": Family(),
-    "stablelm": _NEVER,
-    "starcoder2": Family(bias_flag="use_bias", switched=(*ATTENTION, "mlp.c_fc", "mlp.c_proj")),
-}
-
-_REASONS = {
-    "multiplies the head outputs by a gate before the output projection, so that a shift of them is no constant bias": (
-        "afmoe hrm_text laguna minimax qwen3_5_moe_text qwen3_5_text qwen3_next"
-    ),
-    "normalises the head outputs before the output projection, so that a shift of them is no constant bias": "bitnet",
-    "subtracts two attentions and normalises the result before the output projection": "diffllama",
-    "uses multi-head latent attention, whose heads have several widths; fastlock has no locks for it yet": (
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa hy_v4 kimi_linear "
-        "longcat_flash minicpm3 youtu"
-    ),
-    "mixes attention with layers that have no heads (state space, convolution or linear attention)": (
-        "bamba falcon_h1 granitemoehybrid jamba lfm2 lfm2_moe nemotron_h olmo_hybrid recurrent_gemma zamba zamba2"
-    ),
-    "has no attention heads": "falcon_mamba mamba mamba2 rwkv xlstm",
-    "has an output projection per expert": "jetmoe",
-    "has heads of different widths in different layers; fastlock has no locks for it yet": (
-        "gemma4_text gemma4_unified_text"
-    ),
-}
-REFUSED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
-
 # The mark of a module whose place a `LockedLinear` has taken.
 REPLACED = "_fastlock_replaced"
 
@@ -227,30 +118,6 @@ def family_of(model: nn.Module) -> Family:
         FastlockError: the fold would not be exact in it, or nobody has checked that it is.
     """
     return family_of_config(text_config(model), type(model).__name__)
-
-
-def family_of_config(config: Any, name: str) -> Family:
-    """The family of a decoder's config; `name` says whose it is, for messages. Raises as `family_of`."""
-    kind = config.model_type
-    if kind in REFUSED:
-        raise FastlockError(f"{name} ({kind}) {REFUSED[kind]}. It can't be relocked exactly.")
-    if kind not in FAMILIES:
-        raise FastlockError(
-            f"{name} ({kind}) is a family that fastlock does not know: nobody has checked that its "
-            f"output projection takes plain concatenated head outputs. Known: {', '.join(sorted(FAMILIES))}."
-        )
-    if kind == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
-        raise FastlockError(
-            f"{name}: with slow_but_exact it leaves out the output projection's bias. "
-            "Load it with slow_but_exact=False, then relock."
-        )
-    return FAMILIES[kind]
-
-
-def head_geometry(config: Any) -> tuple[int, int]:
-    """num_heads and head_dim of a decoder's config."""
-    num_heads: int = config.num_attention_heads
-    return num_heads, getattr(config, "head_dim", None) or config.hidden_size // num_heads
 
 
 def text_config(model: nn.Module) -> Any:
@@ -382,30 +249,6 @@ def _check_bare_fits(site: Site, lock: Lock) -> None:
     beyond = [head for head in lock.heads[lock.layers == site.layer].tolist() if head >= site.num_heads]
     if beyond:
         raise FastlockError(f"{site.name}: head {beyond[0]} is locked, but it has {site.num_heads} heads.")
-
-
-def check_lock_fits(lock: Lock, num_layers: int, config: Any, name: str) -> None:
-    """The lock is of the geometry of a decoder's config; `name` says whose it is, for messages.
-
-    Raises:
-        FastlockError: it is of another.
-    """
-    where = lock.source or "the lock"
-    num_heads, head_dim = head_geometry(config)
-    remedy = "Use the lock that was extracted from this model's own aligned base."
-    if lock.head_dim != head_dim:
-        raise FastlockError(f"{where}: directions of head_dim {lock.head_dim}, but {name} has {head_dim}. {remedy}")
-    for row, (layer, head) in enumerate(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)):
-        if layer >= num_layers or head >= num_heads:
-            raise FastlockError(
-                f"{where}: row {row} is layer {layer}, head {head}, but {name} has {num_layers} layers of "
-                f"{num_heads} heads. {remedy}"
-            )
-    geometry = {"num_layers": num_layers, "num_heads": num_heads, "hidden_size": config.hidden_size}
-    for key, value in geometry.items():
-        known = getattr(lock, key)
-        if known not in (None, value):
-            raise FastlockError(f"{where}: its base has {key} {known}, but {name} has {value}. {remedy}")
 
 
 def check_foldable(site: Site) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastlock.architectures.families import head_geometry
 from fastlock.errors import FastlockError, check_number
 from fastlock.evaluation.evaluator import Evaluation, evaluate
 from fastlock.evaluation.judges import Judge, judge_name, refuses
@@ -31,7 +32,7 @@ from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import raw_bytes
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.relocking import relocked
-from fastlock.models.sites import check_foldable, head_geometry, sites, text_config, unwrapped
+from fastlock.models.sites import check_foldable, sites, text_config, unwrapped
 from fastlock.recipes.activations import Progress, no_progress
 from fastlock.recipes.extraction import Ranking, rank_heads
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs

@@ -94,7 +94,7 @@ class RemoteFile:
 
 
 class RemoteDirectory:
-    """A directory to be made on another machine. Everything is only noted, and done at the end; use `create_remote_directory`.
+    """A directory to be made on another machine: all is only noted, and done at the end; use `create_remote_directory`.
 
     Attributes:
         sent: how many bytes this process has sent; those that the other machine copied itself don't count.

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import pebble
 import torch
 
+from fastlock.architectures.families import head_geometry
 from fastlock.checkpoints.checkpoint import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocking import read_receipt, relock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
-from fastlock.models.sites import head_geometry
 from fastlock.storage.files import CONFIG, parse_json, read_all
 from fastlock.storage.local import LocalFile
 from fastlock.storage.places import as_place, below, file_at, is_there

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fastlock.architectures.serving_stacks import check_stacks
 from fastlock.checkpoints.relocking import DEFAULT_STACKS
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock, check_lock, strength_for
-from fastlock.models.saving import check_stacks
 from fastlock.storage.files import CONFIG, write_atomic
 from fastlock.storage.places import Place, as_place, below, file_at
 from fastlock.storage.remote import write_remote

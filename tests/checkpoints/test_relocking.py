@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForSequenceClassification
 
 import fastlock
+from fastlock.architectures.families import ATTENTION, FAMILIES
 from fastlock.checkpoints.relocking import ASIDE, NEW_SHARD, RENAMED
-from fastlock.models.sites import ATTENTION, FAMILIES, sites
+from fastlock.models.sites import sites
 from fastlock.storage import local
 from fastlock.storage import new_directory as folders
 from tests.helpers.families import (

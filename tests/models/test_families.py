@@ -8,8 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastlock
+from fastlock.architectures.families import FAMILIES, REFUSED
 from fastlock.models import unfolded
-from fastlock.models.sites import FAMILIES, REFUSED, sites
+from fastlock.models.sites import sites
 from tests.helpers.families import (
     CONFIGS,
     logits,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.serving_stacks import acts
-from fastlock.models.sites import FAMILIES
 from tests.serving.prepared import PROMPT, Prepared, far, prepare
 
 HERE = Path(__file__).parent

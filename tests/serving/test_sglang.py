@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.serving_stacks import acts
-from fastlock.models.sites import FAMILIES
 
 MODELS = Path(__file__).parents[2] / ".venv-sglang" / "sglang" / "srt" / "models"
 PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")

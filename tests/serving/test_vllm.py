@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.serving_stacks import acts, architecture
-from fastlock.models.sites import FAMILIES
 from tests.serving.prepared import PROMPT, Prepared, far, log_probabilities, prepare
 
 HERE = Path(__file__).parent

@@ -1,0 +1,128 @@
+"""Which form brings a relocked checkpoint's biases to the serving stacks that are asked for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fastlock.architectures.families import ATTENTION
+from fastlock.architectures.llama_form import LLAMA_FORM, llama_config
+from fastlock.architectures.serving_stacks import STACKS, acts, architecture, named_architecture, native_flag, needs
+from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.errors import FastlockError
+
+_LLAMA_TENSOR = re.compile(
+    r"(model\.embed_tokens|model\.norm|lm_head)\.weight|model\.layers\.\d+\.("
+    r"self_attn\.[qkvo]_proj\.(weight|bias)|mlp\.(gate|up|down)_proj\.weight|(input|post_attention)_layernorm\.weight)"
+)
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """How a checkpoint on disk brings the biases to the stacks that are asked for.
+
+    Attributes:
+        form: "native", or "llama".
+        flag: the config key that switches the biases on; "" where they always are.
+        was: whether it was on before.
+        config: the new config.json, without a receipt; its architecture is another one where a stack needs that.
+        switched: the modules of a layer that then need a bias, zeros included; "lm_head" is the model's.
+    """
+
+    form: str
+    flag: str
+    was: bool
+    config: dict[str, Any]
+    switched: tuple[str, ...]
+
+
+def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
+    """The carrier that acts in every one of these stacks: the family's own bias, else the Llama form.
+
+    Raises:
+        FastlockError: there is none; it names the stack that would lose the lock, and what would work.
+    """
+    kind, asked = checkpoint.kind, set(stacks)
+    native = acts(kind)
+    if "transformers" in native and asked <= native:
+        return _native(checkpoint, stacks, checkpoint.family.bias_flag or "")
+    if kind in LLAMA_FORM and asked <= acts("llama"):
+        architecture = (checkpoint.raw.get("architectures") or [LLAMA_FORM[kind]])[0]
+        try:
+            return _as_llama(checkpoint, str(architecture))
+        except FastlockError:
+            if not asked <= native:
+                raise
+    if asked <= native:
+        flags = {native_flag(kind, stack) for stack in stacks}
+        if len(flags) == 1:
+            return _native(checkpoint, stacks, flags.pop() or "")
+    losing = ", ".join(stack for stack in stacks if stack not in native)
+    raise FastlockError(
+        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {kind} checkpoint, in silence. "
+        f"{_what_works(native)} Nothing was written."
+    )
+
+
+def _what_works(native: frozenset[str]) -> str:
+    if not native:
+        return "No stack has a place for it: relock in memory after loading (fastlock.relock)."
+    return f"What works: --for {','.join(stack for stack in STACKS if stack in native)}."
+
+
+def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carrier:
+    config = copy.deepcopy(checkpoint.raw)
+    text = config if checkpoint.text_key is None else config.setdefault(checkpoint.text_key, {})
+    was = not flag or bool(getattr(checkpoint.text_config, flag, False))
+    switched = checkpoint.family.switched if flag and flag == checkpoint.family.bias_flag else ()
+    switched += tuple(name for stack in stacks for name in needs(checkpoint.kind, stack))
+    if flag:
+        text[flag] = True
+    if (needed := _architecture(checkpoint, stacks)) is not None:
+        config["architectures"] = [needed]
+    _drop_remote_code(config)
+    return Carrier("native", flag, was, config, tuple(dict.fromkeys(switched)))
+
+
+def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None:
+    """The architecture that config.json must name for all of these stacks, None where it need not be changed."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    needed = next((name for stack in stacks if (name := architecture(checkpoint.kind, stack)) is not None), None)
+    if needed is None:
+        return None
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.kind]
+    if named_architecture(checkpoint.raw) not in (None, own, needed):
+        raise FastlockError(
+            f"{checkpoint.where}: vllm's own code would lose the lock in a {checkpoint.kind} checkpoint, in silence, "
+            f"and {needed}, which keeps it, is for {own} alone. What works: --for transformers. Nothing was written."
+        )
+    if others := set(stacks) - {"transformers", "vllm"}:
+        raise FastlockError(
+            f"{checkpoint.where}: vllm keeps the lock in a {checkpoint.kind} checkpoint where config.json names "
+            f"{needed}, which {' and '.join(sorted(others))} would not take: relock it twice, once for each. Nothing "
+            "was written."
+        )
+    return needed
+
+
+def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
+    works = "What works: relock in memory after loading (fastlock.relock). Nothing was written."
+    llama = llama_config(checkpoint.config, architecture, works)
+    if foreign := [name for name in checkpoint.shards.tensors if not _LLAMA_TENSOR.fullmatch(name)]:
+        raise FastlockError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
+    config = json.loads(llama.to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
+    return Carrier("llama", "attention_bias", checkpoint.kind == "qwen2", config, ATTENTION)
+
+
+def _drop_remote_code(config: dict[str, Any]) -> None:
+    """Code of the checkpoint's own may have no place for the bias; without it, transformers' own class is used."""
+    mapped = config.get("auto_map")
+    if isinstance(mapped, dict):
+        kept = {key: value for key, value in mapped.items() if key.startswith("AutoTokenizer")}
+        config.pop("auto_map")
+        if kept:
+            config["auto_map"] = kept
