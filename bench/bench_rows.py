@@ -20,7 +20,7 @@ from torch.nn import functional
 import machine
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear.reference import Inputs
-from fastlock.models.request_locks import locked_linear as op
+from fastlock.models.locked_linear_op import locked_linear as op
 from report import interval_of_median
 
 ON_GPU = machine.device().type == "cuda"

@@ -24,9 +24,8 @@ from fastlock.checkpoints.relocking import (
 from fastlock.checkpoints.tensor_index import INDEX
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock
-from fastlock.locks.receipt import Receipt, biases_digest
+from fastlock.locks.receipt import Receipt, SavedReceipt, biases_digest
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
-from fastlock.models.saving import CONFIG_KEY
 from fastlock.models.sites import sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
 
@@ -128,18 +127,19 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
 def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verification:
     where = str(directory)
     files = files_in(as_place(directory))
-    receipt, raw = receipt_in(files, where)
+    saved = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
     sites, unit = checkpoint.sites_for(lock), lock.displacement(1.0)
     evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer]), sites)
 
-    def problem(known: Receipt) -> str | None:
-        return _problem_on_disk(checkpoint, known, raw[CONFIG_KEY].get("carrier"))
+    def problem(_: Receipt) -> str | None:
+        return None if saved is None else _problem_on_disk(checkpoint, saved)
 
-    def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
-        return original_biases_on_disk(checkpoint, known, raw)
+    def originals(_: Receipt) -> dict[int, torch.Tensor | None]:
+        return {} if saved is None else original_biases_on_disk(checkpoint, saved)
 
     checkpoint.check_unchanged()
+    receipt = None if saved is None else saved.receipt
     return _judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
 
 
@@ -147,17 +147,16 @@ def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:
     return why_lost(checkpoint.kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
 
 
-def _problem_on_disk(checkpoint: Checkpoint, receipt: Receipt, carrier: Any) -> str | None:
-    carrier = carrier if isinstance(carrier, dict) else {}
-    stacks = carrier.get("stacks")
-    for stack in stacks if isinstance(stacks, list) and stacks else ["transformers"]:
-        if (lost := _why_lost(checkpoint, str(stack)[:40])) is not None:
+def _problem_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
+    receipt, carrier = saved.receipt, saved.carrier
+    for stack in carrier.stacks or ["transformers"]:
+        if (lost := _why_lost(checkpoint, stack[:40])) is not None:
             return lost
     if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         return "the biases do not match the receipt's digest"
     if (name := changed_addition(checkpoint, receipt)) is not None:
         return f"{name}, which relocking wrote as zeros, holds other numbers"
-    if "config_digest" in carrier and carrier["config_digest"] != config_digest(checkpoint.raw):
+    if carrier.config_digest not in (None, config_digest(checkpoint.raw)):
         return "config.json was changed since it was relocked"
     if index_changed(checkpoint, carrier):
         return f"{INDEX} was changed since it was relocked"

@@ -217,13 +217,21 @@ def test_on_disk_without_the_receipt_and_with_the_bias_switched_off(tmp_path) ->
     assert "transformers drops the biases" in found.reason
 
 
-@pytest.mark.parametrize("stacks", [[], None, "vllm", {}])
-def test_a_receipt_that_names_no_stacks(stacks: object, tmp_path) -> None:
-    """The bias is still looked for in transformers."""
+@pytest.mark.parametrize("stacks", [[], None, "vllm", {}, [7]])
+def test_a_receipt_whose_stacks_are_no_list_of_names(stacks: object, tmp_path) -> None:
     lock, out = relocked_on_disk(tmp_path)
     receipt = json.loads((out / "config.json").read_text())["fastlock"]
     receipt["carrier"]["stacks"] = stacks
-    del receipt["carrier"]["config_digest"]
+    rewrite_config(out, fastlock=receipt)
+    with pytest.raises(fastlock.FastlockError, match="the receipt is damaged"):
+        fastlock.verify(out, lock)
+
+
+def test_a_receipt_that_names_no_stacks(tmp_path) -> None:
+    """The bias is still looked for in transformers."""
+    lock, out = relocked_on_disk(tmp_path)
+    receipt = json.loads((out / "config.json").read_text())["fastlock"]
+    del receipt["carrier"]["stacks"], receipt["carrier"]["config_digest"]
     rewrite_config(out, fastlock=receipt, attention_bias=False)
     found = fastlock.verify(out, lock)
     assert (found.state, found.altered) == ("altered", (0, 2))

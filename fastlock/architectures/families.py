@@ -1,4 +1,4 @@
-"""The families of models that fastlock knows: where each keeps its output projection, and whether a bias there is kept."""
+"""The families that fastlock knows: where each keeps its output projection, and whether a bias there is kept."""
 
 from __future__ import annotations
 

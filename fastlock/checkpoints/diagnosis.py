@@ -44,10 +44,10 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_ST
         FastlockError: the checkpoint is damaged, of a family without an exact fold, or a stack is unknown.
     """
     files, where = files_in(as_place(directory)), str(directory)
-    receipt, _ = receipt_in(files, where)
+    saved = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
     return [
-        _of_unlocked(checkpoint, stack) if receipt is None else _of_relocked(checkpoint, receipt, stack)
+        _of_unlocked(checkpoint, stack) if saved is None else _of_relocked(checkpoint, saved.receipt, stack)
         for stack in check_stacks(stacks)
     ]
 

@@ -7,7 +7,6 @@ formats): copies of small files, links to large ones. `original_files` is the wa
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -25,14 +24,24 @@ from fastlock.architectures.serving_stacks import check_stacks, named_architectu
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads, read_config
 from fastlock.checkpoints.model_card import CARD, with_section, without_section
+from fastlock.checkpoints.resaved import out_of_llama_form
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE, Stored, read_shards
 from fastlock.errors import FastlockError
 from fastlock.fold import Fold, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
-from fastlock.locks.receipt import LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
-from fastlock.models.loading import load_model, out_of_llama_form
+from fastlock.locks.receipt import (
+    CONFIG_KEY,
+    CarrierNote,
+    KnownDigests,
+    LockedSite,
+    Receipt,
+    SavedReceipt,
+    biases_digest,
+    raw_bytes,
+    weights_digest,
+)
+from fastlock.models.loading import load_model
 from fastlock.models.relocking import relock, unlock
-from fastlock.models.saving import CONFIG_KEY
 from fastlock.storage.files import CONFIG, File, Text, read_all
 from fastlock.storage.local import LocalFile, local_files
 from fastlock.storage.new_directory import (
@@ -171,7 +180,8 @@ def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
     """
     place = as_place(directory)
     config = file_at(below(place, CONFIG))
-    return receipt_in({} if config is None else {CONFIG: config}, str(place))[0]
+    saved = receipt_in({} if config is None else {CONFIG: config}, str(place))
+    return None if saved is None else saved.receipt
 
 
 def _was_relocked_here(files: Mapping[str, Any]) -> bool:
@@ -289,14 +299,14 @@ def _fold_site(
 
 
 def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_Folded]) -> Receipt:
-    receipt = Receipt(
+    return Receipt(
         lock_digest=lock.digest,
         strength=strength,
         model_type=checkpoint.kind,
         dtype=str(folded[0].site.dtype).removeprefix("torch."),
         sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded),
+        digests=KnownDigests(weights_digest(f.digest for f in folded), biases_digest(f.bias for f in folded)),
     )
-    return receipt.with_digests(weights_digest(f.digest for f in folded), biases_digest(f.bias for f in folded))
 
 
 def _write_relocked(
@@ -310,7 +320,8 @@ def _write_relocked(
 ) -> None:
     added = _added_biases(checkpoint, carrier, folded)
     own = checkpoint.shards.files
-    note = _note(carrier, checkpoint, folded, stacks)
+    set_aside: dict[str, str] = {}
+    index_digest: str | None = None
     patches: dict[str, list[tuple[int, bytes]]] = {}
     for f in folded:
         if f.site.bias is not None:
@@ -322,15 +333,26 @@ def _write_relocked(
             aside = new_name.startswith(ASIDE) and _is_copied(new, name, file)
             _carry(new, new_name, changed, copy or aside)
         if new_name.startswith(ASIDE) and _is_small(name, file):
-            note["set_aside"][name] = _digest(file, f"{checkpoint.where}/{name}")
+            set_aside[name] = _digest(file, f"{checkpoint.where}/{name}")
     if added:
         index = _new_index(checkpoint, added)
-        note["index_digest"] = _json_digest(index)
+        index_digest = _json_digest(index)
         new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
         new.write(INDEX, _json(index))
     card = checkpoint.files.get(CARD)
     new.write(CARD, with_section(None if card is None else read_all(card, CARD), receipt, stacks))
-    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: receipt.to_dict() | {"carrier": note}}))
+    note = CarrierNote(
+        form=carrier.form,
+        flag=carrier.flag,
+        was=carrier.was,
+        original_biases={f.site.layer: raw_bytes(f.original) for f in folded if f.original is not None},
+        stacks=stacks,
+        original_config=checkpoint.raw if carrier.form == "llama" else None,
+        config_digest=config_digest(carrier.config),
+        index_digest=index_digest,
+        set_aside=set_aside,
+    )
+    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: SavedReceipt(receipt, note).to_dict()}))
 
 
 def _carry(new: _NewDirectory, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
@@ -404,41 +426,30 @@ def _new_index(checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> dict[s
     }
 
 
-def _note(carrier: Carrier, checkpoint: Checkpoint, folded: list[_Folded], stacks: tuple[str, ...]) -> dict[str, Any]:
-    """What the receipt says of the carrier: enough to take the lock out again, in memory and on disk."""
-    note: dict[str, Any] = {"form": carrier.form, "flag": carrier.flag, "was": carrier.was, "stacks": list(stacks)}
-    if carrier.form == "llama":
-        note["original_config"] = checkpoint.raw
-    note["original_biases"] = {
-        str(f.site.layer): base64.b64encode(raw_bytes(f.original)).decode() for f in folded if f.original is not None
-    }
-    return note | {"config_digest": config_digest(carrier.config), "set_aside": {}}
-
-
 def config_digest(config: dict[str, Any]) -> str:
     """SHA-256 of a config.json without its receipt, however it is laid out."""
     return _json_digest({key: value for key, value in config.items() if key != CONFIG_KEY})
 
 
-def index_changed(checkpoint: Checkpoint, carrier: Mapping[str, Any]) -> bool:
-    """Whether a relocked directory's index is another than fastlock wrote; `carrier` is the receipt's note of it."""
-    if not _was_relocked_here(checkpoint.files) or "index_digest" not in carrier:
+def index_changed(checkpoint: Checkpoint, carrier: CarrierNote) -> bool:
+    """Whether a relocked directory's index is another than fastlock wrote."""
+    if not _was_relocked_here(checkpoint.files) or carrier.index_digest is None:
         return False
-    return bool(carrier["index_digest"] != _json_digest(checkpoint.shards.index or {}))
+    return carrier.index_digest != _json_digest(checkpoint.shards.index or {})
 
 
 def _json_digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def receipt_in(files: Mapping[str, File], where: str) -> tuple[Receipt | None, dict[str, Any]]:
-    """The receipt in a checkpoint's config.json, None where it has none, and the whole of that.
+def receipt_in(files: Mapping[str, File], where: str) -> SavedReceipt | None:
+    """The receipt in a checkpoint's config.json, None where it has none.
 
     Raises:
         FastlockError: there is no config.json, or the receipt in it is damaged.
     """
     raw = read_config(files, where)
-    return (Receipt.from_dict(raw[CONFIG_KEY], f"{where}/{CONFIG}") if CONFIG_KEY in raw else None), raw
+    return SavedReceipt.from_dict(raw[CONFIG_KEY], f"{where}/{CONFIG}") if CONFIG_KEY in raw else None
 
 
 def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
@@ -447,31 +458,30 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
     Raises:
         FastlockError: the biases or the config are not those that fastlock wrote.
     """
-    receipt, raw = receipt_in(checkpoint.files, checkpoint.where)
-    if receipt is None:
+    saved = receipt_in(checkpoint.files, checkpoint.where)
+    if saved is None:
         raise _changed(checkpoint.where, f"{CONFIG} holds no receipt any more")
+    receipt, carrier = saved.receipt, saved.carrier
     if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         raise _changed(checkpoint.where, "the locked biases are not those that fastlock wrote")
     if (name := changed_addition(checkpoint, receipt)) is not None:
         raise _changed(checkpoint.where, f"{name}, which fastlock wrote as zeros, holds other numbers")
-    note = _carrier_note(raw)
-    if note.get("config_digest") != config_digest(raw):
+    if carrier.config_digest != config_digest(checkpoint.raw):
         raise _changed(checkpoint.where, f"{CONFIG} is not the one that fastlock wrote")
-    if index_changed(checkpoint, note):
+    if index_changed(checkpoint, carrier):
         raise _changed(checkpoint.where, f"{INDEX} is not the one that fastlock wrote")
-    _check_set_aside(checkpoint, note)
+    _check_set_aside(checkpoint, carrier)
     patches: dict[str, list[tuple[int, bytes]]] = {}
-    for layer, original in original_biases_on_disk(checkpoint, receipt, raw).items():
+    for layer, original in original_biases_on_disk(checkpoint, saved).items():
         stored = checkpoint.sites[layer].bias
         if original is not None and stored is not None:
             patches.setdefault(stored.file, []).append((stored.start, raw_bytes(original)))
     return patches
 
 
-def _check_set_aside(checkpoint: Checkpoint, note: dict[str, Any]) -> None:
+def _check_set_aside(checkpoint: Checkpoint, carrier: CarrierNote) -> None:
     """Raise if a small file that was set aside is not what it was."""
-    noted = note.get("set_aside", {})  # receipts of before fastlock noted it have none
-    for name, digest in noted.items() if isinstance(noted, dict) else []:
+    for name, digest in (carrier.set_aside or {}).items():
         file, where = checkpoint.files.get(ASIDE + name), f"{checkpoint.where}/{ASIDE}{name}"
         if file is None or _digest(file, where) != digest:
             raise FastlockError(
@@ -480,26 +490,23 @@ def _check_set_aside(checkpoint: Checkpoint, note: dict[str, Any]) -> None:
             )
 
 
-def original_biases_on_disk(
-    checkpoint: Checkpoint, receipt: Receipt, raw: dict[str, Any]
-) -> dict[int, torch.Tensor | None]:
+def original_biases_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> dict[int, torch.Tensor | None]:
     """The bias that each locked layer had before, None where it had none, out of the receipt.
 
     Raises:
         FastlockError: the receipt does not hold them, or can't be true.
     """
-    note = _carrier_note(raw)
     originals: dict[int, torch.Tensor | None] = {}
-    for locked, bias in zip(receipt.sites, stored_biases(checkpoint, receipt), strict=True):
+    for locked, bias in zip(saved.receipt.sites, stored_biases(checkpoint, saved.receipt), strict=True):
         originals[locked.layer] = None
         if locked.had_bias:
-            original = None if bias is None else _decoded(note, locked.layer, bias.dtype)
+            original = None if bias is None else _decoded(saved.carrier, locked.layer, bias.dtype)
             if original is None or bias is None or original.shape != bias.shape:
                 raise FastlockError(
                     f"{checkpoint.where}: the receipt does not hold the original bias of layer {locked.layer}, so "
                     "that it can't be put back. Get the checkpoint again, or start from the original one."
                 )
-            if original.count_nonzero() and _had_none(note):
+            if original.count_nonzero() and saved.carrier.had_none:  # a negative fold would hide the lock
                 raise FastlockError(
                     f"{checkpoint.where}: the receipt says that layer {locked.layer} had a bias before, and that its "
                     "model had no place for one. Don't trust this checkpoint: start from the original one."
@@ -508,23 +515,12 @@ def original_biases_on_disk(
     return originals
 
 
-def _decoded(note: dict[str, Any], layer: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _decoded(carrier: CarrierNote, layer: int, dtype: torch.dtype) -> torch.Tensor | None:
     """A layer's original bias out of the receipt, None where it can't be one; each has the dtype of the bias there."""
     try:
-        data = bytearray(base64.b64decode(note["original_biases"][str(layer)], validate=True))
-        return torch.frombuffer(data, dtype=dtype)
-    except (KeyError, TypeError, ValueError):
+        return torch.frombuffer(bytearray(carrier.original_biases[layer]), dtype=dtype)
+    except (KeyError, ValueError):
         return None
-
-
-def _had_none(note: dict[str, Any]) -> bool:
-    """Whether the projections had no biases but zeros before: a negative fold said to be one would hide the lock."""
-    return note.get("form") == "llama" or bool(note.get("flag") and note.get("was") is False)
-
-
-def _carrier_note(raw: dict[str, Any]) -> dict[str, Any]:
-    note = raw[CONFIG_KEY].get("carrier")
-    return note if isinstance(note, dict) else {}
 
 
 def stored_biases(checkpoint: Checkpoint, receipt: Receipt) -> list[torch.Tensor | None]:
@@ -580,11 +576,10 @@ def _relock_saved(
 def _unlock_saved(source: Place, out: Place, in_place: bool) -> None:
     source, out = _both_here(source, out)
     model = load_model(source)
-    receipt = getattr(model.config, CONFIG_KEY, None)
+    saved = receipt_in(local_files(source), str(source))
     unlock(model)
-    carrier = receipt.get("carrier", {}) if isinstance(receipt, dict) else {}
-    if carrier.get("form") == "llama":
-        model = out_of_llama_form(model, carrier.get("original_config"), source)
+    if saved is not None and saved.carrier.form == "llama":
+        model = out_of_llama_form(model, saved.carrier.original_config, source)
     _save(model, source, out, in_place, None, ())
 
 

@@ -1,22 +1,33 @@
-"""The receipt: what a relock did, in data."""
+"""The receipt: what a relock did, in data; and what a checkpoint says of how it carries the lock.
+
+The JSON form is specified in docs/receipt-format.md.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import check_strength
-from fastlock.models.sites import Site
 from fastlock.version import __version__
 
 FORMAT_VERSION = 1
+# Where config.json holds it.
+CONFIG_KEY = "fastlock"
+FORMS = ("native", "llama")
+_KEYS = frozenset(
+    "format_version fastlock_version lock_digest strength model_type dtype sites weights_digest biases_digest".split()
+)
+_SITE_KEYS = frozenset(("layer", "name", "heads", "had_bias"))
+_CARRIER_KEYS = frozenset(
+    "form flag was stacks original_config original_biases config_digest index_digest set_aside".split()
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,26 @@ class LockedSite:
     name: str
     heads: tuple[int, ...]
     had_bias: bool
+
+
+class Digests(Protocol):
+    """Where a receipt's digests come from: they are known, or taken when they are first asked for."""
+
+    @property
+    def weights(self) -> str:
+        """As `Receipt.weights_digest`."""
+
+    @property
+    def biases(self) -> str:
+        """As `Receipt.biases_digest`."""
+
+
+@dataclass(frozen=True)
+class KnownDigests:
+    """Digests that are known already."""
+
+    weights: str
+    biases: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +72,7 @@ class Receipt:
         sites: the relocked output projections.
         fastlock_version: the fastlock that did it.
         original_config: what the model's config was before it was saved in Llama form, None for all others.
+        digests: where its digests come from; None for a copy that was made before they were asked for.
     """
 
     lock_digest: str
@@ -50,14 +82,14 @@ class Receipt:
     sites: tuple[LockedSite, ...]
     fastlock_version: str = __version__
     original_config: dict[str, Any] | None = field(default=None, repr=False, compare=False)
-    _source: _Source | None = field(default=None, repr=False, compare=False)
+    digests: Digests | None = field(default=None, repr=False, compare=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The relocked layers, ascending."""
         return tuple(site.layer for site in self.sites)
 
-    @cached_property
+    @property
     def weights_digest(self) -> str:
         """SHA-256 over the SHA-256 of each site's weights read, by layer: its locked columns, row by row.
 
@@ -66,18 +98,15 @@ class Receipt:
         Raises:
             FastlockError: the model is gone, or its weights were changed since.
         """
-        return weights_digest(
-            hashlib.sha256(raw_bytes(locked_columns(site.weight, locked.heads, site.head_dim))).digest()
-            for locked, site in zip(self.sites, self._read(), strict=True)
-        )
+        return self._known().weights
 
-    @cached_property
+    @property
     def biases_digest(self) -> str:
         """SHA-256 of the biases written, [hidden] each, by layer. Computed when first asked for."""
-        return biases_digest(site.bias for site in self._read())
+        return self._known().biases
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole receipt, digests included, as data that JSON can hold."""
+        """The whole receipt, digests included, as data that JSON can hold: the same receipt gives the same data."""
         return {
             "format_version": FORMAT_VERSION,
             "fastlock_version": self.fastlock_version,
@@ -106,86 +135,131 @@ class Receipt:
                     f"{where}: receipt format {data['format_version']!r}; this fastlock reads {FORMAT_VERSION}. "
                     "Upgrade fastlock."
                 )
-            receipt = cls(
+            _check_keys(data, _KEYS)
+            return cls(
                 lock_digest=_text(data["lock_digest"]),
                 strength=check_strength(data["strength"]),
                 model_type=_text(data["model_type"]),
                 dtype=_text(data["dtype"]),
                 sites=tuple(_locked_site(site) for site in data["sites"]),
                 fastlock_version=_text(data["fastlock_version"]),
+                digests=KnownDigests(_text(data["weights_digest"]), _text(data["biases_digest"])),
             )
-            digests = {name: _text(data[name]) for name in ("weights_digest", "biases_digest")}
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise FastlockError(
-                f"{where}: the receipt is damaged ({type(error).__name__}: {error}). Get the checkpoint again, "
-                "or relock its original."
-            ) from None
-        return receipt.with_digests(**digests)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise _damaged(where, error) from None
 
     def renamed(self, names: list[str]) -> Receipt:
         """The same receipt, its sites called by these names."""
         sites = tuple(replace(site, name=name) for site, name in zip(self.sites, names, strict=True))
-        return replace(self, sites=sites).with_digests(self.weights_digest, self.biases_digest)
+        return replace(self, sites=sites)
 
-    def with_digests(self, weights_digest: str, biases_digest: str) -> Receipt:
-        """The same receipt with its digests known already."""
-        known = replace(self)
-        known.__dict__.update(weights_digest=weights_digest, biases_digest=biases_digest)
-        return known
-
-    def of(self, sites: list[Site]) -> Receipt:
-        """The same receipt, its digests to be taken from these sites."""
-        return replace(self, _source=_Source(sites))
-
-    def _read(self) -> list[Site]:
-        if self._source is None:
+    def _known(self) -> Digests:
+        if self.digests is None:
             raise FastlockError("this receipt was copied without its digests; call its to_dict() before copying it.")
-        return self._source.sites()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None}
+        return self.digests
 
 
-class _Source:
-    """The sites that a receipt speaks of: it keeps no model alive, and notices changed weights."""
+@dataclass(frozen=True)
+class CarrierNote:
+    """How a checkpoint carries the lock: enough to take it out again, in memory and on disk.
 
-    def __init__(self, sites: list[Site]) -> None:
-        self._sites = [
-            (weakref.ref(site.module), site.layer, site.name, site.num_heads, site.head_dim) for site in sites
-        ]
-        self._versions = _versions(sites)
+    Attributes:
+        form: one of FORMS.
+        flag: the config key that switches the biases on; "" where they always are.
+        was: whether it was on before.
+        original_biases: by layer, the numbers of each original bias, in the dtype of the receipt.
+        stacks: where the lock was to act; None where transformers saved the checkpoint.
+        original_config: what the config was before, of the Llama form alone.
+        config_digest, index_digest: SHA-256 of config.json without the receipt, and of the index; None where fastlock
+            did not write them.
+        set_aside: SHA-256 of each small file that was set aside, by its name; None as above.
+    """
 
-    def sites(self) -> list[Site]:
-        found = []
-        for reference, layer, name, num_heads, head_dim in self._sites:
-            module = reference()
-            if module is None:
-                raise FastlockError("the model of this receipt is gone; call to_dict() before dropping the model.")
-            found.append(Site(layer, name, module, num_heads, head_dim))
-        if _versions(found) != self._versions:
-            raise FastlockError(
-                "the model was changed since this receipt was made, so that digests of now would not be its own. "
-                "Relock it again for a receipt of the model as it is."
+    form: str
+    flag: str
+    was: bool
+    original_biases: Mapping[int, bytes] = field(default_factory=dict)
+    stacks: tuple[str, ...] | None = None
+    original_config: dict[str, Any] | None = None
+    config_digest: str | None = None
+    index_digest: str | None = None
+    set_aside: Mapping[str, str] | None = None
+
+    @property
+    def had_none(self) -> bool:
+        """Whether the projections had no biases but zeros before."""
+        return self.form == "llama" or bool(self.flag and not self.was)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The note as data that JSON can hold; what is None is left out."""
+        data: dict[str, Any] = {
+            "form": self.form,
+            "flag": self.flag,
+            "was": self.was,
+            "stacks": None if self.stacks is None else list(self.stacks),
+            "original_config": self.original_config,
+            "original_biases": {
+                str(layer): base64.b64encode(bias).decode() for layer, bias in self.original_biases.items()
+            },
+            "config_digest": self.config_digest,
+            "set_aside": None if self.set_aside is None else dict(self.set_aside),
+            "index_digest": self.index_digest,
+        }
+        return {key: value for key, value in data.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> CarrierNote:
+        """The note that `to_dict` wrote, out of a file that may have been changed since.
+
+        Raises:
+            FastlockError: it is none.
+        """
+        try:
+            _check_keys(data, _CARRIER_KEYS)
+            if data["form"] not in FORMS or type(data["was"]) is not bool:
+                raise ValueError("its form is unknown, or `was` neither true nor false")
+            return cls(
+                form=data["form"],
+                flag=_text(data["flag"]),
+                was=data["was"],
+                original_biases={_layer(key): _bias(key, text) for key, text in data["original_biases"].items()},
+                stacks=tuple(map(_text, _list(data["stacks"]))) if "stacks" in data else None,
+                original_config=_object(data["original_config"]) if "original_config" in data else None,
+                config_digest=_text(data["config_digest"]) if "config_digest" in data else None,
+                index_digest=_text(data["index_digest"]) if "index_digest" in data else None,
+                set_aside=(
+                    {name: _text(digest) for name, digest in _object(data["set_aside"]).items()}
+                    if "set_aside" in data
+                    else None
+                ),
             )
-        return found
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise _damaged(where, error) from None
 
 
-def _versions(sites: Iterable[Site]) -> list[tuple[int, int]]:
-    tensors = [tensor for site in sites for tensor in (site.module.weight, site.module.bias)]
-    return [(id(tensor), version_of(tensor)) for tensor in tensors]
+@dataclass(frozen=True)
+class SavedReceipt:
+    """What config.json holds under CONFIG_KEY: the receipt, and how the checkpoint carries the lock."""
 
+    receipt: Receipt
+    carrier: CarrierNote
 
-def version_of(tensor: torch.Tensor | None) -> int:
-    """How often a tensor was written to, as far as PyTorch counts it: 0 where it does not."""
-    try:
-        return 0 if tensor is None else tensor._version
-    except RuntimeError:  # made in inference mode
-        return 0
+    def to_dict(self) -> dict[str, Any]:
+        """Both as data that JSON can hold."""
+        return self.receipt.to_dict() | {"carrier": self.carrier.to_dict()}
 
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> SavedReceipt:
+        """Both out of a file that may have been changed since.
 
-def locked_columns(weight: torch.Tensor, heads: Iterable[int], head_dim: int) -> torch.Tensor:
-    """The columns of W that the lock reads, [hidden, len(heads) * head_dim]."""
-    return torch.cat([weight[:, head * head_dim : (head + 1) * head_dim] for head in heads], dim=1)
+        Raises:
+            FastlockError: they are damaged, or of a newer format.
+        """
+        if not isinstance(data, dict):
+            raise _damaged(where, TypeError("it is not a JSON object"))
+        rest = dict(data)
+        carrier = rest.pop("carrier", None)
+        return cls(Receipt.from_dict(rest, where), CarrierNote.from_dict(carrier, where))
 
 
 def weights_digest(of_sites: Iterable[bytes]) -> str:
@@ -206,6 +280,20 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def _damaged(where: str, error: Exception) -> FastlockError:
+    return FastlockError(
+        f"{where}: the receipt is damaged ({type(error).__name__}: {str(error)[:200]}). Get the checkpoint again, "
+        "or relock its original."
+    )
+
+
+def _check_keys(data: Any, known: frozenset[str]) -> None:
+    if not isinstance(data, dict):
+        raise TypeError("it is not a JSON object")
+    if unknown := sorted(map(str, data.keys() - known)):
+        raise ValueError(f"it says {unknown[0][:80]!a}, which no receipt does")
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isascii():
         raise TypeError(f"{str(value)[:80]!a} where ASCII text should be")
@@ -218,7 +306,33 @@ def _index(value: Any) -> int:
     return value
 
 
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"{str(value)[:80]!a} where a list should be")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{str(value)[:80]!a} where a JSON object should be")
+    return value
+
+
+def _layer(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) <= 9 and str(int(key)) == key):
+        raise ValueError(f"{key[:80]!a} where the number of a layer should be")
+    return int(key)
+
+
+def _bias(key: str, text: Any) -> bytes:
+    try:
+        return base64.b64decode(_text(text), validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the original bias of layer {key}: {error}") from None
+
+
 def _locked_site(data: Any) -> LockedSite:
+    _check_keys(data, _SITE_KEYS)
     if type(data["had_bias"]) is not bool:
         raise TypeError("had_bias is neither true nor false")
     heads = tuple(_index(head) for head in data["heads"])

@@ -19,7 +19,6 @@ from fastlock.errors import FastlockError
 from fastlock.fold import FoldPlan
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.locks.receipt import Receipt
-from fastlock.models.reloaded import set_receipt
 from fastlock.models.relocking import (
     Member,
     changing,
@@ -31,8 +30,8 @@ from fastlock.models.relocking import (
     put_in,
     receipt_for,
 )
-from fastlock.models.saving import ORIGINAL_BIAS, PLACED_BIAS, RECEIPT
 from fastlock.models.sites import Projections
+from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, RECEIPT, set_receipt, with_digests_of
 
 
 class Plan:
@@ -195,7 +194,7 @@ class _Built:
                 "Call relock() again."
             )
         return [
-            None if member.model is None else member.model.__dict__[RECEIPT].of(list(member.sites))
+            None if member.model is None else with_digests_of(member.model.__dict__[RECEIPT], member.sites)
             for member in self._members
         ]
 

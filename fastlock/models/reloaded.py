@@ -6,7 +6,6 @@ the state that `relock` leaves a model in, so that relocking, unlocking and savi
 
 from __future__ import annotations
 
-import base64
 import copy
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,19 +15,10 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.locks.receipt import Receipt, biases_digest
-from fastlock.models.saving import (
-    CONFIG_KEY,
-    ORIGINAL_BIAS,
-    PLACED_BIAS,
-    RECEIPT,
-    PartOfRelocked,
-    Relocked,
-    locked_sites,
-    swapped_class,
-    unlocked_class,
-)
+from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest
+from fastlock.models.saving import PartOfRelocked, Relocked, swapped_class, unlocked_class
 from fastlock.models.sites import DTYPES, Site, check_foldable, family_of, text_config
+from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, keep, locked_sites, set_receipt
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -41,7 +31,7 @@ def receipt_of(model: nn.Module) -> Receipt | None:
     if not is_loaded(model):
         receipt: Receipt | None = model.__dict__.get(RECEIPT)
         return receipt
-    return Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
+    return _saved(model).receipt
 
 
 def check_unlocked(model: nn.Module, why: str, *, name: str = "", or_else: str = "") -> None:
@@ -71,9 +61,9 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
     sites = locked_sites(model, receipt)
     if RECEIPT in model.__dict__:
         return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
-    kept = _carrier(model)["original_biases"]
+    kept = _carrier(model).original_biases
     return {
-        site.name: _decoded(model, kept.get(str(site.layer)), site, receipt.dtype) if locked.had_bias else None
+        site.name: _decoded(model, kept.get(site.layer), site, receipt.dtype) if locked.had_bias else None
         for locked, site in zip(receipt.sites, sites, strict=True)
     }
 
@@ -86,7 +76,7 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
     """
     if not is_loaded(model):
         return
-    receipt = Receipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
+    receipt = _saved(model).receipt
     here = locked_sites(model, receipt)
     for site in here:
         check_foldable(site)
@@ -105,22 +95,7 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
     data = getattr(model.config, CONFIG_KEY)
     delattr(model.config, CONFIG_KEY)
     undo.callback(setattr, model.config, CONFIG_KEY, data)
-    mark(model, replace(receipt, sites=sites, original_config=carrier.get("original_config")), undo)
-
-
-def keep(module: nn.Module, original: torch.Tensor | None, placed: torch.Tensor, undo: ExitStack) -> None:
-    """Keep what was there before, and a copy of what the lock put there, in buffers that move with the module."""
-    undo.callback(forget, module)
-    if original is not None:
-        module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
-    module.register_buffer(PLACED_BIAS, placed, persistent=False)
-
-
-def forget(module: nn.Module) -> None:
-    """Drop what `keep` kept."""
-    for name in (ORIGINAL_BIAS, PLACED_BIAS):
-        if hasattr(module, name):
-            delattr(module, name)
+    mark(model, replace(receipt, sites=sites, original_config=carrier.original_config), undo)
 
 
 def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
@@ -136,28 +111,20 @@ def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
             _swap(part, PartOfRelocked if receipt else None, undo)
 
 
-def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
-    """Note on the model what was done, and nothing else; None takes it away."""
-    if receipt is None:
-        model.__dict__.pop(RECEIPT, None)
-    else:
-        setattr(model, RECEIPT, receipt)
-
-
 def _swap(module: nn.Module, gained: type | None, undo: ExitStack) -> None:
     undo.callback(setattr, module, "__class__", module.__class__)
     own = unlocked_class(type(module))
     module.__class__ = own if gained is None else swapped_class(gained, own)
 
 
-def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: dict[str, Any], undo: ExitStack) -> bool:
+def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: CarrierNote, undo: ExitStack) -> bool:
     """Take away the zero biases that the carrier added beside the locked ones; False where they must stay.
 
     They stay where the config's flag was on before (a Qwen2 in Llama form), and where training has filled them.
     """
-    flag, was = carrier["flag"], carrier["was"]
-    if was or not flag:
-        return bool(not flag)
+    flag = carrier.flag
+    if carrier.was or not flag:
+        return not flag
     config: Any = copy.deepcopy(model.config)
     setattr(config.get_text_config(), flag, False)
     with torch.device("meta"):
@@ -187,10 +154,9 @@ def unchanged(model: nn.Module, receipt: Receipt) -> bool:
     return biases_digest(bias if bias is None else bias.to(written) for bias in biases) == receipt.biases_digest
 
 
-def _decoded(model: nn.Module, text: Any, site: Site, dtype: str) -> torch.Tensor:
+def _decoded(model: nn.Module, data: bytes | None, site: Site, dtype: str) -> torch.Tensor:
     try:
-        data = bytearray(base64.b64decode(text, validate=True))
-        original = torch.frombuffer(data, dtype=DTYPES[dtype])
+        original = torch.frombuffer(bytearray(data or b""), dtype=DTYPES[dtype])
         if site.bias is None or original.shape != site.bias.shape:
             raise ValueError(f"{len(original)} numbers")
     except (ValueError, TypeError, KeyError) as error:
@@ -201,19 +167,16 @@ def _decoded(model: nn.Module, text: Any, site: Site, dtype: str) -> torch.Tenso
     return original.to(site.weight)
 
 
-def _carrier(model: nn.Module) -> dict[str, Any]:
+def _saved(model: nn.Module) -> SavedReceipt:
+    return SavedReceipt.from_dict(getattr(model.config, CONFIG_KEY), _where(model))
+
+
+def _carrier(model: nn.Module) -> CarrierNote:
     """How the checkpoint carries the lock, as far as it can be true of this model."""
-    carrier = getattr(model.config, CONFIG_KEY).get("carrier")
-    sound = (
-        isinstance(carrier, dict)
-        and carrier.get("form") in ("native", "llama")
-        and carrier.get("flag") == family_of(model).bias_flag
-        and type(carrier.get("was")) is bool
-        and isinstance(carrier.get("original_biases"), dict)
-    )
-    if not sound:
+    carrier = _saved(model).carrier
+    if carrier.flag != family_of(model).bias_flag:
         raise FastlockError(f"{_where(model)}: the receipt is damaged (carrier). Get the checkpoint again.")
-    return dict(carrier)
+    return carrier
 
 
 def _bias(model: nn.Module, site_name: str) -> torch.Tensor:

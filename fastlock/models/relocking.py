@@ -18,9 +18,9 @@ from fastlock.errors import FastlockError
 from fastlock.fold import Fold, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt
-from fastlock.models.reloaded import forget, keep, mark, receipt_of, take_over
-from fastlock.models.saving import ORIGINAL_BIAS, PLACED_BIAS, locked_sites
+from fastlock.models.reloaded import mark, receipt_of, take_over
 from fastlock.models.sites import Projections, Site, bare_sites, sites_for, text_config, unwrapped
+from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, with_digests_of
 
 _T = TypeVar("_T")
 
@@ -291,7 +291,7 @@ def _place_all(
     for site, bias in zip(sites, biases, strict=True):
         _place(site.module, bias, undo)
     mark(model, receipt, undo)
-    return receipt.of(list(sites))
+    return with_digests_of(receipt, sites)
 
 
 def _take_out(model: nn.Module, undo: ExitStack) -> None:

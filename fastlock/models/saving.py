@@ -7,7 +7,6 @@ same model written as a Llama (where that is exact). Where there is neither, sav
 
 from __future__ import annotations
 
-import base64
 import copy
 import os
 from collections.abc import Callable, Mapping
@@ -17,22 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fastlock.architectures.llama_form import llama_config
 from fastlock.errors import FastlockError
-from fastlock.locks.receipt import Receipt, raw_bytes
-from fastlock.models.sites import Site, family_of
-from fastlock.models.sites import sites as every_site
+from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
+from fastlock.models.sites import family_of
+from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, locked_sites, with_digests_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-RECEIPT = "_fastlock"
-# Buffers beside a locked projection, so that they move with it: what was there before, and what the lock put there.
-ORIGINAL_BIAS = "fastlock_original_bias"
-PLACED_BIAS = "fastlock_placed_bias"
-CONFIG_KEY = "fastlock"
 
 
 class _Swapped:
@@ -167,46 +159,30 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     """The config and class that carry the lock, the receipt written into the config."""
     receipt: Receipt = getattr(model, RECEIPT)
     sites = locked_sites(model, receipt)
-    receipt = replace(receipt, dtype=sites[0].dtype_name).of(sites)
+    receipt = with_digests_of(replace(receipt, dtype=sites[0].dtype_name), sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
     config.__dict__.pop("quantization_config", None)  # a GGUF's, dequantised in loading: what is saved is plain
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))
-    note: dict[str, Any]
     if family.bias_flag is None:
-        note = {"form": "llama", "flag": "attention_bias", "was": config.model_type == "qwen2"}
-        note["original_config"] = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+        original = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+        carrier = CarrierNote("llama", "attention_bias", config.model_type == "qwen2", original_config=original)
         config, cls = _llama_form(model, config)
     elif family.bias_flag:
         text = config.get_text_config()
-        note = {"form": "native", "flag": family.bias_flag, "was": bool(getattr(text, family.bias_flag))}
+        carrier = CarrierNote("native", family.bias_flag, bool(getattr(text, family.bias_flag)))
         setattr(text, family.bias_flag, True)
     else:
-        note = {"form": "native", "flag": "", "was": True}
+        carrier = CarrierNote("native", "", True)
     if receipt.original_config is not None:
-        note |= {"form": "llama", "original_config": receipt.original_config}
-    note["original_biases"] = {
-        str(site.layer): base64.b64encode(raw_bytes(getattr(site.module, ORIGINAL_BIAS))).decode()
+        carrier = replace(carrier, form="llama", original_config=receipt.original_config)
+    biases = {
+        site.layer: raw_bytes(getattr(site.module, ORIGINAL_BIAS))
         for site in sites
         if hasattr(site.module, ORIGINAL_BIAS)
     }
-    setattr(config, CONFIG_KEY, receipt.to_dict() | {"carrier": note})
+    setattr(config, CONFIG_KEY, SavedReceipt(receipt, replace(carrier, original_biases=biases)).to_dict())
     return config, cls
-
-
-def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
-    """The sites that a receipt names."""
-    by_layer = {site.layer: site for site in every_site(model)}
-    tail = f"{family_of(model).layers}.{{}}.{family_of(model).projection}"  # a file may have other names above it
-    missing = [
-        site for site in receipt.sites if site.layer not in by_layer or not site.name.endswith(tail.format(site.layer))
-    ]
-    if missing:
-        raise FastlockError(
-            f"the receipt names {missing[0].name}, which {type(model).__name__} does not have. "
-            "The receipt belongs to another model: relock the original checkpoint."
-        )
-    return [by_layer[site.layer] for site in receipt.sites]
 
 
 def _llama_form(model: PreTrainedModel, config: Any) -> tuple[Any, Callable[[Any], PreTrainedModel]]:

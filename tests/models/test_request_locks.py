@@ -13,7 +13,8 @@ from torch import nn
 
 import fastlock
 from fastlock.models import unfolded as unfolded_module
-from fastlock.models.request_locks import LockedLinear, RequestLocks, _dense, locked_linear
+from fastlock.models.locked_linear_op import _dense, locked_linear
+from fastlock.models.request_locks import LockedLinear, RequestLocks
 from fastlock.models.sites import sites
 from tests.helpers.families import CONFIGS, logits, random_lock, reload, same_state, state, tiny_model, tokens
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 import fastlock
+from fastlock.locks.receipt import SavedReceipt
 from fastlock.models.sites import sites
 from tests.helpers.families import logits, random_lock, reload, same_state, state, tiny_model, tokens
 
@@ -38,7 +39,7 @@ def test_the_config_holds_the_receipt(tmp_path) -> None:
     note = json.loads((directory / "config.json").read_text())["fastlock"]
     assert note["carrier"] == {"form": "native", "flag": "attention_bias", "was": False, "original_biases": {}}
     assert (note["lock_digest"], note["strength"]) == (lock.digest, 2.5)
-    receipt = fastlock.Receipt.from_dict(note, "config.json")
+    receipt = SavedReceipt.from_dict(note, "config.json").receipt
     assert receipt.layers == (0, 2)
     assert fastlock.relock(model, lock, 2.5).to_dict() == {key: note[key] for key in note if key != "carrier"}
 

@@ -1,0 +1,134 @@
+"""What a relocked model carries: its receipt, the biases that were there before, and those that the lock put there."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlock.errors import FastlockError
+from fastlock.locks.receipt import KnownDigests, LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
+from fastlock.models.sites import Site, family_of
+from fastlock.models.sites import sites as every_site
+
+RECEIPT = "_fastlock"
+
+# Buffers beside a locked projection, so that they move with it: what was there before, and what the lock put there.
+ORIGINAL_BIAS = "fastlock_original_bias"
+
+PLACED_BIAS = "fastlock_placed_bias"
+
+
+def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
+    """The sites that a receipt names."""
+    by_layer = {site.layer: site for site in every_site(model)}
+    tail = f"{family_of(model).layers}.{{}}.{family_of(model).projection}"  # a file may have other names above it
+    missing = [
+        site for site in receipt.sites if site.layer not in by_layer or not site.name.endswith(tail.format(site.layer))
+    ]
+    if missing:
+        raise FastlockError(
+            f"the receipt names {missing[0].name}, which {type(model).__name__} does not have. "
+            "The receipt belongs to another model: relock the original checkpoint."
+        )
+    return [by_layer[site.layer] for site in receipt.sites]
+
+
+def keep(module: nn.Module, original: torch.Tensor | None, placed: torch.Tensor, undo: ExitStack) -> None:
+    """Keep what was there before, and a copy of what the lock put there, in buffers that move with the module."""
+    undo.callback(forget, module)
+    if original is not None:
+        module.register_buffer(ORIGINAL_BIAS, original, persistent=False)
+    module.register_buffer(PLACED_BIAS, placed, persistent=False)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what `keep` kept."""
+    for name in (ORIGINAL_BIAS, PLACED_BIAS):
+        if hasattr(module, name):
+            delattr(module, name)
+
+
+def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
+    """Note on the model what was done, and nothing else; None takes it away."""
+    if receipt is None:
+        model.__dict__.pop(RECEIPT, None)
+    else:
+        setattr(model, RECEIPT, receipt)
+
+
+class SiteDigests:
+    """The digests of sites as they are now, taken when they are asked for; see `locks.receipt.Digests`.
+
+    It keeps no model alive, and notices changed weights. A copy of it is what is known by then.
+    """
+
+    def __init__(self, locked: Sequence[LockedSite], sites: Sequence[Site]) -> None:
+        self._locked = locked
+        self._sites = [
+            (weakref.ref(site.module), site.layer, site.name, site.num_heads, site.head_dim) for site in sites
+        ]
+        self._versions = _versions(sites)
+
+    @cached_property
+    def weights(self) -> str:
+        """As `Receipt.weights_digest`."""
+        return weights_digest(
+            hashlib.sha256(raw_bytes(_side_by_side(site, locked.heads))).digest()
+            for locked, site in zip(self._locked, self._unchanged(), strict=True)
+        )
+
+    @cached_property
+    def biases(self) -> str:
+        """As `Receipt.biases_digest`."""
+        return biases_digest(site.bias for site in self._unchanged())
+
+    def _unchanged(self) -> list[Site]:
+        sites = []
+        for reference, layer, name, num_heads, head_dim in self._sites:
+            module = reference()
+            if module is None:
+                raise FastlockError("the model of this receipt is gone; call to_dict() before dropping the model.")
+            sites.append(Site(layer, name, module, num_heads, head_dim))
+        if _versions(sites) != self._versions:
+            raise FastlockError(
+                "the model was changed since this receipt was made, so that digests of now would not be its own. "
+                "Relock it again for a receipt of the model as it is."
+            )
+        return sites
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if {"weights", "biases"} <= self.__dict__.keys():
+            return KnownDigests, (self.weights, self.biases)
+        return type(None), ()
+
+
+def with_digests_of(receipt: Receipt, sites: Sequence[Site]) -> Receipt:
+    """The same receipt, its digests to be taken from these sites."""
+    return replace(receipt, digests=SiteDigests(receipt.sites, sites))
+
+
+def _side_by_side(site: Site, heads: Sequence[int]) -> torch.Tensor:
+    """The columns of W that a lock reads, [hidden, len(heads) * head_dim]."""
+    weight, head_dim = site.weight, site.head_dim
+    return torch.cat([weight[:, head * head_dim : (head + 1) * head_dim] for head in heads], dim=1)
+
+
+def _versions(sites: Iterable[Site]) -> list[tuple[int, int]]:
+    tensors = [tensor for site in sites for tensor in (site.module.weight, site.module.bias)]
+    return [(id(tensor), version_of(tensor)) for tensor in tensors]
+
+
+def version_of(tensor: torch.Tensor | None) -> int:
+    """How often a tensor was written to, as far as PyTorch counts it: 0 where it does not."""
+    try:
+        return 0 if tensor is None else tensor._version
+    except RuntimeError:  # made in inference mode
+        return 0
