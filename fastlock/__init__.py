@@ -1,7 +1,8 @@
 """Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias."""
 
 from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocking import relock_checkpoint, unlock_checkpoint
+from fastlock.checkpoints.relocking import relock_checkpoint
+from fastlock.checkpoints.unlocking import unlock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.evaluation.evaluator import evaluate
 from fastlock.locks.lock import Lock

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
-from fastlock.checkpoints.relocking import (
+from fastlock.checkpoints.relocked import (
     changed_addition,
     config_digest,
     index_changed,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,18 +15,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fastlock.architectures.families import FAMILIES, REFUSED, Family, check_lock_fits, family_of_config, head_geometry
+from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
+from fastlock.checkpoints.config import read_config, transformers_config
 from fastlock.checkpoints.tensor_index import Stored, read_shards
 from fastlock.errors import FastlockError
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
-from fastlock.storage.files import CONFIG, File, parse_json, read_all
 
 MAX_THREADS = 8
-MAX_LAYERS = 10_000
-MAX_SIZE = 2**20
 T = TypeVar("T")
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 # Rows are mapped in blocks of this size, which bounds the memory that a large projection takes.
 _BLOCK_BYTES = 32 * 1024 * 1024
 
@@ -240,52 +237,3 @@ def in_threads(function: Callable[[StoredSite], T], sites: Sequence[StoredSite])
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(available)
-
-
-def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
-    """The parsed config.json.
-
-    Raises:
-        FastlockError: there is none, or it is no JSON object.
-    """
-    if CONFIG not in files:
-        raise FastlockError(f"{where}: holds no {CONFIG}. Give a checkpoint's directory ({CONFIG}, *.safetensors).")
-    return parse_json(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
-
-
-def transformers_config(raw: dict[str, Any], where: str) -> Any:
-    """What transformers makes of a config.json, of known families only, and never running code of the checkpoint's."""
-    from transformers import AutoConfig
-
-    kind = raw.get("model_type")
-    if not isinstance(kind, str):
-        raise FastlockError(f"{where}: its {CONFIG} names no model_type. Get the checkpoint again.")
-    _check_layer_counts(raw, where)
-    keys = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
-    try:
-        config = AutoConfig.for_model(kind, **keys)
-        text = config.get_text_config()
-        numbers = [text.num_hidden_layers, text.num_attention_heads, text.hidden_size, *head_geometry(text)]
-    except Exception as error:  # transformers raises whatever its parts raise
-        if kind in REFUSED:
-            raise FastlockError(f"{where} ({kind}) {REFUSED[kind]}. It can't be relocked exactly.") from None
-        known = "" if kind in FAMILIES else f" Known families: {', '.join(sorted(FAMILIES))}."
-        raise FastlockError(
-            f"{where}: transformers can't read its {CONFIG} of model_type {kind[:80]!a} ({type(error).__name__}: "
-            f"{str(error)[:300]}). Get the checkpoint again, or upgrade transformers.{known}"
-        ) from None
-    if any(type(number) is not int or not 0 < number <= MAX_SIZE for number in numbers):
-        raise FastlockError(f"{where}: its {CONFIG} gives no sound number of layers, heads and hidden units.")
-    return config
-
-
-def _check_layer_counts(raw: Any, where: str) -> None:
-    """Configs make lists as long as this number says: a hostile one must not fill the memory."""
-    if isinstance(raw, list):
-        for value in raw:
-            _check_layer_counts(value, where)
-    elif isinstance(raw, dict):
-        for key, value in raw.items():
-            if key in _LAYER_COUNTS and type(value) in (int, float) and value > MAX_LAYERS:
-                raise FastlockError(f"{where}: its {CONFIG} says {str(value)[:40]} layers, which no model has.")
-            _check_layer_counts(value, where)

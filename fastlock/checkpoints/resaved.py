@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
+
+from fastlock.architectures.serving_stacks import named_architecture
+from fastlock.checkpoints.carrier import Carrier
+from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.model_card import CARD, with_section, without_section
+from fastlock.checkpoints.relocked import ASIDE, carry, is_copied, name_when_relocked, receipt_in
+from fastlock.checkpoints.tensor_index import INDEX, read_shards
 from fastlock.errors import FastlockError
+from fastlock.locks.lock import Lock
+from fastlock.locks.receipt import Receipt
+from fastlock.models.loading import load_model
+from fastlock.models.relocking import relock, unlock
 from fastlock.models.saving import in_class
+from fastlock.storage.files import CONFIG, read_all
+from fastlock.storage.local import local_files
+from fastlock.storage.new_directory import create_local_directory
+from fastlock.storage.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,3 +51,83 @@ def out_of_llama_form(model: PreTrainedModel, original: Any, source: str | os.Pa
         ) from None
     restored.generation_config = model.generation_config
     return restored
+
+
+def relock_saved(
+    source: Place, lock: Lock, out: Place, strength: float, in_place: bool, stacks: tuple[str, ...]
+) -> Receipt:
+    """Relock a checkpoint that transformers saved from a relocked model: its biases are among its other weights."""
+    source, out = _both_here(source, out)
+    model = load_model(source)
+    receipt = relock(model, lock, strength)
+    receipt.to_dict()  # takes its digests while the model is there
+    _save(model, source, out, in_place, receipt, stacks)
+    return receipt
+
+
+def unlock_saved(source: Place, out: Place, in_place: bool) -> None:
+    source, out = _both_here(source, out)
+    model = load_model(source)
+    saved = receipt_in(local_files(source), str(source))
+    unlock(model)
+    if saved is not None and saved.carrier.form == "llama":
+        model = out_of_llama_form(model, saved.carrier.original_config, source)
+    _save(model, source, out, in_place, None, ())
+
+
+def check_saved(checkpoint: Checkpoint, carrier: Carrier) -> None:
+    """Raise if transformers, which will save it, would not write what the carrier needs."""
+    needed = named_architecture(carrier.config)
+    if named_architecture(checkpoint.raw) != needed:
+        raise FastlockError(
+            f"{checkpoint.where}: was saved by transformers from a relocked model; vllm keeps the lock only where "
+            f"{CONFIG} names {needed}, which transformers does not write. `fastlock unlock` it first, and relock the "
+            "result; or relock it --for transformers. Nothing was written."
+        )
+
+
+def _both_here(source: Place, out: Place) -> tuple[Path, Path]:
+    if isinstance(source, str) or isinstance(out, str):
+        raise FastlockError(
+            f"{source}: was saved by transformers from a relocked model, so that all of it has to be loaded and "
+            "written anew. Download it, do this on local directories, and upload the result."
+        )
+    return source, out
+
+
+def _save(
+    model: Any, source: Path, out: Path, in_place: bool, receipt: Receipt | None, stacks: tuple[str, ...]
+) -> None:
+    """Save a model, with everything else that is in the directory that it was loaded from.
+
+    Args:
+        model: relocked or unlocked.
+        source, out, in_place: as for `relock_checkpoint`.
+        receipt: what was done; None where it was unlocked, and what was set aside comes back.
+        stacks: for the model card.
+    """
+    files = local_files(source)
+    shards = read_shards(dict(files), str(source)).files
+    with create_local_directory(out, source, in_place) as new:
+        try:
+            model.save_pretrained(new.path)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from None
+        new.sync()
+        anew = {*shards, INDEX, CARD, *local_files(new.path)}
+        for name in sorted(files, key=lambda name: not name.startswith(ASIDE)):  # what is set aside is the original's
+            target = _saved_name(name, shards, receipt is not None)
+            if not {name, target} & anew:
+                carry(new, target, files[name], target.startswith(ASIDE) and is_copied(new, name, files[name]))
+                anew.add(target)
+        card = without_section(read_all(files[CARD], CARD)) if CARD in files else None
+        if receipt is not None:
+            card = with_section(card, receipt, stacks)
+        if card is not None:
+            new.write(CARD, card)
+
+
+def _saved_name(name: str, shards: Set[str], locked: bool) -> str:
+    if name.startswith(ASIDE):
+        return name if locked else name.removeprefix(ASIDE)
+    return name_when_relocked(name, False, shards) if locked else name

@@ -24,7 +24,9 @@ from rich.text import Text
 
 from fastlock.architectures.serving_stacks import STACKS
 from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocking import DEFAULT_STACKS, read_receipt, relock_checkpoint, unlock_checkpoint
+from fastlock.checkpoints.relocked import read_receipt
+from fastlock.checkpoints.relocking import DEFAULT_STACKS, relock_checkpoint
+from fastlock.checkpoints.unlocking import unlock_checkpoint
 from fastlock.cli import zoo as zoo_cli
 from fastlock.cli.zoo import LockFile, Strength
 from fastlock.errors import FastlockError

@@ -14,12 +14,13 @@ from pathlib import Path
 from fastlock.errors import FastlockError
 from fastlock.storage.files import CONFIG
 from fastlock.storage.local import LocalFile, reading, reflink
-from fastlock.storage.places import Place
+from fastlock.storage.places import Place, as_place
 from fastlock.storage.remote import (
     RemoteDirectory,
     RemoteFile,
     check_absent_there,
     create_remote_directory,
+    normalised,
 )
 
 _RENAME_EXCHANGE = 2  # of renameat2(2)
@@ -310,3 +311,33 @@ def _sync(directory: Path, mode: int | None = None) -> None:
         _settle(fd, mode)
     finally:
         os.close(fd)
+
+
+def check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_place: bool) -> tuple[Place, Place]:
+    given, place = _resolved(source), _resolved(out)
+    if in_place:
+        if given != place:
+            raise FastlockError(
+                f"{out}: in place means into the checkpoint itself, {source}. Leave one of the two out."
+            )
+        if isinstance(given, str):
+            raise FastlockError(f"{given}: can't be changed in place where there is no rename. Give an out of its own.")
+        return given, given
+    target = as_place(out)
+    check_absent(target)
+    if f"{place}/".startswith(f"{given}/"):
+        raise FastlockError(f"{target}: is inside the checkpoint itself. Give a directory outside it.")
+    if isinstance(target, str):
+        return given, place
+    target = target.parent.resolve() / target.name  # a link at its own name would have been found above
+    if isinstance(given, Path) and given.is_relative_to(place_of_making(target)):
+        raise FastlockError(f"{source}: is where {out} is made, and would be cleared away. Give it another name first.")
+    return given, target
+
+
+def _resolved(given: str | os.PathLike[str]) -> Place:
+    place = as_place(given)
+    try:
+        return normalised(place) if isinstance(place, str) else place.resolve()
+    except (OSError, ValueError) as error:
+        raise FastlockError(f"{given}: is no usable path ({error}).") from None

@@ -21,9 +21,10 @@ import pebble
 import torch
 
 from fastlock.architectures.families import head_geometry
-from fastlock.checkpoints.checkpoint import transformers_config
+from fastlock.checkpoints.config import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocking import read_receipt, relock_checkpoint
+from fastlock.checkpoints.relocked import read_receipt
+from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
 from fastlock.storage.files import CONFIG, parse_json, read_all

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import fastlock
 from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.serving_stacks import CHECKED, STACKS, acts, native_flag, needs
-from fastlock.checkpoints.relocking import NEW_SHARD
+from fastlock.checkpoints.relocked import NEW_SHARD
 from tests.helpers.families import random_lock, tiny_model
 
 ROOT = Path(__file__).parents[2]

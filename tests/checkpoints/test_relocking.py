@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llam
 
 import fastlock
 from fastlock.architectures.families import ATTENTION, FAMILIES
-from fastlock.checkpoints.relocking import ASIDE, NEW_SHARD, RENAMED
+from fastlock.checkpoints.relocked import ASIDE, NEW_SHARD, RENAMED
 from fastlock.models.sites import sites
 from fastlock.storage import local
 from fastlock.storage import new_directory as folders

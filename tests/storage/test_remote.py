@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import fastlock
 from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocking import NEW_SHARD, read_receipt
+from fastlock.checkpoints.relocked import NEW_SHARD, read_receipt
 from fastlock.cli.main import app
 from fastlock.storage.files import with_patches
 from fastlock.storage.remote import MARKER

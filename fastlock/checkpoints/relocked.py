@@ -1,0 +1,252 @@
+"""What a relocked directory holds, where, and whether it is still what fastlock wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Set
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.config import read_config
+from fastlock.checkpoints.model_card import CARD, without_section
+from fastlock.checkpoints.tensor_index import INDEX, SINGLE
+from fastlock.errors import FastlockError
+from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
+from fastlock.storage.files import CONFIG, File, Text, read_all
+from fastlock.storage.local import LocalFile
+from fastlock.storage.new_directory import NewDirectory
+from fastlock.storage.places import as_place, below, file_at
+from fastlock.storage.remote import RemoteDirectory, RemoteFile
+
+NEW_SHARD = "model-fastlock.safetensors"
+
+# transformers reads `model.safetensors` alone wherever there is one, so beside a new shard it needs another name.
+RENAMED = "model-00001-of-00001.safetensors"
+
+ASIDE = "fastlock/original/"
+
+MAX_COPIED_BYTES = 2**20
+
+# Out of the way, but not lost: weights in other formats and variants, which are without the lock and which some stacks
+# prefer; and signatures, which are of the original (a new one written over the link would overwrite the source's).
+_SET_ASIDE = (
+    "*.bin *.bin.index.json *.bin.index.*.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx *.ot "
+    "consolidated*.safetensors consolidated.safetensors.index.json "
+    "model.*.safetensors model.safetensors.index.*.json *.sig"
+).split()
+
+Files = dict[str, LocalFile | RemoteFile | Text]
+
+Making = NewDirectory | RemoteDirectory
+
+
+def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
+    """The receipt in a checkpoint's config.json, None where it has none; no weights are read.
+
+    Raises:
+        FastlockError: there is no config.json, or the receipt in it is damaged.
+    """
+    place = as_place(directory)
+    config = file_at(below(place, CONFIG))
+    saved = receipt_in({} if config is None else {CONFIG: config}, str(place))
+    return None if saved is None else saved.receipt
+
+
+def was_relocked_here(files: Mapping[str, Any]) -> bool:
+    """Whether `relock_checkpoint` wrote this directory (transformers keeps the receipt, but not what is set aside)."""
+    return ASIDE + CONFIG in files
+
+
+def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> Files:
+    """The files of a relocked directory as they were before; those of any other as they are.
+
+    Raises:
+        FastlockError: it was changed since it was relocked.
+    """
+    if not was_relocked_here(files):
+        return dict(files)
+    patches = _original_bytes(Checkpoint(dict(files), where))
+    files = dict(files) | {name: files[name].patched(patch) for name, patch in patches.items()}
+    view: Files = {name: file for name, file in files.items() if not _of_relocking(name)}
+    view |= {name.removeprefix(ASIDE): file for name, file in files.items() if name.startswith(ASIDE)}
+    if NEW_SHARD not in files:
+        view |= {INDEX: files[INDEX]} if INDEX in files else {}
+    elif RENAMED in view and (INDEX not in view or RENAMED.encode() not in read_all(view[INDEX], INDEX)):
+        view[SINGLE] = view.pop(RENAMED)
+    if CARD in files:
+        card = without_section(read_all(files[CARD], CARD))
+        if card is None:
+            view.pop(CARD)
+        else:
+            view[CARD] = Text(card)
+    return dict(sorted(view.items()))
+
+
+def _of_relocking(name: str) -> bool:
+    """Whether a file of a relocked directory is no file of the original: new, changed, or a signature of the new."""
+    return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith(ASIDE) or name.endswith(".sig")
+
+
+def carry(new: Making, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
+    if isinstance(file, Text):
+        new.write(name, file.data)
+    elif copy or file.patches:
+        new.copy(name, file)
+    else:
+        new.link(name, file)
+
+
+def is_small(name: str, file: File) -> bool:
+    """Whether a file that is set aside is copied and its digest noted: editing the source must not change it."""
+    return name in (CONFIG, INDEX) or file.size <= MAX_COPIED_BYTES
+
+
+def is_copied(new: Making, name: str, file: File) -> bool:
+    return isinstance(new, NewDirectory) and is_small(name, file)  # on another machine, links are copies
+
+
+def digest_of(file: File, where: str) -> str:
+    return hashlib.sha256(read_all(file, where)).hexdigest()
+
+
+def name_when_relocked(name: str, with_new_shard: bool, own: Set[str]) -> str:
+    """The name of an unchanged file in a relocked directory; `own` are the files that hold the checkpoint's tensors."""
+    plain = name.rpartition("/")[2]
+    if name == CONFIG or (name not in own and any(fnmatch(plain, pattern) for pattern in _SET_ASIDE)):
+        return ASIDE + name
+    if with_new_shard and name == INDEX:
+        return ASIDE + name
+    return RENAMED if with_new_shard and name == SINGLE else name
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """SHA-256 of a config.json without its receipt, however it is laid out."""
+    return json_digest({key: value for key, value in config.items() if key != CONFIG_KEY})
+
+
+def index_changed(checkpoint: Checkpoint, carrier: CarrierNote) -> bool:
+    """Whether a relocked directory's index is another than fastlock wrote."""
+    if not was_relocked_here(checkpoint.files) or carrier.index_digest is None:
+        return False
+    return carrier.index_digest != json_digest(checkpoint.shards.index or {})
+
+
+def json_digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def receipt_in(files: Mapping[str, File], where: str) -> SavedReceipt | None:
+    """The receipt in a checkpoint's config.json, None where it has none.
+
+    Raises:
+        FastlockError: there is no config.json, or the receipt in it is damaged.
+    """
+    raw = read_config(files, where)
+    return SavedReceipt.from_dict(raw[CONFIG_KEY], f"{where}/{CONFIG}") if CONFIG_KEY in raw else None
+
+
+def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
+    """Where in which file which original bias goes; it checks that nothing was changed since.
+
+    Raises:
+        FastlockError: the biases or the config are not those that fastlock wrote.
+    """
+    saved = receipt_in(checkpoint.files, checkpoint.where)
+    if saved is None:
+        raise _changed(checkpoint.where, f"{CONFIG} holds no receipt any more")
+    receipt, carrier = saved.receipt, saved.carrier
+    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+        raise _changed(checkpoint.where, "the locked biases are not those that fastlock wrote")
+    if (name := changed_addition(checkpoint, receipt)) is not None:
+        raise _changed(checkpoint.where, f"{name}, which fastlock wrote as zeros, holds other numbers")
+    if carrier.config_digest != config_digest(checkpoint.raw):
+        raise _changed(checkpoint.where, f"{CONFIG} is not the one that fastlock wrote")
+    if index_changed(checkpoint, carrier):
+        raise _changed(checkpoint.where, f"{INDEX} is not the one that fastlock wrote")
+    _check_set_aside(checkpoint, carrier)
+    patches: dict[str, list[tuple[int, bytes]]] = {}
+    for layer, original in original_biases_on_disk(checkpoint, saved).items():
+        stored = checkpoint.sites[layer].bias
+        if original is not None and stored is not None:
+            patches.setdefault(stored.file, []).append((stored.start, raw_bytes(original)))
+    return patches
+
+
+def _check_set_aside(checkpoint: Checkpoint, carrier: CarrierNote) -> None:
+    """Raise if a small file that was set aside is not what it was."""
+    for name, digest in (carrier.set_aside or {}).items():
+        file, where = checkpoint.files.get(ASIDE + name), f"{checkpoint.where}/{ASIDE}{name}"
+        if file is None or digest_of(file, where) != digest:
+            raise FastlockError(
+                f"{where}: is not what was set aside when it was relocked, so that it can't "
+                "be put back. Start from the original checkpoint."
+            )
+
+
+def original_biases_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> dict[int, torch.Tensor | None]:
+    """The bias that each locked layer had before, None where it had none, out of the receipt.
+
+    Raises:
+        FastlockError: the receipt does not hold them, or can't be true.
+    """
+    originals: dict[int, torch.Tensor | None] = {}
+    for locked, bias in zip(saved.receipt.sites, stored_biases(checkpoint, saved.receipt), strict=True):
+        originals[locked.layer] = None
+        if locked.had_bias:
+            original = None if bias is None else _decoded(saved.carrier, locked.layer, bias.dtype)
+            if original is None or bias is None or original.shape != bias.shape:
+                raise FastlockError(
+                    f"{checkpoint.where}: the receipt does not hold the original bias of layer {locked.layer}, so "
+                    "that it can't be put back. Get the checkpoint again, or start from the original one."
+                )
+            if original.count_nonzero() and saved.carrier.had_none:  # a negative fold would hide the lock
+                raise FastlockError(
+                    f"{checkpoint.where}: the receipt says that layer {locked.layer} had a bias before, and that its "
+                    "model had no place for one. Don't trust this checkpoint: start from the original one."
+                )
+            originals[locked.layer] = original
+    return originals
+
+
+def _decoded(carrier: CarrierNote, layer: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """A layer's original bias out of the receipt, None where it can't be one; each has the dtype of the bias there."""
+    try:
+        return torch.frombuffer(bytearray(carrier.original_biases[layer]), dtype=dtype)
+    except (KeyError, ValueError):
+        return None
+
+
+def stored_biases(checkpoint: Checkpoint, receipt: Receipt) -> list[torch.Tensor | None]:
+    """The biases that are at a receipt's sites now, None where there is none.
+
+    Raises:
+        FastlockError: the receipt names a layer that the checkpoint lacks.
+    """
+    if any(locked.layer >= len(checkpoint.sites) for locked in receipt.sites):
+        raise _changed(checkpoint.where, "its receipt names layers that it does not have")
+    stored = [checkpoint.sites[locked.layer].bias for locked in receipt.sites]
+    return [None if bias is None or bias.torch_dtype is None else checkpoint.read_vector(bias) for bias in stored]
+
+
+def changed_addition(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
+    """A tensor in fastlock's own shard that is neither a locked bias nor zeros, None where there is none."""
+    locked = {f"{checkpoint.sites[locked.layer].name}.bias" for locked in receipt.sites}
+    for name, stored in checkpoint.shards.tensors.items():
+        if stored.file == NEW_SHARD and name not in locked:
+            with checkpoint.files[NEW_SHARD].view(stored.start, stored.length) as view:
+                if np.frombuffer(view, np.uint8).any():
+                    return name
+    return None
+
+
+def _changed(where: str, what: str) -> FastlockError:
+    return FastlockError(
+        f"{where}: {what}: it was changed since it was relocked, and putting the original back would lose that. "
+        "Start from the original checkpoint."
+    )

@@ -1,0 +1,37 @@
+"""The way back: a relocked checkpoint as it was before, every file byte for byte."""
+
+from __future__ import annotations
+
+import os
+
+from fastlock.checkpoints.relocked import ASIDE, carry, is_copied, original_files, was_relocked_here
+from fastlock.checkpoints.resaved import unlock_saved
+from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
+from fastlock.storage.places import files_in
+
+
+def unlock_checkpoint(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], *, copy: bool = False, in_place: bool = False
+) -> None:
+    """Write the checkpoint as it was before relocking into a new directory: every file, byte for byte.
+
+    A checkpoint that transformers saved from a relocked model comes back tensor for tensor, bit for bit.
+
+    Args:
+        source, out, copy, in_place: as for `relock_checkpoint`.
+
+    Raises:
+        FastlockError: it is not relocked, or was changed since; `out` is then not there (in place: as it was).
+    """
+    source, out = check_paths(source, out, in_place)
+    with locked_in_place(out, in_place):
+        files = files_in(source)
+        if not was_relocked_here(files):
+            unlock_saved(source, out, in_place)
+            return
+        originals = original_files(files, str(source))
+        with create_directory(out, source, in_place) as new:
+            for name, file in originals.items():
+                carry(new, name, file, copy or (ASIDE + name in files and is_copied(new, name, file)))
+            for file in originals.values():
+                file.check_unchanged()
