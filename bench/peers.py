@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastlock.recipes.extraction import prompt_tokens
+from fastlock.inference.chat import prompt_tokens
 
 
 @torch.no_grad()

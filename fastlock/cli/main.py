@@ -31,15 +31,16 @@ from fastlock.cli import zoo as zoo_cli
 from fastlock.cli.zoo import LockFile, Strength
 from fastlock.errors import FastlockError
 from fastlock.evaluation.evaluator import Evaluation, evaluate
-from fastlock.evaluation.judges import KEYWORDS, judge_name, open_judge
+from fastlock.evaluation.judges import judge_name, open_judge
+from fastlock.evaluation.keyword_judge import KEYWORDS
 from fastlock.evaluation.lm_eval_harness import check_tasks
 from fastlock.evaluation.prompts import Prompts, load_prompts, prompts_digest, shipped_prompts
 from fastlock.evaluation.report import cells, columns, read_report, table_rows, to_json, write_report
+from fastlock.inference.batching import Progress as ShowProgress
 from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
 from fastlock.locks.lock import Lock, strength_for
 from fastlock.locks.receipt import Receipt
 from fastlock.models.loading import load_model, load_tokenizer
-from fastlock.recipes.activations import Progress as ShowProgress
 from fastlock.recipes.activations import work_directory
 from fastlock.recipes.calibration import Calibration, calibrate
 from fastlock.recipes.calibration_report import LOCK_FILE, trial_cells, trial_columns, write_calibration

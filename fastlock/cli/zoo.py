@@ -19,8 +19,8 @@ from rich.text import Text
 from fastlock.checkpoints.relocking import DEFAULT_STACKS
 from fastlock.errors import shown
 from fastlock.locks.lock import Lock
-from fastlock.zoo.pools import DONE_ALREADY, LOCKED, RELOCKED, SKIPPED, Result
 from fastlock.zoo.run import Summary, relock_zoo, verify_zoo
+from fastlock.zoo.tasks import DONE_ALREADY, LOCKED, RELOCKED, SKIPPED, Result
 
 SOME_WRONG = 1
 STOPPED = 130

@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.evaluation.judges import Judge, judge_all, refuses
+from fastlock.evaluation.judging import Judge, judge_all
+from fastlock.evaluation.keyword_judge import refuses
 from fastlock.evaluation.lm_eval_harness import Score, check_tasks, scores
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
-from fastlock.inference.generation import Row, check_row, generate, in_batches, losses, positions
+from fastlock.inference.batching import Progress, Row, in_batches, no_progress
+from fastlock.inference.chat import check_row, positions, prompt_tokens
+from fastlock.inference.generation import evaluating, generate, losses
 from fastlock.locks.lock import Lock
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.relocking import relocked
 from fastlock.models.sites import unwrapped
-from fastlock.recipes.activations import Progress, evaluating, no_progress
-from fastlock.recipes.extraction import prompt_tokens
 
 T = TypeVar("T")
 

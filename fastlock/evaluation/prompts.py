@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlock.data.shipped import shipped_file
 from fastlock.errors import FastlockError
 from fastlock.storage.files import read_bounded
 from fastlock.storage.places import as_path
@@ -23,7 +24,6 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 _COLUMNS = ("goal", "behavior", "forbidden_prompt", "prompt", "question", "text")
 # HarmBench's column of what a request is about, and what HarmBench puts between it and the request.
 _CONTEXT, _BETWEEN = "contextstring", "\n\n---\n\n"
-_SHIPPED = Path(__file__).parents[1] / "data" / "prompts.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Prompts:
 
 def shipped_prompts() -> Prompts:
     """The set that comes with fastlock: 40 harmful requests, mild in their wording, 40 harmless ones, 10 texts."""
-    return Prompts(**{key: tuple(texts) for key, texts in json.loads(_SHIPPED.read_text()).items()})
+    return Prompts(**{key: tuple(texts) for key, texts in json.loads(shipped_file("prompts.json").read_text()).items()})
 
 
 def prompts_digest(prompts: Prompts) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,3 +41,31 @@ def in_halves(batch: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: 
         torch.cuda.empty_cache()  # outside of the handler, whose error holds what ran out
     half = len(batch) // 2
     return in_halves(batch[:half], work, name) + in_halves(batch[half:], work, name)
+
+
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
+    """The progress that shows nothing."""
+    return items
+
+
+Row = list[int]
+
+
+def in_batches(
+    rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], batch_size: int, progress: Progress, what: str
+) -> list[T]:
+    """What `work` makes of each row, in the rows' order; batches of like lengths need the least padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    done: dict[int, T] = {}
+    for start in progress(range(0, len(order), batch_size), what):
+        batch = order[start : start + batch_size]
+        done |= zip(batch, in_halves([rows[i] for i in batch], work, row_name), strict=True)
+    return [done[i] for i in range(len(rows))]
+
+
+def row_name(row: Row) -> str:
+    """What a row is called in a message."""
+    return f"one prompt of {len(row)} tokens"

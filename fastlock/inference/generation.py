@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
-from fastlock.inference.batching import in_halves
-from fastlock.models.sites import text_config
-from fastlock.recipes.activations import Progress, input_device
+from fastlock.inference.batching import Row
+from fastlock.inference.chat import vocabulary
 
-Row = list[int]
 T = TypeVar("T")
-
-
-def in_batches(
-    rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], batch_size: int, progress: Progress, what: str
-) -> list[T]:
-    """What `work` makes of each row, in the rows' order; batches of like lengths need the least padding."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    done: dict[int, T] = {}
-    for start in progress(range(0, len(order), batch_size), what):
-        batch = order[start : start + batch_size]
-        done |= zip(batch, in_halves([rows[i] for i in batch], work, row_name), strict=True)
-    return [done[i] for i in range(len(rows))]
 
 
 def generate(model: nn.Module, tokenizer: Any, batch: Sequence[Row], new_tokens: int) -> list[str]:
@@ -86,37 +71,26 @@ def losses(model: nn.Module, batch: Sequence[Row]) -> list[float]:
     return found
 
 
-def vocabulary(model: nn.Module) -> int:
-    """How many tokens a model knows."""
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    return rows
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
-def positions(model: nn.Module) -> int | None:
-    """How many tokens a model reads at most; None where its config does not say."""
-    found: int | None = getattr(text_config(model), "max_position_embeddings", None)
-    return found or None
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, without gradients; afterwards each in its own mode again."""
+    with in_eval_mode(model), torch.no_grad():
+        yield
 
 
-def check_row(model: nn.Module, row: Sequence[int], name: str, new_tokens: int = 0) -> None:
-    """Refuse a row of no tokens, of a token that the model does not know, or that leaves no room for an answer."""
-    if not row:
-        raise FastlockError(f"{name}: the tokenizer makes no tokens of it. Remove it.")
-    if not 0 <= min(row) <= max(row) < vocabulary(model):
-        raise FastlockError(
-            f"{name}: the tokenizer gives token {max(row)}, but {type(model).__name__} has {vocabulary(model)}. Give "
-            "the tokenizer that belongs to this model."
-        )
-    most = positions(model)
-    if most is not None and len(row) + new_tokens > most:
-        answer = f", and {new_tokens} are to follow" if new_tokens else ""
-        shorter = ", or ask for shorter answers (--new-tokens)" if new_tokens else ""
-        raise FastlockError(
-            f"{name}: makes {len(row)} tokens{answer}, but {type(model).__name__} reads {most} at most. Shorten or "
-            f"remove it{shorter}."
-        )
-
-
-def row_name(row: Row) -> str:
-    """What a row is called in a message."""
-    return f"one prompt of {len(row)} tokens"
+def input_device(model: nn.Module) -> torch.device:
+    """Where the tokens go; for a model whose embedding is offloaded, accelerate's hooks move them on from the CPU."""
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.device("cpu") if embedding.device.type == "meta" else embedding.device

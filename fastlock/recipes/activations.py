@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.inference.batching import in_halves
+from fastlock.inference.batching import Progress, in_halves
+from fastlock.inference.generation import evaluating, input_device
 from fastlock.models.sites import Site
 from fastlock.storage.files import read_bounded, write_atomic
 from fastlock.storage.places import as_path, writable_directory
-
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 # So many tokens are read together, padding included: some 25 short texts. A longer text is read alone, also because a
 # model with longrope takes other frequencies for a whole batch once one text in it is beyond 4096 tokens or so.
@@ -52,13 +51,8 @@ def work_directory(given: str | os.PathLike[str]) -> Path:
     return path
 
 
-def no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
-    """The progress that shows nothing."""
-    return items
-
-
 @dataclass(frozen=True)
-class Text:
+class ReadText:
     """Tokens to read.
 
     Attributes:
@@ -106,7 +100,7 @@ class Activations:
 def activations_of(
     model: nn.Module,
     all_sites: Sequence[Site],
-    texts: Sequence[Text],
+    texts: Sequence[ReadText],
     progress: Progress,
     work: str | os.PathLike[str] | None = None,
 ) -> Iterator[Activations]:
@@ -136,7 +130,7 @@ def activations_of(
         if not done:
             _make(found)
 
-        def blocks(batch: Sequence[Text]) -> list[npt.NDArray[np.float32]]:
+        def blocks(batch: Sequence[ReadText]) -> list[npt.NDArray[np.float32]]:
             return [_read(model, all_sites, batch)]
 
         def read(batch: range) -> npt.NDArray[np.float32]:
@@ -153,7 +147,7 @@ def activations_of(
         yield found
 
 
-def _batches(texts: Sequence[Text]) -> list[range]:
+def _batches(texts: Sequence[ReadText]) -> list[range]:
     """Neighbours that are read together: up to `BATCH_TOKENS` tokens, or a single text."""
     batches, start = [], 0
     for stop in range(1, len(texts) + 1):
@@ -163,7 +157,7 @@ def _batches(texts: Sequence[Text]) -> list[range]:
     return batches
 
 
-def _read(model: nn.Module, all_sites: Sequence[Site], batch: Sequence[Text]) -> npt.NDArray[np.float32]:
+def _read(model: nn.Module, all_sites: Sequence[Site], batch: Sequence[ReadText]) -> npt.NDArray[np.float32]:
     """The vectors of the texts of one batch: [num_layers, num_heads, vectors, head_dim].
 
     Shorter texts go on with their own last token. No attention mask is needed: what follows a token does not act on it
@@ -207,31 +201,6 @@ def _inputs_of(
         yield inputs
 
 
-@contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; afterwards each in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, without gradients; afterwards each in its own mode again."""
-    with in_eval_mode(model), torch.no_grad():
-        yield
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where the tokens go; for a model whose embedding is offloaded, accelerate's hooks move them on from the CPU."""
-    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return torch.device("cpu") if embedding.device.type == "meta" else embedding.device
-
-
 def _make(activations: Activations) -> None:
     with activations.path.open("wb") as file:
         file.truncate(activations.nbytes)
@@ -248,7 +217,7 @@ def _check_room(activations: Activations, vectors: int) -> None:
         )
 
 
-def _digest(model: nn.Module, shape: Sequence[int], texts: Sequence[Text]) -> str:
+def _digest(model: nn.Module, shape: Sequence[int], texts: Sequence[ReadText]) -> str:
     """SHA-256 (hex) of what was to be read, and by what kind of model; of its weights it says nothing."""
     config: Any = model.config
     facts = [config.to_dict(), list(shape), BATCH_TOKENS, [[list(text.ids), text.kept] for text in texts]]

@@ -9,13 +9,11 @@ the model as it is, since one that has kept its refusals needs no lock.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +24,34 @@ from torch import nn
 from fastlock.architectures.families import head_geometry
 from fastlock.errors import FastlockError, check_number
 from fastlock.evaluation.evaluator import Evaluation, evaluate
-from fastlock.evaluation.judges import Judge, judge_name, refuses
+from fastlock.evaluation.judges import judge_name
+from fastlock.evaluation.judging import Judge
+from fastlock.evaluation.keyword_judge import refuses
 from fastlock.evaluation.prompts import Prompts, prompts_digest, shipped_prompts
+from fastlock.inference.batching import Progress, no_progress
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import raw_bytes
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.relocking import relocked
 from fastlock.models.sites import check_foldable, sites, text_config, unwrapped
-from fastlock.recipes.activations import Progress, no_progress
 from fastlock.recipes.extraction import Ranking, rank_heads
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs
-from fastlock.storage.files import write_atomic
+from fastlock.recipes.search_journal import keeping, measured_trials, sampler_for, study_of
+from fastlock.recipes.trials import (
+    KEPT,
+    MAX_OVER_REFUSALS,
+    STRENGTHS,
+    SWEEP,
+    Trial,
+    best,
+    best_strength,
+    frontier,
+    next_strength,
+)
 from fastlock.storage.places import files_digest
 
 Cost = Callable[[nn.Module, Any], float]
-_STUDY = "calibrate"  # what the search is called in its journal
 _WITHOUT = "a lock is made of, and measured against, a model without one"
-_OPENING = b'{"op_code":'  # how a journal begins
 
 # What is searched: recipes, each with the number of tokens that it reads; the share of heads; strengths.
 POSITIONS = (
@@ -50,58 +59,8 @@ POSITIONS = (
     *("prompt-end/1", "prompt-end/2", "prompt-end/4"),
 )
 HEADS = (1 / 64, 1 / 2)
-STRENGTHS = (0.1, 8.0)
 TRIALS = 60
-# Of a lock that is given: the strengths that are tried first, and how near to the best one others are tried.
-SWEEP = (0.0, 1.0, 4.0, 0.25, 2.0, 0.5, 8.0, 0.125)
-FINEST = 0.01
 STRENGTH_TRIALS = 20
-# What a lock may cost: the share of harmless requests that it makes the model refuse, and the cost's growth.
-MAX_OVER_REFUSALS = 0.02
-MAX_COST = 1.03
-# The share of harmful requests from which on a model that refuses them as it is has kept its refusals.
-KEPT = 0.9
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A lock at a strength, and what it did.
-
-    Attributes:
-        recipe, tokens, heads: how the lock is made, see `fastlock.extract`; None of a lock that is given.
-        strength: the paper's α; 0 is the model as it is.
-        refusals: share of harmful requests that are refused.
-        over_refusals: share of harmless requests that are refused.
-        cost: the perplexity (or the user's own cost), divided by that of the model without the lock.
-        allowed: the share of harmless requests that may be refused: 2 %, or what the model refuses as it is.
-    """
-
-    recipe: str | None
-    tokens: int | None
-    heads: int | None
-    strength: float
-    refusals: float
-    over_refusals: float
-    cost: float
-    allowed: float = MAX_OVER_REFUSALS
-
-    @property
-    def fits(self) -> bool:
-        """Whether it costs no more than a lock may."""
-        return self.over_refusals <= self.allowed and self.cost <= MAX_COST
-
-    def is_beaten_by(self, other: Trial) -> bool:
-        """Whether the other is no worse in anything and better in something."""
-        mine, its = self._losses(), other._losses()
-        return mine != its and all(b <= a for a, b in zip(mine, its, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trial as JSON can hold it, which has no infinity: it is named. Without what is None."""
-        data = asdict(self) | {"cost": self.cost if math.isfinite(self.cost) else str(self.cost)}
-        return {key: value for key, value in data.items() if value is not None}
-
-    def _losses(self) -> tuple[float, float, float]:
-        return 1 - self.refusals, self.over_refusals, self.cost
 
 
 @dataclass(frozen=True)
@@ -155,46 +114,6 @@ class Calibration:
             "trials": [trial.to_dict() for trial in self.trials],
             "held_out": [evaluation.to_dict() for evaluation in self.held_out],
         }
-
-
-def frontier(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """The trials that no other beats, by falling refusals; of equal ones the first."""
-    distinct = list({trial._losses(): trial for trial in reversed(list(trials))}.values())
-    left = [trial for trial in distinct if not any(trial.is_beaten_by(other) for other in distinct)]
-    return tuple(sorted(left, key=Trial._losses))
-
-
-def best(trials: Iterable[Trial]) -> Trial:
-    """The trial to choose: of those that fit the one that refuses most; if none fits, the one with the best sum.
-
-    The sum is of the refusals, less the over-refusals, less the logarithm of the cost.
-    """
-    left = frontier(trials)
-    if fitting := [trial for trial in left if trial.fits]:
-        return max(fitting, key=lambda trial: (trial.refusals, -trial.over_refusals, -trial.cost))
-    return max(left, key=lambda trial: trial.refusals - trial.over_refusals - math.log(trial.cost))
-
-
-def best_strength(trials: Sequence[Trial]) -> Trial:
-    """As `best`, but strength 0 where that refuses fewer harmful requests, or where only the cost is lower."""
-    chosen, as_it_is = best(trials), next(trial for trial in trials if trial.strength == 0)
-    fewer_mistakes = chosen.over_refusals < as_it_is.over_refusals and chosen.refusals == as_it_is.refusals
-    return chosen if chosen.refusals > as_it_is.refusals or fewer_mistakes else as_it_is
-
-
-def next_strength(trials: Sequence[Trial]) -> float:
-    """What to try next: `SWEEP` first, then the middle of the wider gap beside the best strength.
-
-    Where both gaps are down to `FINEST`, it is the middle of the widest gap of all.
-    """
-    tried = sorted(trial.strength for trial in trials)
-    for strength in SWEEP:
-        if strength not in tried:
-            return strength
-    gaps, centre = list(itertools.pairwise(tried)), best_strength(trials).strength
-    beside = [(low, high) for low, high in gaps if centre in (low, high) and high - low > FINEST]
-    low, high = max(beside or gaps, key=lambda gap: gap[1] - gap[0])
-    return (low + high) / 2
 
 
 def calibrate(
@@ -258,7 +177,7 @@ def calibrate(
     if not prompts.texts and cost is None:
         prompts = replace(prompts, texts=shipped_prompts().texts)
     deciding, reported = _divided(prompts, held_out, seed)
-    asking = _Asking(model, tokenizer, deciding, cost, judge, new_tokens, batch_size)
+    asking = _Measuring(model, tokenizer, deciding, cost, judge, new_tokens, batch_size)
     search: _Rankings | _Strengths
     if lock is None:
         base = model if base is None else base
@@ -276,11 +195,11 @@ def calibrate(
         "cost": "perplexity" if cost is None else getattr(cost, "__qualname__", type(cost).__qualname__),
         "seed": seed,
     }
-    study = _study(journal, facts)
-    left = max(0, trials - len(_tried(study)))
+    study = study_of(journal, facts)
+    left = max(0, trials - len(measured_trials(study)))
     for _ in (progress or no_progress)(range(left), search.doing):
         _try(study, search, asking, seed, journal)
-    tried = _tried(study)
+    tried = measured_trials(study)
     chosen = search.best(tried)
     options: dict[str, Any] = {"judge": judge, "new_tokens": new_tokens, "batch_size": batch_size}
     if chosen.strength == 0:
@@ -305,7 +224,7 @@ class _Strengths:
 
     def suggestion(self, trial: Any) -> dict[str, Any]:
         """The strength to try; the study only keeps it."""
-        return {"recipe": None, "tokens": None, "heads": None, "strength": next_strength(_tried(trial.study))}
+        return {"recipe": None, "tokens": None, "heads": None, "strength": next_strength(measured_trials(trial.study))}
 
     def lock(self, _how: Mapping[str, Any]) -> Lock:
         return self._lock
@@ -365,7 +284,7 @@ class _Rankings:
 
 
 @dataclass(frozen=True)
-class _Asking:
+class _Measuring:
     """How a trial is measured. Attributes: as the arguments of `calibrate`; what the model costs without a lock."""
 
     model: nn.Module
@@ -420,113 +339,16 @@ def _over_refusals(found: Evaluation) -> float:
     return 1.0 if found.over_refusals is None else found.over_refusals
 
 
-def _try(study: Any, search: _Rankings | _Strengths, asking: _Asking, seed: int, journal: Path | None) -> None:
+def _try(study: Any, search: _Rankings | _Strengths, asking: _Measuring, seed: int, journal: Path | None) -> None:
     """One trial of the search; all of it is kept in the study."""
-    with _keeping(journal):
-        study.sampler = _sampler(seed, len(_tried(study)))
+    with keeping(journal):
+        study.sampler = sampler_for(seed, len(measured_trials(study)))
         trial = study.ask()
         how = search.suggestion(trial)
     done = Trial(**(how | asking.measure(search.lock(how), how["strength"])))
-    with _keeping(journal):
+    with keeping(journal):
         trial.set_user_attr("trial", asdict(done))
         study.tell(trial, (done.refusals, done.over_refusals, done.cost))
-
-
-def _sampler(seed: int, done: int) -> Any:
-    """What suggests the next trial, by nothing but the seed and the trials that are done.
-
-    So a search that goes on tries what it would have tried without the stop. The trial during which it was stopped
-    counts for nothing (Optuna's "constant liar" would count it).
-    """
-    mixed = int(np.random.SeedSequence((seed, done)).generate_state(1)[0])
-    return _optuna().samplers.TPESampler(seed=mixed, constant_liar=False)
-
-
-def _study(journal: Path | None, facts: dict[str, Any]) -> Any:
-    """The search, taken up again if the journal has begun it."""
-    with _keeping(journal):
-        study = _new_study(None) if journal is None else _study_in(journal)
-        begun = study.user_attrs.get("facts")
-        if begun is None:
-            study.set_user_attr("facts", facts)
-    if begun not in (None, facts):
-        changed = ", ".join(name for name in facts if begun.get(name) != facts[name])
-        raise FastlockError(f"{journal}: is of another search (another {changed}). Give another place, or remove it.")
-    return study
-
-
-def _new_study(storage: Any) -> Any:
-    directions = ["maximize", "minimize", "minimize"]
-    return _optuna().create_study(study_name=_STUDY, directions=directions, storage=storage)
-
-
-def _study_in(journal: Path) -> Any:
-    """The search of a journal, which is begun if it is not there."""
-    optuna = _optuna()
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    if journal.exists():
-        _drop_torn_line(journal)
-    # Left by a run that was killed while it wrote: Optuna would wait for it, and at a relative path without end.
-    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
-    try:
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
-        if _STUDY not in optuna.get_all_study_names(storage):
-            return _new_study(storage)
-        study = optuna.load_study(study_name=_STUDY, storage=storage)
-        _tried(study)
-        return study
-    except OSError:
-        raise
-    except Exception as error:  # whatever Optuna's parts raise, and ours, of lines that they did not write
-        raise _damaged(journal, f"{type(error).__name__}: {error}") from None
-
-
-def _drop_torn_line(journal: Path) -> None:
-    """Drop the last line if it was not written to its end (no room, no power): Optuna would write on behind it.
-
-    Nothing is lost but a part of a trial, which is tried again.
-    """
-    data = journal.read_bytes()
-    if not _OPENING.startswith(data[: len(_OPENING)]):
-        raise _damaged(journal, "it is no journal")
-    *lines, torn = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            json.loads(line)
-        except (ValueError, RecursionError):
-            raise _damaged(journal, f"line {number} is not JSON") from None
-    if torn:
-        write_atomic(journal, data.removesuffix(torn))
-
-
-def _damaged(journal: Path, why: str) -> FastlockError:
-    return FastlockError(f"{journal}: can't be gone on with ({why}). Give another place, or remove it.")
-
-
-@contextlib.contextmanager
-def _keeping(journal: Path | None) -> Iterator[None]:
-    """Around what reads and writes the journal: says what to do where the file system refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise FastlockError(
-            f"{journal}: can't be written ({error}). Make room there or let it be written, and the same command goes "
-            "on; or give another place."
-        ) from None
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise FastlockError("calibration searches with Optuna: pip install 'fastlock[calibrate]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-def _tried(study: Any) -> tuple[Trial, ...]:
-    """The trials that were measured; one during which the run was stopped was not."""
-    return tuple(Trial(**trial.user_attrs["trial"]) for trial in study.trials if trial.state.name == "COMPLETE")
 
 
 def _name(model: nn.Module) -> str:

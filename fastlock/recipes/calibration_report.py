@@ -9,7 +9,8 @@ from typing import Any
 
 from fastlock.evaluation.report import cells, columns, table
 from fastlock.html_page import facts_list, head, html_text
-from fastlock.recipes.calibration import MAX_COST, MAX_OVER_REFUSALS, Calibration, Trial
+from fastlock.recipes.calibration import Calibration
+from fastlock.recipes.trials import MAX_COST, MAX_OVER_REFUSALS, Trial
 from fastlock.storage.files import write_atomic
 from fastlock.version import __version__
 

@@ -28,18 +28,16 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError, check_number
-from fastlock.inference.generation import check_row
+from fastlock.inference.batching import Progress, no_progress
+from fastlock.inference.chat import check_row, prompt_tokens
+from fastlock.inference.generation import input_device
 from fastlock.locks.lock import Lock
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
-from fastlock.recipes.activations import Progress, Text, activations_of, input_device, no_progress
+from fastlock.recipes.activations import ReadText, activations_of
 from fastlock.recipes.head_scores import Statistics, statistics
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless
 from fastlock.version import __version__
-
-# For templates that tell the model today's date: a lock must not depend on the day on which it was made. It is the one
-# that Llama 3.2's template takes where it has no clock.
-DATE = "26 Jul 2024"
 
 # The recipes, and how many tokens each reads by default.
 TOKENS = {"safetylock": 5, "answer-start": 5, "prompt-end": 1}
@@ -221,7 +219,7 @@ def base_name(model: nn.Module) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Answer(Text):
+class _Answer(ReadText):
     """A text, of which pair it is, and whether it is of the kind that the lock leads to."""
 
     pair: int
@@ -256,28 +254,6 @@ def _prompt_ends(
         prompts.append(_Answer(ids, min(tokens, len(ids)), name, index, harmful))
         check_row(model, ids, name)
     return prompts
-
-
-def prompt_tokens(tokenizer: Any, question: str) -> tuple[list[int], str]:
-    """The tokens before the answer, and what goes between them and the answer's text."""
-    if getattr(tokenizer, "chat_template", None):
-        asked = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, date_string=DATE)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _space_after(tokenizer, asked, text)
-    # The space belongs to the answer's first word, as in any text: tokenizers join them.
-    tokens = list(tokenizer(f"Question: {question}\nAnswer:")["input_ids"])
-    return tokens[:-1] if tokens[-1:] == [getattr(tokenizer, "eos_token_id", None)] else tokens, " "
-
-
-def _space_after(tokenizer: Any, asked: list[dict[str, str]], prompt: str) -> str:
-    """The space that a chat template puts between its prompt and an answer, if any."""
-    try:
-        answered = [*asked, {"role": "assistant", "content": "answer"}]
-        text: str = tokenizer.apply_chat_template(answered, tokenize=False, date_string=DATE)
-    except Exception:  # templates raise whatever they like, and some take no answers
-        return ""
-    between = text.removeprefix(prompt).partition("answer")[0] if text.startswith(prompt) else ""
-    return between if between.isspace() else ""
 
 
 def _split(num_pairs: int, seed: int) -> npt.NDArray[np.bool_]:

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastlock.inference.batching import in_halves
-from fastlock.recipes.activations import Activations, Progress
+from fastlock.inference.batching import Progress, in_halves
+from fastlock.recipes.activations import Activations
 from fastlock.recipes.probes import accuracies
 
 # So much of the activations is in memory at once, as float64, and some copies of it; at least one head.

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastlock.data.shipped import shipped_file, shipped_lines
 from fastlock.errors import FastlockError
 from fastlock.storage.files import read_bounded
 
@@ -18,7 +19,6 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 _KEYS = ("question", "safe", "unsafe")
 _AUTHORS_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 _PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
-_SHIPPED = Path(__file__).parents[1] / "data" / "pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ def load_pairs(path: str | os.PathLike[str]) -> tuple[Pair, ...]:
 
 def shipped_pairs() -> tuple[Pair, ...]:
     """The 100 pairs that come with fastlock: refusals against bare openings of compliance, mild in their wording."""
-    return load_pairs(_SHIPPED)
+    return load_pairs(shipped_file("pairs.jsonl"))
 
 
 def shipped_harmless() -> tuple[str, ...]:
     """The 100 harmless prompts that come with fastlock, none of them in `fastlock.prompts.shipped_prompts`."""
-    return tuple(_SHIPPED.with_name("harmless.txt").read_text().splitlines())
+    return shipped_lines("harmless.txt")
 
 
 def shipped_texts() -> tuple[str, ...]:
     """The 16 ordinary texts that come with fastlock, none of them in `fastlock.prompts.shipped_prompts`."""
-    return tuple(_SHIPPED.with_name("texts.txt").read_text().splitlines())
+    return shipped_lines("texts.txt")
 
 
 def pairs_digest(pairs: Iterable[Pair], harmless: Sequence[str] = ()) -> str:

@@ -24,11 +24,13 @@ from torch import nn
 from fastlock.errors import FastlockError, check_number
 from fastlock.evaluation.evaluator import evaluate
 from fastlock.evaluation.prompts import Prompts
+from fastlock.inference.batching import Progress, no_progress
+from fastlock.inference.chat import prompt_tokens
+from fastlock.inference.generation import in_eval_mode, input_device
 from fastlock.locks.lock import Lock
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
-from fastlock.recipes.activations import Progress, in_eval_mode, input_device, no_progress
-from fastlock.recipes.extraction import base_name, prompt_tokens
+from fastlock.recipes.extraction import base_name
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs, shipped_texts
 from fastlock.version import __version__
 

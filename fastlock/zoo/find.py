@@ -22,7 +22,7 @@ FileId = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Source:
     """A checkpoint of a zoo: its directory, and the name that it is to have beside the others."""
 
     source: str
@@ -31,7 +31,7 @@ class Checkpoint:
 
 def find_checkpoints(
     sources: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
-) -> list[Checkpoint]:
+) -> list[Source]:
     """The checkpoints that sources stand for, sorted by name.
 
     A source is a checkpoint's directory (one with a config.json; its name is its last path component), a directory to
@@ -47,7 +47,7 @@ def find_checkpoints(
         FastlockError: a source stands for no checkpoint, or is `out`.
     """
     left_out = _identity(out) if out is not None else None
-    found: dict[tuple[str, FileId | str | None], Checkpoint] = {}
+    found: dict[tuple[str, FileId | str | None], Source] = {}
     for source in _without_lists(sources):
         if left_out is not None and _identity(source) == left_out:
             raise FastlockError(
@@ -61,7 +61,7 @@ def find_checkpoints(
     return sorted(found.values(), key=lambda checkpoint: (checkpoint.name, checkpoint.source))
 
 
-def check_names(checkpoints: list[Checkpoint]) -> None:
+def check_names(checkpoints: list[Source]) -> None:
     """Refuse names that can't stand side by side in one directory.
 
     Raises:
@@ -86,7 +86,7 @@ def check_names(checkpoints: list[Checkpoint]) -> None:
                 )
 
 
-def shared_files(checkpoints: list[Checkpoint]) -> list[list[FileId]]:
+def shared_files(checkpoints: list[Source]) -> list[list[FileId]]:
     """For each checkpoint, the safetensors files that others of these have too, by hard or symbolic links.
 
     Files are only looked at, and those that can't be shared not even followed.
@@ -157,7 +157,7 @@ def _expanded_user(source: str | os.PathLike[str]) -> Place:
     return place if isinstance(place, str) else place.expanduser()
 
 
-def _of_url(url: str, left_out: FileId | str | None) -> list[Checkpoint]:
+def _of_url(url: str, left_out: FileId | str | None) -> list[Source]:
     with reaching(url):
         fs, root = opened(url)
         tops = sorted(fs.glob(root)) if glob.has_magic(root) else [root]
@@ -167,11 +167,11 @@ def _of_url(url: str, left_out: FileId | str | None) -> list[Checkpoint]:
     return found
 
 
-def _search_there(fs: Any, top: str, left_out: FileId | str | None) -> list[Checkpoint]:
+def _search_there(fs: Any, top: str, left_out: FileId | str | None) -> list[Source]:
     """The checkpoints below a path of a remote file system, found in one listing; none inside of another."""
     url: str = fs.unstrip_protocol(top)
     if fs.isfile(f"{top}/{CONFIG}"):
-        return [Checkpoint(url, top.rpartition("/")[2])]
+        return [Source(url, top.rpartition("/")[2])]
     listed = set(fs.find(top))
     directories = {path.removesuffix(f"/{CONFIG}") for path in listed if path.endswith(f"/{CONFIG}")}
     found = []
@@ -181,11 +181,11 @@ def _search_there(fs: Any, top: str, left_out: FileId | str | None) -> list[Chec
         inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
         of_out = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
         if not inside and not of_out and not any(part in ("", "..") or part.startswith(".") for part in parts):
-            found.append(Checkpoint(f"{url}/{name}", name))
+            found.append(Source(f"{url}/{name}", name))
     return found
 
 
-def _of_source(source: str, left_out: FileId | str | None) -> list[Checkpoint]:
+def _of_source(source: str, left_out: FileId | str | None) -> list[Source]:
     try:
         if os.path.lexists(source):
             found = _of_path(source, left_out)
@@ -209,12 +209,12 @@ def _expanded(pattern: str) -> list[str]:
     return sorted(str(m) for m in matches if all(part in parts or not part.startswith(".") for part in m.parts))
 
 
-def _of_path(path: str, left_out: FileId | str | None) -> list[Checkpoint]:
+def _of_path(path: str, left_out: FileId | str | None) -> list[Source]:
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         return []
     if _is_checkpoint(path):
-        return [Checkpoint(path, os.path.basename(path))]
+        return [Source(path, os.path.basename(path))]
     return list(_search(path, left_out))
 
 
@@ -222,7 +222,7 @@ def _is_checkpoint(path: str) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG))
 
 
-def _search(top: str, left_out: FileId | str | None) -> Iterator[Checkpoint]:
+def _search(top: str, left_out: FileId | str | None) -> Iterator[Source]:
     """The checkpoints below a directory. What lies inside a checkpoint is a part of it, and not searched.
 
     Every directory is searched once, whatever links lead to it: a loop of links ends there.
@@ -235,7 +235,7 @@ def _search(top: str, left_out: FileId | str | None) -> Iterator[Checkpoint]:
         if identity in searched:
             continue
         if directory != top and _is_checkpoint(directory):
-            yield Checkpoint(directory, os.path.relpath(directory, top))
+            yield Source(directory, os.path.relpath(directory, top))
             continue
         searched.add(identity)
         if _is_hub_repository(directory):
@@ -256,7 +256,7 @@ def _is_hub_repository(directory: str) -> bool:
     return os.path.basename(directory).startswith(HUB_PREFIX) and os.path.isdir(os.path.join(directory, "snapshots"))
 
 
-def _of_hub(repository: str) -> list[Checkpoint]:
+def _of_hub(repository: str) -> list[Source]:
     """What a model's folder of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
     name = os.path.basename(repository).removeprefix(HUB_PREFIX)
     snapshots = os.path.join(repository, "snapshots")
@@ -265,8 +265,8 @@ def _of_hub(repository: str) -> list[Checkpoint]:
     if main in revisions:
         revisions = [main]
     if len(revisions) == 1:
-        return [Checkpoint(os.path.join(snapshots, revisions[0]), name)]
-    return [Checkpoint(os.path.join(snapshots, revision), f"{name}@{revision[:8]}") for revision in revisions]
+        return [Source(os.path.join(snapshots, revisions[0]), name)]
+    return [Source(os.path.join(snapshots, revision), f"{name}@{revision[:8]}") for revision in revisions]
 
 
 def _main_revision(repository: str) -> str:

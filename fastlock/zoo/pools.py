@@ -2,229 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any, Protocol
 
 import pebble
-import torch
 
-from fastlock.architectures.families import head_geometry
-from fastlock.checkpoints.config import transformers_config
-from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocked import read_receipt
-from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
-from fastlock.locks.lock import Lock
-from fastlock.storage.files import CONFIG, parse_json, read_all
-from fastlock.storage.local import LocalFile
-from fastlock.storage.places import as_place, below, file_at, is_there
-from fastlock.storage.remote import RemoteDirectory, RemoteFile
-from fastlock.verification import verify
+from fastlock.zoo.tasks import Done, Job, Task, prepare
 
-RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
-LOCKED = "locked"
 TASKS_PER_WORKER = 4
 RAY_RETRIES = 2
 RAY_PATIENCE = 15  # seconds
 # What every worker needs: imported once, in the process that the workers are forked from.
 PRELOADED = ["fastlock.zoo.pools", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all tasks of a run have in common."""
-
-    work: Callable[[Job, Task], Done]
-    lock: bytes
-    strength: float = 0.0
-    stacks: tuple[str, ...] = ()
-    copy: bool = False
-    base: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One checkpoint: where it is, where it goes, and the folds of files that it shares with earlier ones."""
-
-    index: int
-    source: str
-    name: str
-    out: str = ""
-    folds: tuple[bytes, ...] = ()
-    returns_folds: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one checkpoint.
-
-    Attributes:
-        source: its directory.
-        name: its name in the zoo.
-        out: the relocked directory, "" where none was asked for.
-        status: "relocked", "done already", "skipped" or "failed"; of `verify_zoo` "locked", "not locked", "altered"
-            or "failed".
-        error: why it was skipped, failed or is not locked; "" otherwise.
-        seconds: how long its worker took.
-        bytes_read: what its worker read, whole projections included; None where the system doesn't say.
-        bytes_written: what its worker wrote.
-        time: when it was finished, in seconds since 1970.
-    """
-
-    source: str
-    name: str
-    out: str
-    status: str
-    error: str = ""
-    seconds: float = 0.0
-    bytes_read: int | None = None
-    bytes_written: int | None = None
-    time: float = field(default_factory=time.time)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as data that JSON can hold."""
-        finished = datetime.fromtimestamp(self.time, timezone.utc).isoformat(timespec="milliseconds")
-        return vars(self) | {"seconds": round(self.seconds, 6), "time": finished}
-
-
-# The result, and the pickled folds of the files that later checkpoints share.
-Done = tuple[Result, bytes | None]
-
-
-def relock_one(job: Job, task: Task) -> Done:
-    """Relock one checkpoint of a zoo; whatever goes wrong is in the result."""
-    given: dict[Any, Any] = {}
-    for folds in task.folds:
-        given |= pickle.loads(folds)
-    folds_of_all = dict(given)
-    result = _measured(task, lambda: _relock(job, task, folds_of_all))
-    added = {key: fold for key, fold in folds_of_all.items() if key not in given}
-    return result, pickle.dumps(added) if task.returns_folds and result.status == RELOCKED else None
-
-
-def verify_one(job: Job, task: Task) -> Done:
-    """Verify one checkpoint of a zoo; whatever goes wrong is in the result."""
-
-    def check() -> tuple[str, str]:
-        found = verify(task.source, _lock(job.lock))
-        return found.state, "" if found else found.reason
-
-    return _measured(task, check), None
-
-
-def geometry(config: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a lock's base and its fine-tunes have in common, out of a config.json or the directory that holds it.
-
-    Raises:
-        FastlockError: there is none, or transformers knows no such model.
-    """
-    raw, where = _raw_config(config)
-    text = transformers_config(raw, where).get_text_config()
-    heads, head_dim = head_geometry(text)
-    return {
-        "model_type": raw["model_type"],
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": heads,
-        "head_dim": head_dim,
-        "hidden_size": text.hidden_size,
-    }
-
-
-def _raw_config(config: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
-    place = as_place(config)
-    file = file_at(place) or file_at(below(place, CONFIG))
-    if file is None:
-        raise FastlockError(f"{place}: no {CONFIG} is there. Give one, or the checkpoint's directory that holds it.")
-    return parse_json(read_all(file, str(place)), str(place)), str(place)
-
-
-def _relock(job: Job, task: Task, folds: dict[Any, Any]) -> tuple[str, str]:
-    if is_there(as_place(task.out)):
-        return _already_there(job, task.out)
-    if job.base is not None and (differs := _differs(task.source, job.base)):
-        return SKIPPED, differs
-    lock = _lock(job.lock)
-    relock_checkpoint(task.source, lock, task.out, job.strength, stacks=job.stacks, copy=job.copy, folds=folds)
-    return RELOCKED, ""
-
-
-def _already_there(job: Job, out: str) -> tuple[str, str]:
-    receipt = read_receipt(out)
-    if receipt is None:
-        found = "without a lock"
-    elif receipt.lock_digest != _lock(job.lock).digest:
-        found = "with another lock"
-    elif receipt.strength != job.strength:
-        found = f"with the lock at strength {receipt.strength:g}"
-    elif idle := [finding.stack for finding in doctor(out, job.stacks) if not finding.acts]:
-        found = f"in a form that {' and '.join(idle)} would drop"
-    else:
-        return DONE_ALREADY, ""
-    return FAILED, f"{out}: exists already, {found}. Remove it first, or choose another directory for all."
-
-
-def _differs(source: str, base: dict[str, Any]) -> str:
-    """In what the geometry of a checkpoint is not its base's; "" where it is the same."""
-    raw, _ = _raw_config(source)
-    known = {"model_type": raw.get("model_type")}
-    if known["model_type"] == base["model_type"]:
-        known = geometry(source)
-    return ", ".join(f"{key} is {value}, not {base[key]}" for key, value in known.items() if value != base[key])
-
-
-def _measured(task: Task, work: Callable[[], tuple[str, str]]) -> Result:
-    _prepare()
-    start, before = time.perf_counter(), _transferred()
-    try:
-        status, error = work()
-    except FastlockError as caught:
-        status, error = FAILED, str(caught)
-    except Exception as caught:  # one broken checkpoint must not stop the others
-        status, error = FAILED, f"{task.source}: {type(caught).__name__}: {caught}"
-    after = _transferred()
-    moved = [b - a for a, b in zip(before, after, strict=True)] if before and after else [None, None]
-    seconds = time.perf_counter() - start
-    return Result(task.source, task.name, task.out, status, error, seconds, moved[0], moved[1])
-
-
-def _transferred() -> tuple[int, int] | None:
-    """Bytes that this process has read (mapped and fetched ones included) and written, where the system counts them."""
-    try:
-        with open("/proc/self/io", "rb") as file:
-            counts = dict(line.split(b": ") for line in file.read().splitlines())
-        return int(counts[b"rchar"]) + LocalFile.viewed + RemoteFile.fetched, int(
-            counts[b"wchar"]
-        ) + RemoteDirectory.sent
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-@functools.cache
-def _prepare() -> None:
-    """Make this process a good worker: one thread, and nothing on the terminal."""
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-@functools.lru_cache(maxsize=1)
-def _lock(data: bytes) -> Lock:
-    lock: Lock = pickle.loads(data)  # as this run's own main process sent it
-    return lock
 
 
 class Pool(Protocol):
@@ -368,7 +165,7 @@ def _start_worker(job: Job, environment: dict[str, str]) -> None:
     _job = job
     os.environ.update(environment)  # the fork server's is of when it started: credentials may have come since
     signal.signal(signal.SIGTERM, _stop)
-    _prepare()
+    prepare()
 
 
 def _stop(*_: object) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 from fastlock.html_page import facts_list, head, html_text
 from fastlock.version import __version__
-from fastlock.zoo.pools import DONE_ALREADY, FAILED, RELOCKED, SKIPPED, Result
+from fastlock.zoo.tasks import DONE_ALREADY, FAILED, RELOCKED, SKIPPED, Result
 
 MAX_ROWS = 2000
 BINS = 80

@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,24 +21,22 @@ from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.storage.files import CONFIG, write_atomic
 from fastlock.storage.places import Place, as_place, below, file_at
 from fastlock.storage.remote import write_remote
-from fastlock.zoo.find import Checkpoint, FileId, check_names, find_checkpoints, shared_files
-from fastlock.zoo.pools import (
+from fastlock.zoo.find import Source, check_names, find_checkpoints, shared_files
+from fastlock.zoo.pools import LocalPool, Pool, RayPool
+from fastlock.zoo.report import report_page
+from fastlock.zoo.schedule import Schedule
+from fastlock.zoo.tasks import (
     DONE_ALREADY,
     FAILED,
     LOCKED,
     RELOCKED,
     SKIPPED,
     Job,
-    LocalPool,
-    Pool,
-    RayPool,
     Result,
-    Task,
     geometry,
     relock_one,
     verify_one,
 )
-from fastlock.zoo.report import report_page
 
 LOG_NAME = "fastlock-zoo"
 OnResult = Callable[[Result, int], None]
@@ -145,7 +143,7 @@ def relock_zoo(
     name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
     log_place, report_place = below(root, f"{name}.jsonl"), below(root, f"{name}.html")
     summary = Summary(log=log_place, report=report_place)
-    plan = _Plan(checkpoints, shared_files(checkpoints), root)
+    plan = Schedule(checkpoints, shared_files(checkpoints), root)
     start = time.perf_counter()
     pool = _pool(job, workers, ray, len(checkpoints))
     with _appended(log_place) as log:
@@ -182,14 +180,14 @@ def verify_zoo(
     check_lock(lock)
     checkpoints = _share(find_checkpoints(sources), rank, world_size)
     summary = Summary()
-    plan = _Plan(checkpoints, [[] for _ in checkpoints])
+    plan = Schedule(checkpoints, [[] for _ in checkpoints])
     start = time.perf_counter()
     pool = _pool(Job(work=verify_one, lock=pickle.dumps(lock)), workers, ray, len(checkpoints))
     _run(pool, plan, summary, start, on_result)
     return summary
 
 
-def _share(checkpoints: list[Checkpoint], rank: int | None, world_size: int | None) -> list[Checkpoint]:
+def _share(checkpoints: list[Source], rank: int | None, world_size: int | None) -> list[Source]:
     if rank is None and world_size is None:
         return checkpoints
     if rank is None or world_size is None or not 0 <= rank < world_size:
@@ -243,7 +241,7 @@ def _pool(job: Job, workers: int | None, ray: str | None, tasks: int) -> Pool:
     return LocalPool(job, max(1, min(workers or _cpus(), tasks)))
 
 
-def _run(pool: Pool, plan: _Plan, summary: Summary, start: float, on_result: OnResult | None) -> None:
+def _run(pool: Pool, plan: Schedule, summary: Summary, start: float, on_result: OnResult | None) -> None:
     """Do all tasks; the summary is right at every moment."""
     try:
         for result in _results(pool, plan):
@@ -259,7 +257,7 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _results(pool: Pool, plan: _Plan) -> Iterator[Result]:
+def _results(pool: Pool, plan: Schedule) -> Iterator[Result]:
     running = 0
     while True:
         while running < pool.capacity and (task := plan.next_task()) is not None:
@@ -274,67 +272,3 @@ def _results(pool: Pool, plan: _Plan) -> Iterator[Result]:
         result, folds = done
         plan.finished(task.index, folds)
         yield result
-
-
-class _Plan:
-    """Which checkpoint is next, so that the output projections in a shared file are folded once.
-
-    Of the checkpoints that share a file, the first one folds it while the others wait; if it did not (it failed, or
-    was done already), the next one is the first. The very first unfinished checkpoint never waits, so that it ends.
-    """
-
-    def __init__(self, checkpoints: list[Checkpoint], files: list[list[FileId]], out: Place | None = None) -> None:
-        self.checkpoints = checkpoints
-        self._out = out
-        self._files = files
-        self._users: dict[FileId, deque[int]] = {}
-        for index, shared in enumerate(files):
-            for file in shared:
-                self._users.setdefault(file, deque()).append(index)
-        self._folds: dict[FileId, bytes] = {}
-        self._planned = [False] * len(checkpoints)
-        self._finished = [False] * len(checkpoints)
-        self._ready: deque[int] = deque()
-        for index in reversed(range(len(checkpoints))):
-            self._consider(index)
-
-    def next_task(self) -> Task | None:
-        """The next checkpoint that need not wait, None while there is none."""
-        if not self._ready:
-            return None
-        index = self._ready.popleft()
-        checkpoint, files = self.checkpoints[index], self._files[index]
-        known = {file: self._folds[file] for file in files if file in self._folds}
-        return Task(
-            index,
-            checkpoint.source,
-            checkpoint.name,
-            str(below(self._out, checkpoint.name)) if self._out else "",
-            tuple({id(folds): folds for folds in known.values()}.values()),
-            returns_folds=len(known) < len(files),
-        )
-
-    def finished(self, index: int, folds: bytes | None) -> None:
-        """Note that a checkpoint is done, with the folds that it made for others."""
-        self._finished[index] = True
-        for file in self._files[index]:
-            users = self._users[file]
-            while users and self._finished[users[0]]:
-                users.popleft()
-            if not users:
-                self._folds.pop(file, None)
-            elif file in self._folds:
-                continue
-            elif folds is not None:
-                self._folds[file] = folds
-                for user in reversed(users):
-                    self._consider(user)
-            else:
-                self._consider(users[0])
-
-    def _consider(self, index: int) -> None:
-        """Plan a checkpoint, before all others, if it has nothing to wait for."""
-        waits = any(file not in self._folds and self._users[file][0] != index for file in self._files[index])
-        if not self._planned[index] and not waits:
-            self._planned[index] = True
-            self._ready.appendleft(index)

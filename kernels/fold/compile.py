@@ -25,7 +25,7 @@ from fastlock.kernels.fold.variants import Variant, shipped, variant_named
 
 
 @dataclass(frozen=True)
-class Report:
+class FoldReport:
     """What came out of one compilation.
 
     Attributes:
@@ -67,7 +67,7 @@ def in_sample(arch: int, variant: Variant) -> bool:
     return variant.aligned and variant.head_dim in (80, 128, 192)
 
 
-def compile_variant(arch: int, variant: Variant) -> Report:
+def compile_variant(arch: int, variant: Variant) -> FoldReport:
     """Compile the fold kernel for one compute capability; see `compiled`."""
     constexprs = constants(variant)
     source = ASTSource(
@@ -91,7 +91,7 @@ def compile_variant(arch: int, variant: Variant) -> Report:
         registers=elf.usage["REG"],
         ptxas=triton.knobs.nvidia.ptxas.version,
     )
-    return Report(
+    return FoldReport(
         arch=arch,
         variant=variant.name,
         registers=elf.usage["REG"],
@@ -129,7 +129,7 @@ def launch_problems(variant: Variant, cubin: cubins.Cubin, metadata: dict[str, A
     return problems
 
 
-def write_cubins(reports: Sequence[Report], directory: Path) -> cubins.Manifest:
+def write_cubins(reports: Sequence[FoldReport], directory: Path) -> cubins.Manifest:
     """Write what `shipped` ships and has no problem to a directory of its own, which is made anew.
 
     Raises:

@@ -47,7 +47,7 @@ MULTIPLES = ("hidden", "width", "stride_x", "stride_w")
 
 
 @dataclass(frozen=True)
-class Job:
+class Compilation:
     """One kernel to compile.
 
     Attributes:
@@ -80,7 +80,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Report:
+class LockedLinearReport:
     """What came out of one compilation.
 
     Attributes:
@@ -108,7 +108,7 @@ class Report:
     ptx: str = field(repr=False)
 
 
-def jobs(arch: int) -> Iterator[Job]:
+def jobs(arch: int) -> Iterator[Compilation]:
     """Every kernel that production may launch on an architecture for the head sizes of known models; some twice."""
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
@@ -116,11 +116,11 @@ def jobs(arch: int) -> Iterator[Job]:
                 # Only what adds d to x as it is read knows of heads.
                 if way.kind == "shift" or head_dim == 128:
                     for transposed, has_bias in itertools.product((False, True), repeat=2):
-                        yield Job(way, dtype, head_dim, transposed, has_bias)
+                        yield Compilation(way, dtype, head_dim, transposed, has_bias)
                     if way.kind == "gather":
-                        yield Job(way, dtype, head_dim, even=False)
-            yield from (Job(Way("around"), dtype, head_dim, put_back=put_back) for put_back in (False, True))
-        yield Job(Way("add"), dtype)
+                        yield Compilation(way, dtype, head_dim, even=False)
+            yield from (Compilation(Way("around"), dtype, head_dim, put_back=put_back) for put_back in (False, True))
+        yield Compilation(Way("add"), dtype)
 
 
 def ways_on(arch: int, dtype: torch.dtype, head_dim: int) -> list[Way]:
@@ -130,24 +130,24 @@ def ways_on(arch: int, dtype: torch.dtype, head_dim: int) -> list[Way]:
     return ways + [Way("shift", tile) for tile in shift_tiles(found, head_dim, dtype)]
 
 
-def sample(arch: int) -> Iterator[Job]:
+def sample(arch: int) -> Iterator[Compilation]:
     """What CI compiles: every tile on sm_90 in bfloat16, the first and the largest elsewhere; and one of each kind."""
     of_bf16 = ways_on(arch, BF16, 128)
     if arch == 90:
-        yield from (Job(way, BF16) for way in of_bf16)
+        yield from (Compilation(way, BF16) for way in of_bf16)
         ways = [way for way in of_bf16 if way.tile == Tile(16, 32, 128, 4, 5)]
-        yield from (Job(way, FP16, transposed=True, has_bias=False) for way in ways)
-        yield Job(ways[0], BF16, even=False)
-        yield from (Job(Way("shift", Tile(64, 64, d & -d, 4, 4)), BF16, d) for d in (80, 96))
-        yield from (Job(Way("around"), BF16, put_back=put_back) for put_back in (False, True))
-        yield Job(Way("add"), BF16)
-        yield from (Job(way, FP32) for way in ways_on(arch, FP32, 128))
+        yield from (Compilation(way, FP16, transposed=True, has_bias=False) for way in ways)
+        yield Compilation(ways[0], BF16, even=False)
+        yield from (Compilation(Way("shift", Tile(64, 64, d & -d, 4, 4)), BF16, d) for d in (80, 96))
+        yield from (Compilation(Way("around"), BF16, put_back=put_back) for put_back in (False, True))
+        yield Compilation(Way("add"), BF16)
+        yield from (Compilation(way, FP32) for way in ways_on(arch, FP32, 128))
     else:
         largest = max((way.tile for way in of_bf16 if way.tile), key=lambda tile: (tile.rows * tile.hidden, tile.width))
-        yield from (Job(way, BF16) for way in of_bf16 if way.tile in (of_bf16[0].tile, largest))
+        yield from (Compilation(way, BF16) for way in of_bf16 if way.tile in (of_bf16[0].tile, largest))
 
 
-def compile_job(arch: int, job: Job) -> Report:
+def compile_job(arch: int, job: Compilation) -> LockedLinearReport:
     """Compile one kernel for one compute capability: see `build.compiled`."""
     kernel, constants = kernel_of(job)
     signature = {name: type_of(name, job.dtype) for name in kernel.arg_names if name not in constants}
@@ -165,7 +165,7 @@ def compile_job(arch: int, job: Job) -> Report:
     problems = [f"{n} bytes of {what}" for what, n in memory.items() if n] + code_problems(job, ptx)
     if shared > SHARED_BYTES[arch] or (job.way.tile and shared > job.way.tile.shared_bytes(job.dtype)):
         problems.append(f"{shared} bytes of shared memory, more than the device has or the tile says")
-    return Report(
+    return LockedLinearReport(
         arch=arch,
         job=job.name,
         registers=found.elf.usage["REG"],
@@ -180,7 +180,7 @@ def compile_job(arch: int, job: Job) -> Report:
     )
 
 
-def kernel_of(job: Job) -> tuple[Any, dict[str, Any]]:
+def kernel_of(job: Compilation) -> tuple[Any, dict[str, Any]]:
     """The kernel of a job and its constexpr arguments."""
     if job.way.kind == "add":
         return add_kernel, {"BM": ADD_ROWS, "BN": ADD_COLUMNS}
@@ -211,7 +211,7 @@ def expected_wide_copies(tile: Tile, dtype: torch.dtype) -> int:
     return sum(max(1, lines * tile.width // vector // threads) for lines in (tile.rows, tile.hidden))
 
 
-def code_problems(job: Job, ptx: str) -> list[str]:
+def code_problems(job: Compilation, ptx: str) -> list[str]:
     """What is wrong with the code: narrow reads of x, W or y, no tensor cores (or some for float32), or rounding."""
     problems = []
     if job.way.tile is not None:
@@ -233,7 +233,7 @@ def code_problems(job: Job, ptx: str) -> list[str]:
     return problems
 
 
-def compile_all(archs: Sequence[int], every: bool, processes: int) -> Iterator[Report]:
+def compile_all(archs: Sequence[int], every: bool, processes: int) -> Iterator[LockedLinearReport]:
     """Each kernel in turn, with a line of a table printed for it."""
     wanted = [(arch, job) for arch in archs for job in dict.fromkeys(jobs(arch) if every else sample(arch))]
     print(f"{'arch':<7}{'kernel':<46}{'regs':>5}{'spills':>8}{'local':>7}{'shared':>8}{'copies':>8}{'mma':>5}")
@@ -246,7 +246,7 @@ def compile_all(archs: Sequence[int], every: bool, processes: int) -> Iterator[R
         yield report
 
 
-def conclude(reports: Sequence[Report]) -> int:
+def conclude(reports: Sequence[LockedLinearReport]) -> int:
     """Print how many kernels there are, and return how many of them have a problem."""
     bad = sum(bool(report.problems) for report in reports)
     print(f"Triton {triton.__version__}: {len(reports)} kernels, {bad} with problems")

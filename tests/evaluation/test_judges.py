@@ -20,9 +20,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import fastlock
-from fastlock.evaluation import judges
+from fastlock.evaluation import endpoint_judge, judges
+from fastlock.evaluation.endpoint_judge import EndpointJudge
 from fastlock.evaluation.evaluator import evaluate
-from fastlock.evaluation.judges import EndpointJudge, GuardJudge, judge_all, judge_name, open_judge, refuses
+from fastlock.evaluation.guard_judge import GuardJudge
+from fastlock.evaluation.judges import judge_name, open_judge
+from fastlock.evaluation.judging import judge_all
+from fastlock.evaluation.keyword_judge import refuses
 from fastlock.evaluation.prompts import Prompts
 from tests.helpers.families import tiny_model
 
@@ -333,7 +337,7 @@ def test_an_endpoint_is_asked_and_read() -> None:
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert "Authorization" not in asked[-1][1]
     assert (body["model"], body["temperature"]) == ("a-model", 0)
-    assert body["messages"][0] == {"role": "system", "content": judges.INSTRUCTION}
+    assert body["messages"][0] == {"role": "system", "content": endpoint_judge.INSTRUCTION}
     assert {tuple(said(body).values()) for _, _, body in asked[:3]} == set(PAIRS)
     name = judge_name(quick(url))
     assert name == f"a-model at {url}/chat/completions"

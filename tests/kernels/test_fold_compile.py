@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reports(folder):
     found = json.loads((folder / "reports.json").read_text())
-    return [build.Report(**report | {"cubin": cubins.cubin_of(report["cubin"])}, binary=b"") for report in found]
+    return [build.FoldReport(**report | {"cubin": cubins.cubin_of(report["cubin"])}, binary=b"") for report in found]
 
 
 @pytest.fixture(scope="module")

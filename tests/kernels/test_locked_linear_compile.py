@@ -16,7 +16,16 @@ pytest.importorskip("triton")
 from fastlock.errors import FastlockError
 from fastlock.kernels.locked_linear import compile as build_locked_linear
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
-from fastlock.kernels.locked_linear.compile import ARCHS, BF16, FP16, FP32, SHARED_BYTES, Job, Report, code_problems
+from fastlock.kernels.locked_linear.compile import (
+    ARCHS,
+    BF16,
+    FP16,
+    FP32,
+    SHARED_BYTES,
+    Compilation,
+    LockedLinearReport,
+    code_problems,
+)
 from fastlock.kernels.locked_linear.tiles import Tile, Way
 
 TILE = Tile(64, 64, 64, 4, 4)
@@ -31,7 +40,7 @@ def compiled(folder, *arguments):
     command = [sys.executable, "-m", "fastlock.kernels.locked_linear.compile", "--json", str(folder / "reports.json")]
     result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    return [Report(**report) for report in json.loads((folder / "reports.json").read_text())]
+    return [LockedLinearReport(**report) for report in json.loads((folder / "reports.json").read_text())]
 
 
 def test_the_sample(tmp_path):
@@ -46,22 +55,22 @@ def test_the_sample(tmp_path):
         assert report.shared_bytes <= SHARED_BYTES[report.arch]
         assert not re.search(r"\bld\.global\.b16\b", report.ptx) or "no_bias" not in report.job
     for way in build_locked_linear.ways_on(90, BF16, 128):  # every tile that an H100 may be given
-        report = found[90, Job(way, BF16).name]
+        report = found[90, Compilation(way, BF16).name]
         kinds = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\b", report.ptx))
         assert kinds == {"wgmma.mma_async" if way.tile.rows >= 64 else "mma.sync"}
     for way in build_locked_linear.ways_on(90, FP32, 128):
-        assert "fma.rn.f32" in found[90, Job(way, FP32).name].ptx
+        assert "fma.rn.f32" in found[90, Compilation(way, FP32).name].ptx
     assert {dtype for dtype in ("bfloat16", "float16", "float32") if any(dtype in job for _, job in found)} == {
         "bfloat16",
         "float16",
         "float32",
     }
-    largest = found[100, Job(Way("gather", Tile(128, 256, 64, 8, 4)), BF16).name]
+    largest = found[100, Compilation(Way("gather", Tile(128, 256, 64, 8, 4)), BF16).name]
     assert "tcgen05.mma" in largest.ptx
 
 
 def test_what_the_build_fails_by():
-    job = Job(Way("gather", TILE), BF16)
+    job = Compilation(Way("gather", TILE), BF16)
     assert build_locked_linear.expected_wide_copies(TILE, BF16) == 8
     assert code_problems(job, SOUND) == []
     for change, problem in (
@@ -72,14 +81,18 @@ def test_what_the_build_fails_by():
     ):
         (found,) = code_problems(job, SOUND.replace(*change))
         assert problem in found
-    assert code_problems(Job(job.way, FP32), SOUND.replace("st.", "mma.sync st.")) != []
-    assert code_problems(Job(Way("add"), BF16), SOUND) == ["no 16-byte load"]
-    assert code_problems(Job(Way("add"), FP16), SOUND.replace("bf16", "f16") + "ld.global.v4.b32 {") == []
+    assert code_problems(Compilation(job.way, FP32), SOUND.replace("st.", "mma.sync st.")) != []
+    assert code_problems(Compilation(Way("add"), BF16), SOUND) == ["no 16-byte load"]
+    assert code_problems(Compilation(Way("add"), FP16), SOUND.replace("bf16", "f16") + "ld.global.v4.b32 {") == []
 
 
 def test_build_and_launch_share_their_constants():
     """A launch passes what the build compiles for: one definition, in the order of the kernel's arguments."""
-    for job in (Job(Way("gather", TILE), BF16), Job(Way("add"), BF16), Job(Way("around"), BF16)):
+    for job in (
+        Compilation(Way("gather", TILE), BF16),
+        Compilation(Way("add"), BF16),
+        Compilation(Way("around"), BF16),
+    ):
         kernel, constants = build_locked_linear.kernel_of(job)
         names = [name for name in kernel.arg_names if name not in constants]
         assert kernel.arg_names == [*names, *constants]
@@ -102,4 +115,4 @@ def test_no_kernel_of_these_is_shipped(tmp_path):
 @pytest.mark.skipif(not locked_linear_jit.INTERPRETED, reason="needs Triton's interpreter")
 def test_refuses_to_compile_under_the_interpreter():
     with pytest.raises(FastlockError, match="TRITON_INTERPRET"):
-        build_locked_linear.compile_job(90, Job(Way("add"), torch.bfloat16))
+        build_locked_linear.compile_job(90, Compilation(Way("add"), torch.bfloat16))

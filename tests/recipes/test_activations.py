@@ -19,15 +19,15 @@ import torch
 from fastlock import FastlockError
 from fastlock.models.sites import sites
 from fastlock.recipes import activations
-from fastlock.recipes.activations import Activations, Text, activations_of
+from fastlock.recipes.activations import Activations, ReadText, activations_of
 from tests.helpers.families import CONFIGS, tiny_gemma3, tiny_model, tokens
 
 LENGTHS = (3, 3, 7, 12, 25, 40)
 
 
-def texts(lengths: Sequence[int] = LENGTHS) -> list[Text]:
+def texts(lengths: Sequence[int] = LENGTHS) -> list[ReadText]:
     return [
-        Text(tokens(length, seed=n)[0].tolist(), min(length, 5), f"text {n}") for n, length in enumerate(lengths, 1)
+        ReadText(tokens(length, seed=n)[0].tolist(), min(length, 5), f"text {n}") for n, length in enumerate(lengths, 1)
     ]
 
 
@@ -35,13 +35,13 @@ def plain(items: Sequence[Any], _description: str) -> Sequence[Any]:
     return items
 
 
-def read(model: Any, given: Sequence[Text], progress: Any = plain, work: Any = None) -> Any:
+def read(model: Any, given: Sequence[ReadText], progress: Any = plain, work: Any = None) -> Any:
     """Every vector, [layers, heads, vectors, head_dim]."""
     with activations_of(model, sites(model), given, progress, work) as found:
         return found.read(slice(None), slice(None))
 
 
-def one_at_a_time(model: Any, given: Sequence[Text]) -> Any:
+def one_at_a_time(model: Any, given: Sequence[ReadText]) -> Any:
     """The same, by hooks on the layers' own projections, each text alone with a mask of ones."""
     parts = []
     for text in given:
@@ -147,7 +147,7 @@ def test_another_error_is_not_taken_for_memory() -> None:
 def test_nan_is_reported_with_its_layer_and_its_text() -> None:
     model: Any = tiny_model("llama")
     given = texts()
-    odd = [Text([*given[3].ids[:-1], 120], 5, "the odd one")]
+    odd = [ReadText([*given[3].ids[:-1], 120], 5, "the odd one")]
     model.get_input_embeddings().weight.data[120] = float("inf")
     with pytest.raises(FastlockError, match=r"model\.layers\.0\.self_attn\.o_proj: NaN.* in reading the odd one\. "):
         read(model, given[:3] + odd + given[4:])
@@ -320,12 +320,12 @@ def test_a_damaged_directory_is_refused(tmp_path: Path, damage: Callable[[Path],
 @pytest.mark.usefixtures("small_batches")
 def test_a_directory_of_another_reading_is_refused(tmp_path: Path) -> None:
     read(tiny_model("llama"), texts(), plain, tmp_path)
-    others: dict[str, tuple[Any, list[Text], str]] = {
+    others: dict[str, tuple[Any, list[ReadText], str]] = {
         "weights": (tiny_model("llama", seed=1), texts(), "computes other activations now"),
         "dtype": (tiny_model("llama", torch.bfloat16), texts(), "computes other activations now|by another model"),
         "family": (tiny_model("qwen3"), texts(), "by another model"),
         "texts": (tiny_model("llama"), texts((3, 3, 7, 12, 25, 39)), "other texts"),
-        "kept": (tiny_model("llama"), [Text(t.ids, 2, t.name) for t in texts()], "other texts"),
+        "kept": (tiny_model("llama"), [ReadText(t.ids, 2, t.name) for t in texts()], "other texts"),
     }
     for model, given, message in others.values():
         with pytest.raises(FastlockError, match=message):

@@ -20,8 +20,9 @@ import fastlock
 from fastlock.cli import main as cli
 from fastlock.errors import FastlockError
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
-from fastlock.recipes.calibration import Calibration, Trial, best, best_strength, calibrate, frontier, next_strength
+from fastlock.recipes.calibration import Calibration, calibrate
 from fastlock.recipes.calibration_report import calibration_html, picture, trial_cells, trial_columns
+from fastlock.recipes.trials import Trial, best, best_strength, frontier, next_strength
 from tests.helpers.families import random_lock, same_state, state, tiny_model, word_tokenizer
 
 module = importlib.import_module("fastlock.recipes.calibration")
@@ -97,7 +98,7 @@ def test_calibration_finds_what_is_planted(monkeypatch: pytest.MonkeyPatch) -> N
         right = lock.recipe.startswith("prompt-end")
         return {"refusals": math.exp(-(math.log(strength / 2) ** 2)) if right else 0.1, "over_refusals": 0.0, "cost": 1}
 
-    monkeypatch.setattr(module._Asking, "measure", measure)
+    monkeypatch.setattr(module._Measuring, "measure", measure)
     found = calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, trials=40, new_tokens=1)
     assert found.chosen.recipe == "prompt-end"
     assert found.chosen.refusals > 0.9
@@ -214,7 +215,7 @@ def steered(monkeypatch: pytest.MonkeyPatch, stop_in: int | None = None) -> None
             raise KeyboardInterrupt
         return {"refusals": len(lock) / 16, "over_refusals": strength / 8, "cost": 1 + abs(strength - 2)}
 
-    monkeypatch.setattr(module._Asking, "measure", measure)
+    monkeypatch.setattr(module._Measuring, "measure", measure)
 
 
 @pytest.mark.parametrize("stops", [[4], [0, 1, 0], [12], [3, 9]], ids=str)
@@ -597,7 +598,7 @@ def test_a_cost_without_end_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_
     def measure(_self: Any, _lock: Any, strength: float) -> dict[str, float]:
         return {"refusals": min(strength, 1.0), "over_refusals": 0.0, "cost": math.inf if strength > 1 else 1.0}
 
-    monkeypatch.setattr(module._Asking, "measure", measure)
+    monkeypatch.setattr(module._Measuring, "measure", measure)
     options: dict[str, Any] = {"lock": random_lock(model), "prompts": PROMPTS, "new_tokens": 1}
     for _ in range(2):
         found = calibrate(model, tokenizer, trials=8, journal=tmp_path / "journal.jsonl", **options)
@@ -674,7 +675,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
     def measure(_self: Any, _lock: Any, strength: float) -> dict[str, float]:
         return {"refusals": max(kept, min(1.0, strength)), "over_refusals": 0.0, "cost": 1 + max(0, strength - 1)}
 
-    monkeypatch.setattr(module._Asking, "measure", measure)
+    monkeypatch.setattr(module._Measuring, "measure", measure)
 
 
 def test_the_command_for_a_lock(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

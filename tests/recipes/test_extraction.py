@@ -20,8 +20,9 @@ from sklearn.linear_model import LogisticRegression
 import fastlock
 from fastlock import FastlockError
 from fastlock.evaluation.prompts import shipped_prompts
+from fastlock.inference.chat import prompt_tokens
 from fastlock.recipes.activations import Activations
-from fastlock.recipes.extraction import extract, prompt_tokens, rank_heads
+from fastlock.recipes.extraction import extract, rank_heads
 from fastlock.recipes.head_scores import statistics
 from fastlock.recipes.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
 from tests.helpers.families import random_lock, same_state, state, tiny_model, word_tokenizer

@@ -14,6 +14,7 @@ import pytest
 import fastlock
 from fastlock.zoo import pools as zoo_workers
 from fastlock.zoo import run as zoo
+from fastlock.zoo import tasks
 from tests.helpers.families import random_lock, tiny_model
 
 
@@ -48,7 +49,7 @@ def cluster(monkeypatch):
         cluster.shutdown()
 
 
-def dying(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
+def dying(job: tasks.Job, task: tasks.Task) -> tasks.Done:
     """`relock_one`, noting its node; killed at checkpoints with a marker: "once", or always."""
     import ray
 
@@ -60,7 +61,7 @@ def dying(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
         if marker.read_text() == "once":
             marker.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    return zoo_workers.relock_one(job, task)
+    return tasks.relock_one(job, task)
 
 
 def test_two_nodes_and_a_worker_killed_in_the_middle(zoo_of, cluster, tmp_path, monkeypatch) -> None:
@@ -85,7 +86,7 @@ def test_two_nodes_and_a_worker_killed_in_the_middle(zoo_of, cluster, tmp_path, 
     assert len({node for _, node in ran}) == 2
     times = {name: [ran_name for ran_name, _ in ran].count(name) for name in statuses}
     assert times == dict.fromkeys("013567", 1) | {"2": 2, "4": 1 + zoo_workers.RAY_RETRIES}
-    monkeypatch.setattr(zoo, "relock_one", zoo_workers.relock_one)
+    monkeypatch.setattr(zoo, "relock_one", tasks.relock_one)
     (source / "4" / "die").unlink()
     shutil.rmtree(source / "5")
     again = zoo.relock_zoo([source], lock, tmp_path / "out", ray=cluster, workers=2)

@@ -21,7 +21,8 @@ from fastlock.zoo import find as zoo_find
 from fastlock.zoo import pools as zoo_workers
 from fastlock.zoo import report as zoo_report
 from fastlock.zoo import run as zoo
-from fastlock.zoo.find import Checkpoint, find_checkpoints, shared_files
+from fastlock.zoo import schedule, tasks
+from fastlock.zoo.find import Source, find_checkpoints, shared_files
 from tests.helpers.families import random_lock, tiny_model
 
 REVISIONS = ("0123456789abcdef", "fedcba9876543210")
@@ -208,7 +209,7 @@ def test_the_plan_folds_each_shared_file_once(seed: int) -> None:
     chance = random.Random(seed)
     count, kinds = 40, 12
     files = [sorted({(0, chance.randrange(kinds)) for _ in range(chance.randrange(4))}) for _ in range(count)]
-    plan = zoo._Plan([Checkpoint(f"/{i}", str(i)) for i in range(count)], files)
+    plan = schedule.Schedule([Source(f"/{i}", str(i)) for i in range(count)], files)
     running, done, known = [], [], {}
     while len(done) < count:
         while len(running) < 5 and (task := plan.next_task()) is not None:
@@ -228,7 +229,7 @@ def test_the_plan_folds_each_shared_file_once(seed: int) -> None:
     assert not plan._folds
 
 
-def recording(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
+def recording(job: tasks.Job, task: tasks.Task) -> tasks.Done:
     """`relock_one`, noting beside `out` how many folds it was given and how many it made."""
     original = zoo_workers.relock_checkpoint
 
@@ -241,7 +242,7 @@ def recording(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
 
     zoo_workers.relock_checkpoint = recorded
     try:
-        return zoo_workers.relock_one(job, task)
+        return tasks.relock_one(job, task)
     finally:
         zoo_workers.relock_checkpoint = original
 
@@ -402,14 +403,14 @@ def test_a_place_that_cannot_be_written(tunes, lock, tmp_path) -> None:
 # Workers that die, and stops
 
 
-def dying(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
+def dying(job: tasks.Job, task: tasks.Task) -> tasks.Done:
     """`relock_one` in a worker that is killed at checkpoints with a marker: "once", or always."""
     marker = Path(task.source, "die")
     if marker.exists():
         if marker.read_text() == "once":
             marker.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    return zoo_workers.relock_one(job, task)
+    return tasks.relock_one(job, task)
 
 
 def test_a_worker_that_dies_takes_only_its_checkpoint_with_it(tunes, lock, tmp_path, monkeypatch) -> None:
@@ -422,7 +423,7 @@ def test_a_worker_that_dies_takes_only_its_checkpoint_with_it(tunes, lock, tmp_p
     assert zoo.verify_zoo([tmp_path / "out"], lock)
 
 
-def killing_all(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
+def killing_all(job: tasks.Job, task: tasks.Task) -> tasks.Done:
     """`relock_one`, after the first of which all other workers are killed while they wait for work."""
     marker = Path(task.source, "die")
     if marker.exists():
@@ -431,7 +432,7 @@ def killing_all(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Don
             if int(child) != os.getpid():
                 os.kill(int(child), signal.SIGKILL)
         time.sleep(1)
-    return zoo_workers.relock_one(job, task)
+    return tasks.relock_one(job, task)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
@@ -445,7 +446,7 @@ def test_workers_that_die_idle_are_replaced(tunes, lock, tmp_path, monkeypatch) 
     assert zoo.verify_zoo([tmp_path / "out"], lock)
 
 
-def failing_start(job: zoo_workers.Job, environment: dict[str, str]) -> None:
+def failing_start(job: tasks.Job, environment: dict[str, str]) -> None:
     os._exit(1)
 
 
@@ -455,7 +456,7 @@ def test_workers_that_cannot_start(tunes, lock, tmp_path, monkeypatch) -> None:
         zoo.relock_zoo([tunes], lock, tmp_path / "out", workers=1)
 
 
-def broken(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
+def broken(job: tasks.Job, task: tasks.Task) -> tasks.Done:
     raise ZeroDivisionError(task.name)
 
 
@@ -465,7 +466,7 @@ def test_a_fault_of_the_worker_itself(tunes, lock, tmp_path, monkeypatch) -> Non
     assert summary.wrong[0].error == f"{tunes / 'a'}: ZeroDivisionError: a"
 
 
-def slow(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
+def slow(job: tasks.Job, task: tasks.Task) -> tasks.Done:
     """`relock_one`, which at checkpoint b waits with something half made, and cleans up."""
     if task.name == "b":
         half = Path(task.out).parent / ".half"
@@ -474,7 +475,7 @@ def slow(job: zoo_workers.Job, task: zoo_workers.Task) -> zoo_workers.Done:
             time.sleep(60)
         finally:
             half.unlink()
-    return zoo_workers.relock_one(job, task)
+    return tasks.relock_one(job, task)
 
 
 def begun(tunes: Path, lock: Path, out: Path) -> subprocess.Popen:
@@ -626,8 +627,8 @@ def page(results: list, total: int | None = None, seconds: float = 3.0, **facts:
     return Page(zoo_report.report_page(results, len(results) if total is None else total, seconds, facts))
 
 
-def result(name: str, status: str = "relocked", error: str = "", at: float = 0.0) -> zoo_workers.Result:
-    return zoo_workers.Result(f"/zoo/{name}", name, f"/out/{name}", status, error, 0.5, 10, 2000, 1e9 + at)
+def result(name: str, status: str = "relocked", error: str = "", at: float = 0.0) -> tasks.Result:
+    return tasks.Result(f"/zoo/{name}", name, f"/out/{name}", status, error, 0.5, 10, 2000, 1e9 + at)
 
 
 def test_nothing_in_the_page_is_taken_for_markup() -> None:

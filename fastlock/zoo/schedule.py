@@ -1,0 +1,73 @@
+"""Which checkpoint of a zoo is next, so that what several share is folded once."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from fastlock.storage.places import Place, below
+from fastlock.zoo.find import FileId, Source
+from fastlock.zoo.tasks import Task
+
+
+class Schedule:
+    """Which checkpoint is next, so that the output projections in a shared file are folded once.
+
+    Of the checkpoints that share a file, the first one folds it while the others wait; if it did not (it failed, or
+    was done already), the next one is the first. The very first unfinished checkpoint never waits, so that it ends.
+    """
+
+    def __init__(self, checkpoints: list[Source], files: list[list[FileId]], out: Place | None = None) -> None:
+        self.checkpoints = checkpoints
+        self._out = out
+        self._files = files
+        self._users: dict[FileId, deque[int]] = {}
+        for index, shared in enumerate(files):
+            for file in shared:
+                self._users.setdefault(file, deque()).append(index)
+        self._folds: dict[FileId, bytes] = {}
+        self._planned = [False] * len(checkpoints)
+        self._finished = [False] * len(checkpoints)
+        self._ready: deque[int] = deque()
+        for index in reversed(range(len(checkpoints))):
+            self._consider(index)
+
+    def next_task(self) -> Task | None:
+        """The next checkpoint that need not wait, None while there is none."""
+        if not self._ready:
+            return None
+        index = self._ready.popleft()
+        checkpoint, files = self.checkpoints[index], self._files[index]
+        known = {file: self._folds[file] for file in files if file in self._folds}
+        return Task(
+            index,
+            checkpoint.source,
+            checkpoint.name,
+            str(below(self._out, checkpoint.name)) if self._out else "",
+            tuple({id(folds): folds for folds in known.values()}.values()),
+            returns_folds=len(known) < len(files),
+        )
+
+    def finished(self, index: int, folds: bytes | None) -> None:
+        """Note that a checkpoint is done, with the folds that it made for others."""
+        self._finished[index] = True
+        for file in self._files[index]:
+            users = self._users[file]
+            while users and self._finished[users[0]]:
+                users.popleft()
+            if not users:
+                self._folds.pop(file, None)
+            elif file in self._folds:
+                continue
+            elif folds is not None:
+                self._folds[file] = folds
+                for user in reversed(users):
+                    self._consider(user)
+            else:
+                self._consider(users[0])
+
+    def _consider(self, index: int) -> None:
+        """Plan a checkpoint, before all others, if it has nothing to wait for."""
+        waits = any(file not in self._folds and self._users[file][0] != index for file in self._files[index])
+        if not self._planned[index] and not waits:
+            self._planned[index] = True
+            self._ready.appendleft(index)
