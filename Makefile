@@ -15,7 +15,7 @@ VLLM := 0.32.0
 LLAMA_CPP := 0.3.36
 SGLANG := 0.5.23
 
-.PHONY: demo demo-short test test-kernels test-serving lint types bench gpu wheel clean
+.PHONY: demo demo-short test test-kernels test-serving lint types bench gpu wheel clean FORCE
 
 demo: $(VENV)/demo.ready
 	$(BIN)/python examples/demo.py
@@ -37,16 +37,18 @@ test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready $(VENV)-sglang/ready
 	$(TEST) tests/serving
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready build/package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/package && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
-# mypy does not follow setup.py's package_dir, so it is shown the package as it will be installed.
-types: $(VENV)/ready
-	rm -rf build/types && mkdir -p build/types/fastlock
-	ln -s $(CURDIR)/fastlock/* build/types/fastlock
-	ln -s $(CURDIR)/kernels build/types/fastlock/kernels
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fastlock
+types: $(VENV)/ready build/package
+	cd build/package && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fastlock
+
+# The package as it will be installed, for tools that do not follow setup.py's package_dir.
+build/package: FORCE
+	rm -rf $@ && mkdir -p $@
+	cp -R fastlock $@/fastlock && cp -R kernels $@/fastlock/kernels
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/run.py

@@ -37,7 +37,7 @@ class BuildWithCubins(build_py):
 def compile_cubins(built: Path, wanted: str) -> None:
     """Compile into the built package, by itself. Without them the build goes on, unless they were asked for."""
     archs = wanted.split(",") if wanted not in ("", "1") else []
-    command = [sys.executable, "-m", "fastlock.kernels.fold.compile", "--shipped", "--cubins", CUBINS]
+    command = [sys.executable, "-m", "fastlock.kernels.build", "--shipped", "--cubins", CUBINS]
     command += ["--arch", *archs] if archs else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # From the built package's folder, so that it is the one that Python finds.

@@ -1,30 +1,43 @@
-"""Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias."""
+"""Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias.
 
-from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocking import relock_checkpoint
-from fastlock.checkpoints.unlocking import unlock_checkpoint
-from fastlock.errors import FastlockError
-from fastlock.evaluation.evaluator import evaluate
-from fastlock.locks.lock import Lock
-from fastlock.locks.receipt import Receipt
-from fastlock.models.plan import Plan
-from fastlock.models.relocking import relock, relock_many, relocked, unlock
-from fastlock.models.request_locks import LockedLinear, RequestLocks
-from fastlock.recipes.calibration import calibrate
-from fastlock.recipes.extraction import extract
-from fastlock.recipes.pairs import Pair, load_pairs, shipped_pairs
-from fastlock.recipes.training import train_lock
-from fastlock.verification import Verification, verify
-from fastlock.version import __version__
+The names are looked up when they are first used (PEP 562), so that importing fastlock imports nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlock.checkpoints.diagnosis import doctor
+    from fastlock.checkpoints.relocking import relock_checkpoint
+    from fastlock.checkpoints.unlocking import unlock_checkpoint
+    from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
+    from fastlock.evaluation.evaluator import evaluate
+    from fastlock.locks.lock import Lock
+    from fastlock.locks.receipt import Receipt
+    from fastlock.models.plan import Plan
+    from fastlock.models.relocking import relock, relock_many, relocked, unlock
+    from fastlock.models.request_locks import LockedLinear, RequestLocks
+    from fastlock.recipes.calibration import calibrate
+    from fastlock.recipes.extraction import extract, rank_heads
+    from fastlock.recipes.pairs import Pair, load_pairs, shipped_pairs
+    from fastlock.recipes.training import train_lock
+    from fastlock.verification import Verification, verify
+    from fastlock.version import __version__
+    from fastlock.zoo.run import relock_zoo, verify_zoo
 
 __all__ = [
+    "DamagedError",
     "FastlockError",
     "Lock",
     "LockedLinear",
+    "MismatchError",
     "Pair",
     "Plan",
     "Receipt",
     "RequestLocks",
+    "UnsupportedError",
     "Verification",
     "__version__",
     "calibrate",
@@ -32,13 +45,75 @@ __all__ = [
     "evaluate",
     "extract",
     "load_pairs",
+    "rank_heads",
     "relock",
     "relock_checkpoint",
     "relock_many",
+    "relock_zoo",
     "relocked",
     "shipped_pairs",
     "train_lock",
     "unlock",
     "unlock_checkpoint",
     "verify",
+    "verify_zoo",
 ]
+
+# Where the names are.
+_MODULES = {
+    "fastlock.checkpoints.diagnosis": ("doctor",),
+    "fastlock.checkpoints.relocking": ("relock_checkpoint",),
+    "fastlock.checkpoints.unlocking": ("unlock_checkpoint",),
+    "fastlock.errors": (
+        "DamagedError",
+        "FastlockError",
+        "MismatchError",
+        "UnsupportedError",
+    ),
+    "fastlock.evaluation.evaluator": ("evaluate",),
+    "fastlock.locks.lock": ("Lock",),
+    "fastlock.locks.receipt": ("Receipt",),
+    "fastlock.models.plan": ("Plan",),
+    "fastlock.models.relocking": (
+        "relock",
+        "relock_many",
+        "relocked",
+        "unlock",
+    ),
+    "fastlock.models.request_locks": (
+        "LockedLinear",
+        "RequestLocks",
+    ),
+    "fastlock.recipes.calibration": ("calibrate",),
+    "fastlock.recipes.extraction": (
+        "extract",
+        "rank_heads",
+    ),
+    "fastlock.recipes.pairs": (
+        "Pair",
+        "load_pairs",
+        "shipped_pairs",
+    ),
+    "fastlock.recipes.training": ("train_lock",),
+    "fastlock.verification": (
+        "Verification",
+        "verify",
+    ),
+    "fastlock.version": ("__version__",),
+    "fastlock.zoo.run": (
+        "relock_zoo",
+        "verify_zoo",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
