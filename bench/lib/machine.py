@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 UNKNOWN_CACHE_BYTES = 256 * 2**20
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 COPIES = 15

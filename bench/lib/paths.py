@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 import fastlock
+from bench.lib.workloads import STRENGTH, Zoo
 from fastlock.fold import Fold, fold
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Displacement
-from workloads import STRENGTH, Zoo
 
 
 class Batch:

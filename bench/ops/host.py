@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import fastlock
+from bench.lib.report import interval_of_median
+from bench.lib.workloads import SHAPES, STRENGTH, Zoo, lock_for
 from fastlock import fold as fold_module
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import launch as kernels
-from report import interval_of_median
-from workloads import SHAPES, STRENGTH, Zoo, lock_for
 
 SHAPE = SHAPES["8B"]
 ROUNDS, CALLS = 200, 50

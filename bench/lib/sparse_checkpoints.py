@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-import workloads
+from bench.lib import workloads
 from fastlock import Lock
 
 PROJECTION = "model.layers.{}.self_attn.o_proj.weight"

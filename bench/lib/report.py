@@ -9,8 +9,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-import report_rows
-from tables import table
+from bench.lib.tables import table
+from bench.ops import rows_report
 
 HOW_TO_READ = """\
 - A **lock** shifts some attention heads; the **fold** b = W d turns the shift into a bias, one per locked layer.
@@ -163,7 +163,7 @@ def markdown(result: dict[str, Any]) -> str:
     if result["host"]:
         lines += _host(result["host"])
     if result["rows"]:
-        lines += report_rows.section(result["rows"])
+        lines += rows_report.section(result["rows"])
     if result["benchmarks"]:
         if result["picture"]:
             lines += ["## Roofline", "", f"![bytes a second]({result['picture']})", "", OF_ROOFLINE, ""]

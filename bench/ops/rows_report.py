@@ -1,10 +1,10 @@
-"""The part of the report on locks per request: from what bench_rows.py recorded to Markdown."""
+"""The part of the report on locks per request: from what rows.py recorded to Markdown."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tables import table
+from bench.lib.tables import table
 
 HOW_TO_READ = """\
 One output projection of the shape of Llama-3 8B (4096 x 4096) or 70B (8192 x 8192) with random weights; 8 locks of 2

@@ -1,4 +1,4 @@
-"""What extraction takes, and what of it the probes are: `python bench/bench_extract.py`.
+"""What extraction takes, and what of it the probes are: `python -m bench.efficacy.extract`.
 
 It prints Markdown, and needs what `make demo` sets up. SmolLM2-135M-Instruct reads the shipped pairs, in batches and
 one text at a time; the same activations are then scored by scikit-learn, as it comes and taken to the end.
@@ -21,9 +21,9 @@ import transformers
 from sklearn.linear_model import LogisticRegression
 
 import fastlock
-import machine
+from bench.lib import machine
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 extraction: Any = importlib.import_module("fastlock.recipes.extraction")  # fastlock.extract is the function
 
 RUNS = 3
@@ -41,7 +41,7 @@ def main() -> None:
     model, tokenizer = demo.load()
     for key, value in {**machine.describe(), "threads": torch.get_num_threads()}.items():
         print(f"- {key}: {value}")
-    print("- command: python bench/bench_extract.py\n")
+    print("- command: python -m bench.efficacy.extract\n")
     print("| | reading | probes, directions and scales | share |\n|---|---|---|---|")
     for name, tokens in (("one text at a time", 1), ("in batches", 1024)):
         with mock.patch("fastlock.recipes.activations.BATCH_TOKENS", tokens):

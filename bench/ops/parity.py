@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import fastlock
-import machine
+from bench.lib import machine
+from bench.lib.workloads import errors
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import reference, variants
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.models.sites import sites_for
 from tests.helpers import families
-from workloads import errors
 
 DEVICE = machine.device()
 HIDDEN = 1000

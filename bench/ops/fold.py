@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-import machine
-from paths import PATHS, Batch, Path
-from report import interval_of_median
-from workloads import COLD, Zoo, errors
+from bench.lib import machine
+from bench.lib.paths import PATHS, Batch, Path
+from bench.lib.report import interval_of_median
+from bench.lib.workloads import COLD, Zoo, errors
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ZOOS = [("8B", BF16), ("8B", FP16), ("8B", FP32), ("70B", BF16), ("70B", FP16)]

@@ -1,7 +1,7 @@
 """The models that locks are tried on: SmolLM2-135M-Instruct taught to refuse (the aligned base), and fine-tunes of it.
 
-`python bench/tuned_models.py` rebuilds the two that the demo uses, as LoRA adapters in examples/adapters (a quarter of
-an hour on two cores; needs what `make demo` sets up).
+`python -m bench.efficacy.tuned_models` rebuilds the two that the demo uses, as LoRA adapters in examples/adapters (a
+quarter of an hour on two cores; needs what `make demo` sets up).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import transformers
 
 import fastlock
-import tuned_prompts as made
+from bench.efficacy import tuned_prompts as made
 from fastlock.evaluation.prompts import Prompts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ADAPTERS = ROOT / "examples" / "adapters"
 sys.path.insert(0, str(ROOT / "examples"))
 RANK, BATCH = 4, 8

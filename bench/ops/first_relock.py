@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import machine
+from bench.lib import machine
 
-SCRIPT = Path(__file__).with_name("first_relock.py")
 WAYS = {"cubin": 3, "JIT, compiled before": 2, "JIT": 1}  # how many processes each
 
 
@@ -40,7 +39,13 @@ def test_first_relock(way: str, cache: Path, record_property: Callable[..., None
 
 
 def run(environment: dict[str, str]) -> dict[str, float]:
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.ops.first_relock_once"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

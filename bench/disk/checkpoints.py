@@ -28,10 +28,10 @@ from safetensors import safe_open
 from torch.nn import functional
 
 import fastlock
-from checkpoints import PROJECTION, SHAPES, lock_for, locked_ranges, sparse_checkpoint
+from bench.lib.report import interval_of_median
+from bench.lib.sparse_checkpoints import PROJECTION, SHAPES, lock_for, locked_ranges, sparse_checkpoint
+from bench.lib.workloads import STRENGTH
 from fastlock import Lock
-from report import interval_of_median
-from workloads import STRENGTH
 
 ROUNDS, WARMUP, WHOLE_ROUNDS = 15, 1, 7
 POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
@@ -282,7 +282,7 @@ def watched(disk: Disk, cache: str) -> dict[str, Any]:
         tiny.lock.save(tiny.folder / "lock.safetensors")
         disk.lock.save(tiny.folder / "wanted.safetensors")
         out = disk.new()
-        command = [sys.executable, __file__, cache, str(tiny.folder), str(disk.source), str(out)]
+        command = [sys.executable, "-m", "bench.disk.checkpoints", cache, str(tiny.folder), str(disk.source), str(out)]
         seen: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return seen | {"new_bytes": sum(path.stat().st_size for path in new_files(disk, out))}
 

@@ -1,9 +1,9 @@
-"""How far one constant bias brings refusals back, over five seeds: `python bench/bench_frontier.py`.
+"""How far one constant bias brings refusals back, over five seeds: `python -m bench.efficacy.frontier`.
 
-It prints Markdown. Of the aligned base of bench_recipes.py each seed makes a fine-tune on ten obedient answers (which
+It prints Markdown. Of the aligned base of recipes.py each seed makes a fine-tune on ten obedient answers (which
 ten, in which order, on which LoRA), and trains a lock on it, on the requests that taught the base. Each lock is tried
 on its own fine-tune and on that of the next seed, which it never saw, at several strengths: the frontier. What is asked
-was never taught, and is what the base gets right, as in bench_recipes.py. Needs what `make demo` sets up, and two hours
+was never taught, and is what the base gets right, as in recipes.py. Needs what `make demo` sets up, and two hours
 on two cores; a run that was stopped goes on (build/frontier).
 """
 
@@ -24,10 +24,10 @@ import torch
 import transformers
 
 import fastlock
-import machine
-import tuned_models
-import tuned_prompts as made
-from bench_recipes import BATCH, NEW_TOKENS, what_it_gets_right
+from bench.efficacy import tuned_models
+from bench.efficacy import tuned_prompts as made
+from bench.efficacy.recipes import BATCH, NEW_TOKENS, what_it_gets_right
+from bench.lib import machine
 from fastlock.evaluation.prompts import Prompts
 
 KEPT = tuned_models.ROOT / "build" / "frontier"
@@ -110,7 +110,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(seeds: int, asked: Prompts) -> str:
     lines = [f"- {key}: {value}" for key, value in machine.describe().items()]
-    lines += ["- command: python bench/bench_frontier.py", ""]
+    lines += ["- command: python -m bench.efficacy.frontier", ""]
     lines += [f"Asked: {len(asked.harmful)} harmful requests, {len(asked.harmless)} harmless ones. {seeds} seeds.", ""]
     lines += ["One lock a seed; the mean over the seeds, and half its 95 % interval.", ""]
     lines += [*HEAD]

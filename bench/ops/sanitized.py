@@ -1,4 +1,4 @@
-"""Every kernel on the device, for `compute-sanitizer` to watch, run by bench_sanitizer.py; exit code 1 if one is wrong.
+"""Every kernel on the device, for `compute-sanitizer` to watch, run by sanitizer.py; exit code 1 if one is wrong.
 
 Weights lie at the very end of their allocations, so that reading past one is reading past an allocation.
 """
@@ -16,13 +16,12 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that each tensor is an 
 
 import torch
 
-import bench_rows
-import machine
+from bench.lib import machine
+from bench.lib.workloads import errors
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.kernels.locked_linear import launch as locked_linear
-from workloads import errors
 
 DEVICE = machine.device()
 HEADS = (0, 2)
@@ -39,13 +38,13 @@ def worst_of_rows() -> float:
     """The largest error of the projections with a lock per row, by a way of each kind; no tile divides the rows."""
     worst = 0.0
     for rows in (1, 136):
-        case = bench_rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(bench_rows.DTYPE), rows)
+        case = rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(rows.DTYPE), rows)
         (inputs,) = case.inputs
-        ways = locked_linear.ways_for(inputs) if bench_rows.ON_GPU else [tiles.BY_TORCH]
+        ways = locked_linear.ways_for(inputs) if rows.ON_GPU else [tiles.BY_TORCH]
         for way in {way.kind: way for way in ways}.values():
             y = locked_linear.run(way, inputs)
             machine.synchronize(DEVICE)
-            worst = max(worst, bench_rows.error_in_bounds(inputs, case.d, y))
+            worst = max(worst, rows.error_in_bounds(inputs, case.d, y))
     return worst
 
 

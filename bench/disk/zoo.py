@@ -1,6 +1,6 @@
 """How many checkpoints a second `relock_zoo` relocks, against as many processes as one process does alone, and memory.
 
-`python bench/bench_zoo.py` prints Markdown: 1,000 tiny checkpoints, and 50 of Llama-3-8B's shape (files with holes).
+`python -m bench.disk.zoo` prints Markdown: 1,000 tiny checkpoints, and 50 of Llama-3-8B's shape (files with holes).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-import machine
-from checkpoints import sparse_checkpoint
+from bench.lib import machine
+from bench.lib.sparse_checkpoints import sparse_checkpoint
 from fastlock import Lock, relock_checkpoint
 from fastlock.zoo.run import Summary, relock_zoo
 

@@ -1,4 +1,4 @@
-"""Which lock brings refusals back in fine-tunes of a model, and what else would: `python bench/bench_recipes.py`.
+"""Which lock brings refusals back in fine-tunes of a model, and what else would: `python -m bench.efficacy.recipes`.
 
 It prints Markdown. SmolLM2-135M-Instruct, taught to refuse (examples/adapters/aligned), is the base; tuned_models.py
 makes six fine-tunes of it, which are kept in build/models. What is asked was never taught, and is what the base gets
@@ -25,10 +25,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlock
-import machine
-import peers
-import tuned_models
-import tuned_prompts as made
+from bench.efficacy import peers, tuned_models
+from bench.efficacy import tuned_prompts as made
+from bench.lib import machine
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
 from fastlock.evaluation.report import cells
 from fastlock.recipes.extraction import rank_heads
@@ -51,7 +50,7 @@ def main() -> int:
     base, original = load("base"), tuned_models.smollm2()[0]
     for key, value in machine.describe().items():
         print(f"- {key}: {value}")
-    print("- command: python bench/bench_recipes.py\n")
+    print("- command: python -m bench.efficacy.recipes\n")
     asked = what_it_gets_right(base, tokenizer)
     print(
         f"\nOf {len(ASKED.harmful)} harmful requests the base refuses {len(asked.harmful)}, of {len(ASKED.harmless)} "

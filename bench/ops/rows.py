@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-import machine
+from bench.lib import machine
+from bench.lib.report import interval_of_median
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear.reference import Inputs
 from fastlock.models.locked_linear_op import locked_linear as op
-from report import interval_of_median
 
 ON_GPU = machine.device().type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-import machine
+from bench.lib import machine
 from fastlock import Lock
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.reference import HeadColumns

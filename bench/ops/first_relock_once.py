@@ -1,7 +1,7 @@
 """Time the first relock of a process, of a model of Llama-3 8B's shape in bfloat16, and print it as JSON.
 
 Everything is imported, the device's context is ready and the model is on it before the clock starts; fastlock has
-launched nothing yet. The second relock of the same process is timed too. Run by bench_first.py.
+launched nothing yet. The second relock of the same process is timed too. Run by first_relock.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import time
 import torch
 
 import fastlock
-import machine
+from bench.lib import machine
+from bench.lib.workloads import SHAPES, STRENGTH, Zoo, errors, lock_for
 from fastlock.kernels.fold.reference import HeadColumns
-from workloads import SHAPES, STRENGTH, Zoo, errors, lock_for
 
 SHAPE = SHAPES["8B"]
 

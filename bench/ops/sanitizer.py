@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import machine
+from bench.lib import machine
 
-SCRIPT = Path(__file__).with_name("sanitized.py")
 SANITIZER = shutil.which("compute-sanitizer")
 ERROR = 99
 
@@ -20,7 +18,7 @@ ERROR = 99
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on the PATH")
 def test_memcheck() -> None:
     command = [str(SANITIZER), "--tool", "memcheck", "--target-processes", "application-only"]
-    command += ["--error-exitcode", str(ERROR), sys.executable, str(SCRIPT)]
+    command += ["--error-exitcode", str(ERROR), sys.executable, "-m", "bench.ops.sanitized"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr

@@ -1,0 +1,1 @@
+"""What a lock does to answers."""
