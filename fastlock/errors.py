@@ -32,6 +32,15 @@ def check_number(name: str, value: int, low: int, high: int, of: str = "") -> No
         raise FastlockError(f"{name} is {value!r}; it must be an integer from {low} to {high}{of}.")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8: half a character (a lone surrogate), which JSON can name, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(text: str | os.PathLike[str]) -> str:
     """A name from outside, fit to be shown: what cannot be printed is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(text))
