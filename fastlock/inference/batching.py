@@ -13,24 +13,28 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # What torch says, in a plain RuntimeError, where the memory that ran out is not CUDA's.
-_ELSEWHERE = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+_OTHER_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
 
 
 def in_halves(batch: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Callable[[T], str]) -> list[R]:
-    """`work(batch)`; where memory runs out, what it returns for one half of the batch, and for the other.
+    """Do `work(batch)`, and where memory runs out, the work on one half of the batch and then on the other.
 
     Args:
-        batch: at least one thing.
-        work: what to do with some of them.
-        name: what one of them is called, for the message.
+        batch: at least one item.
+        work: what to do with some of the items.
+        name: what an item is called in the message.
+
+    Returns:
+        What `work` returns for the items, in their order.
 
     Raises:
-        FastlockError: memory runs out with one thing alone.
+        FastlockError: memory runs out with a single item.
     """
     try:
         return work(batch)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _ELSEWHERE):
+        texts = _OTHER_OUT_OF_MEMORY
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in texts):
             raise
         if len(batch) == 1:
             raise FastlockError(
@@ -38,12 +42,13 @@ def in_halves(batch: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: 
                 "devices (device_map='auto')."
             ) from None
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # outside of the handler, whose error holds what ran out
+        torch.cuda.empty_cache()  # outside the handler, whose error holds on to what ran out
     half = len(batch) // 2
     return in_halves(batch[:half], work, name) + in_halves(batch[half:], work, name)
 
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Given items and a description, the same items, while it shows how many are done."""
 
 
 def no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
@@ -52,18 +57,32 @@ def no_progress(items: Sequence[Any], _description: str) -> Iterable[Any]:
 
 
 Row = list[int]
+"""The tokens of one text."""
 
 
 def in_batches(
-    rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], batch_size: int, progress: Progress, what: str
+    rows: Sequence[Row], work: Callable[[Sequence[Row]], list[T]], batch_size: int, progress: Progress, description: str
 ) -> list[T]:
-    """What `work` makes of each row, in the rows' order; batches of like lengths need the least padding."""
+    """Do `work` on rows in batches of similar lengths, which need the least padding.
+
+    Args:
+        rows: tokens, of any lengths.
+        work: what to do with a batch; one result for each of its rows.
+        batch_size: how many rows go together; halved as often as memory runs out.
+        progress, description: what shows how far it is.
+
+    Returns:
+        What `work` makes of each row, in the order of the rows.
+
+    Raises:
+        FastlockError: memory runs out with a single row.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    done: dict[int, T] = {}
-    for start in progress(range(0, len(order), batch_size), what):
+    results: dict[int, T] = {}
+    for start in progress(range(0, len(order), batch_size), description):
         batch = order[start : start + batch_size]
-        done |= zip(batch, in_halves([rows[i] for i in batch], work, row_name), strict=True)
-    return [done[i] for i in range(len(rows))]
+        results |= zip(batch, in_halves([rows[i] for i in batch], work, row_name), strict=True)
+    return [results[i] for i in range(len(rows))]
 
 
 def row_name(row: Row) -> str:

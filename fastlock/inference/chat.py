@@ -10,26 +10,34 @@ from torch import nn
 from fastlock.errors import FastlockError
 from fastlock.models.sites import text_config
 
-# For templates that tell the model today's date: a lock must not depend on the day on which it was made. It is the one
-# that Llama 3.2's template takes where it has no clock.
+# For templates that tell the model today's date: a lock must not depend on the day on which it was made. It is the date
+# that Llama 3.2's template falls back on where it has no clock.
 DATE = "26 Jul 2024"
 
 
 def prompt_tokens(tokenizer: Any, question: str) -> tuple[list[int], str]:
-    """The tokens before the answer, and what goes between them and the answer's text."""
+    """Put a question as the model is used to: in its chat template, or as "Question: … Answer:" where it has none.
+
+    Args:
+        tokenizer: the model's.
+        question: what the user asks.
+
+    Returns:
+        The tokens before the answer, and the white space between them and the answer's text.
+    """
     if getattr(tokenizer, "chat_template", None):
-        asked = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, date_string=DATE)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _space_after(tokenizer, asked, text)
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]), _space_after(tokenizer, messages, text)
     # The space belongs to the answer's first word, as in any text: tokenizers join them.
     tokens = list(tokenizer(f"Question: {question}\nAnswer:")["input_ids"])
     return tokens[:-1] if tokens[-1:] == [getattr(tokenizer, "eos_token_id", None)] else tokens, " "
 
 
-def _space_after(tokenizer: Any, asked: list[dict[str, str]], prompt: str) -> str:
-    """The space that a chat template puts between its prompt and an answer, if any."""
+def _space_after(tokenizer: Any, messages: list[dict[str, str]], prompt: str) -> str:
+    """The white space that a chat template puts between its prompt and an answer, if any."""
     try:
-        answered = [*asked, {"role": "assistant", "content": "answer"}]
+        answered = [*messages, {"role": "assistant", "content": "answer"}]
         text: str = tokenizer.apply_chat_template(answered, tokenize=False, date_string=DATE)
     except Exception:  # templates raise whatever they like, and some take no answers
         return ""
@@ -45,12 +53,22 @@ def vocabulary(model: nn.Module) -> int:
 
 def positions(model: nn.Module) -> int | None:
     """How many tokens a model reads at most; None where its config does not say."""
-    found: int | None = getattr(text_config(model), "max_position_embeddings", None)
-    return found or None
+    limit: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return limit or None
 
 
 def check_row(model: nn.Module, row: Sequence[int], name: str, new_tokens: int = 0) -> None:
-    """Refuse a row of no tokens, of a token that the model does not know, or that leaves no room for an answer."""
+    """Refuse tokens that the model cannot read.
+
+    Args:
+        model: a transformers model.
+        row: the tokens of one text.
+        name: what the text is called in the message.
+        new_tokens: how long the answer to it may be.
+
+    Raises:
+        FastlockError: the row has no tokens or one that the model does not know, or leaves no room for an answer.
+    """
     if not row:
         raise FastlockError(f"{name}: the tokenizer makes no tokens of it. Remove it.")
     if not 0 <= min(row) <= max(row) < vocabulary(model):
@@ -58,11 +76,11 @@ def check_row(model: nn.Module, row: Sequence[int], name: str, new_tokens: int =
             f"{name}: the tokenizer gives token {max(row)}, but {type(model).__name__} has {vocabulary(model)}. Give "
             "the tokenizer that belongs to this model."
         )
-    most = positions(model)
-    if most is not None and len(row) + new_tokens > most:
-        answer = f", and {new_tokens} are to follow" if new_tokens else ""
+    limit = positions(model)
+    if limit is not None and len(row) + new_tokens > limit:
+        answer = f", and its answer may take {new_tokens} more" if new_tokens else ""
         shorter = ", or ask for shorter answers (--new-tokens)" if new_tokens else ""
         raise FastlockError(
-            f"{name}: makes {len(row)} tokens{answer}, but {type(model).__name__} reads {most} at most. Shorten or "
+            f"{name}: it makes {len(row)} tokens{answer}, but {type(model).__name__} reads at most {limit}. Shorten or "
             f"remove it{shorter}."
         )

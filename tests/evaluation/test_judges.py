@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import fastlock
-from fastlock.evaluation import endpoint_judge, judges
+from fastlock.evaluation import endpoint_judge
 from fastlock.evaluation.endpoint_judge import EndpointJudge
 from fastlock.evaluation.evaluator import evaluate
 from fastlock.evaluation.guard_judge import GuardJudge
@@ -229,7 +229,7 @@ def test_a_real_template_that_wants_messages_in_parts() -> None:
 def test_a_guard_that_can_not_read_all_of_an_answer() -> None:
     tokenizer = Characters(TEMPLATE)
     judge = GuardJudge(Script(tokenizer, {}, room_for=60), tokenizer, "a guard")  # type: ignore[arg-type]
-    with pytest.raises(fastlock.FastlockError, match=r"guard, asked about the answer 'x+': makes 53 tokens.*reads 60"):
+    with pytest.raises(fastlock.FastlockError, match=r"guard, asked about the answer 'x+': it makes 53 tokens.*reads at most 60"):
         judge("p", "x" * 49)
 
 
@@ -412,7 +412,7 @@ def test_each_pause_is_twice_the_last_or_what_the_server_asks_for(monkeypatch) -
             pauses.append(timeout)
             return False
 
-    monkeypatch.setattr(judges, "Event", Recorded)
+    monkeypatch.setattr(endpoint_judge, "Event", Recorded)
     after = {3: "7", 4: "9999", 5: "soon"}
 
     def answer(number: int, _body: Any) -> tuple[Any, ...]:

@@ -277,7 +277,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     model = tiny_model("llama")
-    for work, message in {"file": "is no directory", "file/work": "can't be written"}.items():
+    for work, message in {"file": "is not a directory", "file/work": "cannot be written"}.items():
         with pytest.raises(FastlockError, match=f"{work}: .*{message}.*Give another directory"):
             read(model, texts(), plain, tmp_path / work)
 

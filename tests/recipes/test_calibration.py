@@ -574,7 +574,7 @@ def test_what_can_not_be_done_with_a_given_lock(tmp_path: Path) -> None:
     refused("lock and base are both given", base=model)
     refused("lock and pairs are both given", pairs=PAIRS)
     refused("lock and harmless are both given", harmless=["a", "b"])
-    refused("trials is 0; it must be a whole number from 1", trials=0)
+    refused("trials is 0; it must be an integer from 1", trials=0)
     refused("16", lock=random_lock(tiny_model("llama", head_dim=16)))
     refused("layer 6", lock=random_lock(model, [(6, 0)]))
     for key, value in (("num_layers", {"num_hidden_layers": 3}), ("head_dim", {"head_dim": 16})):
@@ -611,7 +611,7 @@ def test_a_cost_without_end_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trials": 0}, "trials is 0; it must be a whole number from 1"),
+        ({"trials": 0}, "trials is 0; it must be an integer from 1"),
         ({"trials": True}, "trials is True"),
         ({"seed": -1}, "seed is -1"),
         ({"prompts": Prompts(harmful=("a", "b"))}, "prompts: harmful and harmless prompts are both needed"),

@@ -233,7 +233,7 @@ def test_a_head_that_is_the_same_for_all_prompts_has_no_effect() -> None:
         ({"recipe": "prompt-end", "harmless": 3}, "harmless is a int"),
         ({"recipe": "prompt-end", "harmless": ["a", "a"]}, "at least two different prompts"),
         ({"recipe": "prompt-end", "harmless": ["a", " "]}, "none of them empty"),
-        ({"recipe": "prompt-end", "harmless": ["a", "b " * 70]}, "harmless prompt 2: makes 7. tokens"),
+        ({"recipe": "prompt-end", "harmless": ["a", "b " * 70]}, "harmless prompt 2: it makes 7. tokens"),
     ],
 )
 def test_recipes_that_are_refused(options: dict[str, Any], message: str) -> None:
@@ -611,7 +611,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"tokenizer": Words(vocabulary=10_000)}, "pair 1: the tokenizer gives token"),
         (
             {"pairs": [*PAIRS, Pair("long " * 70, "no", "yes")]},
-            "pair 7: makes 7. tokens.* 64 at most",
+            "pair 7: it makes 7. tokens.* at most 64",
         ),
         ({"pairs": [*PAIRS, Pair("q", "\u200b\u200b", "yes")], "tokenizer": None}, "pair 7: .*no token"),
         ({"model": torch.nn.Linear(2, 2)}, "not a transformers model"),

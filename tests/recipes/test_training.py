@@ -137,10 +137,10 @@ def test_without_refusals_the_safe_answers_are_learnt() -> None:
         ([model_of(1)], {"pairs": []}, "pairs: there are none"),
         ([model_of(1)], {"harmless": []}, "harmless: there are none"),
         ([model_of(1)], {"texts": []}, "texts: there are none"),
-        ([model_of(1)], {"heads": 13}, "heads is 13; it must be a whole number from 1 to 12"),
+        ([model_of(1)], {"heads": 13}, "heads is 13; it must be an integer from 1 to 12"),
         ([model_of(1)], {"texts": ["a", "b"]}, "texts: none of them has two tokens"),
         ([model_of(1)], {"steps": 0}, "steps is 0"),
-        ([model_of(1)], {"steps": 1, "heads": 3}, "steps is 1; it must be a whole number from 2"),
+        ([model_of(1)], {"steps": 1, "heads": 3}, "steps is 1; it must be an integer from 2"),
         ([model_of(1)], {"batch_size": 1.5}, "batch_size is 1.5"),
         ([model_of(1)], {"seed": True}, "seed is True"),
         (
