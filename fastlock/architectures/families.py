@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlock.errors import FastlockError
-from fastlock.locks.lock import Lock
+
+if TYPE_CHECKING:  # the command's help reads these tables, and imports no torch for it
+    from fastlock.locks.lock import Lock
 
 # The modules of a layer to which most families' flag gives a bias.
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

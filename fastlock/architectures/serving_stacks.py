@@ -14,6 +14,7 @@ from fastlock.architectures.families import ATTENTION, FAMILIES
 from fastlock.errors import FastlockError
 
 STACKS = ("transformers", "vllm", "sglang", "llama.cpp")
+DEFAULT_STACKS = ("transformers", "vllm")
 CHECKED = {"transformers": "5.23", "vllm": "0.32", "sglang": "0.5.23", "llama.cpp": "in llama-cpp-python 0.3.36"}
 
 # The stacks beside transformers that use the bias; what transformers does is in `sites.FAMILIES`. vLLM has no code of
