@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlock.architectures.serving_stacks import check_stacks, named_architecture, needs, why_lost
+from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks, named_architecture, needs, why_lost
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
-from fastlock.checkpoints.relocking import DEFAULT_STACKS
 from fastlock.errors import FastlockError
 from fastlock.locks.receipt import Receipt
 from fastlock.storage.places import as_place, files_in

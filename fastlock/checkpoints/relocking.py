@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from fastlock.architectures.serving_stacks import check_stacks
+from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
 from fastlock.checkpoints.model_card import CARD, with_section
@@ -58,7 +58,6 @@ from fastlock.storage.new_directory import (
 )
 from fastlock.storage.places import files_in
 
-DEFAULT_STACKS = ("transformers", "vllm")
 MAX_FEATURES = 2**24
 
 
