@@ -1,4 +1,4 @@
-"""The receipt: what a relock did, in data; and what a checkpoint says of how it carries the lock.
+"""The receipt: what a relock did, in data; and how a checkpoint carries the lock.
 
 The JSON form is specified in docs/receipt-format.md.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.locks.lock import check_strength
 from fastlock.version import __version__
 
@@ -91,22 +91,26 @@ class Receipt:
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256 over the SHA-256 of each site's weights read, by layer: its locked columns, row by row.
+        """SHA-256 over the SHA-256 of the weights read at each site, by layer: its locked columns, row by row.
 
         Computed when first asked for, from the model as relock left it: hashing costs more than relocking.
 
         Raises:
-            FastlockError: the model is gone, or its weights were changed since.
+            FastlockError: the model is gone, or was changed since.
         """
         return self._known().weights
 
     @property
     def biases_digest(self) -> str:
-        """SHA-256 of the biases written, [hidden] each, by layer. Computed when first asked for."""
+        """SHA-256 of the biases written, [hidden] each, by layer. Computed when first asked for; raises as above."""
         return self._known().biases
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole receipt, digests included, as data that JSON can hold: the same receipt gives the same data."""
+        """The whole receipt, digests included, as data that JSON can hold: the same receipt gives the same data.
+
+        Raises:
+            FastlockError: the digests were not asked for yet, and the model is gone or was changed since.
+        """
         return {
             "format_version": FORMAT_VERSION,
             "fastlock_version": self.fastlock_version,
@@ -126,19 +130,20 @@ class Receipt:
     def from_dict(cls, data: Any, where: str) -> Receipt:
         """The receipt that `to_dict` wrote, out of a file that may have been changed since.
 
+        Args:
+            data: what the file says.
+            where: the file's name, for messages.
+
         Raises:
-            FastlockError: it is no receipt, or one of a newer format.
+            UnsupportedError: it is of a newer format.
+            DamagedError: it is not a receipt, or was changed so that it cannot be one.
         """
         try:
-            if data["format_version"] != FORMAT_VERSION:
-                raise FastlockError(
-                    f"{where}: receipt format {data['format_version']!r}; this fastlock reads {FORMAT_VERSION}. "
-                    "Upgrade fastlock."
-                )
+            _check_version(data, where)
             _check_keys(data, _KEYS)
             return cls(
                 lock_digest=_text(data["lock_digest"]),
-                strength=check_strength(data["strength"]),
+                strength=_strength(data["strength"]),
                 model_type=_text(data["model_type"]),
                 dtype=_text(data["dtype"]),
                 sites=tuple(_locked_site(site) for site in data["sites"]),
@@ -149,23 +154,23 @@ class Receipt:
             raise _damaged(where, error) from None
 
     def renamed(self, names: list[str]) -> Receipt:
-        """The same receipt, its sites called by these names."""
+        """The same receipt with these names of its sites, in order."""
         sites = tuple(replace(site, name=name) for site, name in zip(self.sites, names, strict=True))
         return replace(self, sites=sites)
 
     def _known(self) -> Digests:
         if self.digests is None:
-            raise FastlockError("this receipt was copied without its digests; call its to_dict() before copying it.")
+            raise FastlockError("this receipt was copied without its digests. Call its to_dict() before copying it.")
         return self.digests
 
 
 @dataclass(frozen=True)
 class CarrierNote:
-    """How a checkpoint carries the lock: enough to take it out again, in memory and on disk.
+    """How a checkpoint carries the lock: enough to remove it again, in memory and on disk.
 
     Attributes:
         form: one of FORMS.
-        flag: the config key that switches the biases on; "" where they always are.
+        flag: the config key that switches the biases on; "" where they are always on.
         was: whether it was on before.
         original_biases: by layer, the numbers of each original bias, in the dtype of the receipt.
         stacks: where the lock was to act; None where transformers saved the checkpoint.
@@ -187,7 +192,7 @@ class CarrierNote:
 
     @property
     def had_none(self) -> bool:
-        """Whether the projections had no biases but zeros before."""
+        """Whether the projections had no biases before, or only zeros."""
         return self.form == "llama" or bool(self.flag and not self.was)
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,13 +216,17 @@ class CarrierNote:
     def from_dict(cls, data: Any, where: str) -> CarrierNote:
         """The note that `to_dict` wrote, out of a file that may have been changed since.
 
+        Args:
+            data: what the file says.
+            where: the file's name, for messages.
+
         Raises:
-            FastlockError: it is none.
+            DamagedError: it is not such a note.
         """
         try:
             _check_keys(data, _CARRIER_KEYS)
             if data["form"] not in FORMS or type(data["was"]) is not bool:
-                raise ValueError("its form is unknown, or `was` neither true nor false")
+                raise ValueError("its form is unknown, or `was` is neither true nor false")
             return cls(
                 form=data["form"],
                 flag=_text(data["flag"]),
@@ -252,8 +261,13 @@ class SavedReceipt:
     def from_dict(cls, data: Any, where: str) -> SavedReceipt:
         """Both out of a file that may have been changed since.
 
+        Args:
+            data: what the file says.
+            where: the file's name, for messages.
+
         Raises:
-            FastlockError: they are damaged, or of a newer format.
+            UnsupportedError: they are of a newer format.
+            DamagedError: they are damaged.
         """
         if not isinstance(data, dict):
             raise _damaged(where, TypeError("it is not a JSON object"))
@@ -262,13 +276,13 @@ class SavedReceipt:
         return cls(Receipt.from_dict(rest, where), CarrierNote.from_dict(carrier, where))
 
 
-def weights_digest(of_sites: Iterable[bytes]) -> str:
-    """SHA-256 over the SHA-256 of each site's locked columns."""
-    return hashlib.sha256(b"".join(of_sites)).hexdigest()
+def weights_digest(site_digests: Iterable[bytes]) -> str:
+    """SHA-256 (hex) over the SHA-256 (32 bytes each) of each site's locked columns, by layer."""
+    return hashlib.sha256(b"".join(site_digests)).hexdigest()
 
 
 def biases_digest(biases: Iterable[torch.Tensor | None]) -> str:
-    """SHA-256 of biases, [hidden] each, in order; a missing one counts as no bytes."""
+    """SHA-256 (hex) of biases, [hidden] each, in order; a missing one counts as no bytes."""
     sha = hashlib.sha256()
     for bias in biases:
         sha.update(b"" if bias is None else raw_bytes(bias))
@@ -280,18 +294,33 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _damaged(where: str, error: Exception) -> FastlockError:
-    return FastlockError(
-        f"{where}: the receipt is damaged ({type(error).__name__}: {str(error)[:200]}). Get the checkpoint again, "
+def _damaged(where: str, error: Exception) -> DamagedError:
+    return DamagedError(
+        f"{where}: the receipt is damaged ({type(error).__name__}: {str(error)[:200]}). Download the checkpoint again, "
         "or relock its original."
     )
+
+
+def _check_version(data: Any, where: str) -> None:
+    version = data["format_version"]
+    if version != FORMAT_VERSION:
+        raise UnsupportedError(
+            f"{where}: receipt format {str(version)[:40]!r}; this fastlock reads {FORMAT_VERSION}. Upgrade fastlock."
+        )
 
 
 def _check_keys(data: Any, known: frozenset[str]) -> None:
     if not isinstance(data, dict):
         raise TypeError("it is not a JSON object")
     if unknown := sorted(map(str, data.keys() - known)):
-        raise ValueError(f"it says {unknown[0][:80]!a}, which no receipt does")
+        raise ValueError(f"it has the key {unknown[0][:80]!a}, which no receipt has")
+
+
+def _strength(value: Any) -> float:
+    try:
+        return check_strength(value)
+    except FastlockError as error:
+        raise ValueError(str(error)) from None
 
 
 def _text(value: Any) -> str:

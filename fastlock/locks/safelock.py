@@ -1,9 +1,9 @@
 """Reading the released `.safelock` files: pickles, read as data and never executed.
 
 A `.safelock` is what `torch.save` writes for `{"model.layers.N.self_attn.head_out": [(head, direction, sigma), ...]}`
-with NumPy scalars and arrays (github zhu-minjun/SafetyLock). Python's own unpickler would call what the file names.
-The reader here is a stack machine over `pickletools.genops` that knows the opcodes and the few globals such files
-use, and *describes* their results instead of calling anything: no NumPy or pickle machinery ever runs on the file.
+with NumPy scalars and arrays (github.com/zhu-minjun/SafetyLock). Python's own unpickler would call what the file
+names. The reader here is a stack machine over `pickletools.genops` that knows the opcodes and the few globals such
+files use. It *describes* their results instead of calling anything: no NumPy or pickle machinery ever runs on the file.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError
 
 # Every head of a 70B base (80 layers of 64) fits, of 256 numbers each, and a hostile file is refused within a second.
 MAX_PICKLE_BYTES = 32 * 1024 * 1024
@@ -73,8 +74,9 @@ def read(data: bytes, where: str) -> dict[str, Any]:
         `layers`, `heads` (int64 [K]), `directions` (float32 [K, head_dim]) and `scales` (float32 [K]).
 
     Raises:
-        FastlockError: the file is damaged, names a global that no lock uses, declares a huge array, holds far
-            more than a lock does, or is not a lock. Nothing in the file is executed.
+        DamagedError: the file is damaged, names a global that no lock uses, declares a huge array, or holds far more
+            than a lock does. Nothing in the file is executed.
+        FastlockError: it is not a lock.
     """
     reader = _Reader(where)
     stream = io.BytesIO(_pickle_of(data, where))
@@ -84,36 +86,44 @@ def read(data: bytes, where: str) -> dict[str, Any]:
             for _protocol_then_system_then_object in range(3):
                 value = reader.load(stream)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError, EOFError) as error:
-        raise FastlockError(f"{where}: damaged pickle ({str(error)[:200]}). Get the file again.") from None
+        raise DamagedError(f"{where}: damaged pickle ({str(error)[:200]}). Download it again.") from None
     return _rows(value, where)
 
 
 def _pickle_of(data: bytes, where: str) -> bytes:
-    """The pickle itself: the one `data.pkl` of the zip, or the file as it is."""
+    """The pickle itself: the one `data.pkl` of the zip, or the whole file."""
     if not data.startswith(_ZIP_MAGIC):
         pickle = data
     elif data.count(_ZIP_DIRECTORY_MAGIC) > MAX_ZIP_ENTRIES:
-        raise FastlockError(f"{where}: a zip of more than {MAX_ZIP_ENTRIES} files; a .safelock has a handful.")
+        raise DamagedError(
+            f"{where}: a zip of more than {MAX_ZIP_ENTRIES} files; a .safelock has a handful. Give the lock file."
+        )
     else:
         pickle = _unzipped(data, where)
     if len(pickle) > MAX_PICKLE_BYTES:
-        raise FastlockError(f"{where}: holds more than {MAX_PICKLE_BYTES // 2**20} MiB; no lock is that large.")
+        raise DamagedError(
+            f"{where}: holds more than {MAX_PICKLE_BYTES // 2**20} MiB; no lock is that large. Give the lock file."
+        )
     return pickle
 
 
 def _unzipped(data: bytes, where: str) -> bytes:
-    """The bytes of `data.pkl`, cut after one too many."""
+    """The bytes of `data.pkl`, cut off one byte past the limit."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[2] == "data.pkl"]
             if len(entries) != 1:
-                raise FastlockError(f"{where}: a zip with {len(entries)} data.pkl inside; a .safelock has one.")
+                raise DamagedError(
+                    f"{where}: a zip with {len(entries)} data.pkl inside; a .safelock has one. Give the lock file."
+                )
             if entries[0].compress_type not in _ZIP_METHODS:  # zipfile inflates the other methods without a limit
-                raise FastlockError(f"{where}: its data.pkl is neither stored nor deflated, as a .safelock's is.")
+                raise DamagedError(
+                    f"{where}: its data.pkl is neither stored nor deflated, as a .safelock's is. Download it again."
+                )
             with archive.open(entries[0]) as file:
                 return file.read(MAX_PICKLE_BYTES + 1)
     except _ZIP_ERRORS as error:
-        raise FastlockError(f"{where}: damaged zip ({str(error)[:200]}). Get the file again.") from None
+        raise DamagedError(f"{where}: damaged zip ({str(error)[:200]}). Download it again.") from None
 
 
 @dataclass
@@ -131,7 +141,7 @@ class _Dtype:
 
 @dataclass
 class _Array:
-    """An array or scalar as described by the file: `raw` bytes are decoded by us, at the end."""
+    """An array or scalar as the file describes it; we decode the `raw` bytes at the end."""
 
     dtype: _Dtype
     shape: tuple[int, ...]
@@ -163,9 +173,9 @@ class _Reader:
         raise EOFError("it ends early")
 
     def refuse(self, what: str) -> NoReturn:
-        raise FastlockError(
+        raise DamagedError(
             f"{self.where}: {what}. No lock needs this: the file is damaged or made to do harm. "
-            "It was not executed; get the lock from its authors."
+            "It was not executed; download the lock from its authors."
         )
 
     def step(self, name: str, argument: Any) -> None:
@@ -237,7 +247,7 @@ class _Reader:
     def append(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            self.refuse("an append to something that is no list")
+            self.refuse("an append to something that is not a list")
         target.extend(items)
 
     def set_items(self, items: list[Any]) -> None:
@@ -299,52 +309,64 @@ _LITERALS = frozenset(
     "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
 )
 _TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_AGAIN = "The file is damaged: download it again."
 
 
-def _are(kind: type, *values: Any) -> bool:
-    return all(type(value) is kind for value in values)
+def _are(exact: type, *values: Any) -> bool:
+    return all(type(value) is exact for value in values)
 
 
 def _rows(value: Any, where: str) -> dict[str, Any]:
     """Layers, heads, directions and scales out of `{"model.layers.N.self_attn.head_out": [(head, u, sigma), ...]}`."""
-    if type(value) is not dict:
-        raise FastlockError(f"{where}: not a lock: it holds no dictionary of layers.")
     layers: list[int] = []
     heads: list[int] = []
     directions: list[np.ndarray[Any, Any]] = []
     scales: list[float] = []
-    for key, entries in value.items():
-        match = _LAYER_KEY.fullmatch(key)
-        if match is None or type(entries) is not list:
-            raise FastlockError(
-                f"{where}: not a lock: found {key[:80]!r} where 'model.layers.N.self_attn.head_out' should be."
+    for layer, entry in _entries(value, where):
+        here = f"{where}: row {len(layers)} (layer {layer})"
+        if type(entry) is not list or len(entry) != 3:
+            raise DamagedError(f"{here} is not (head, direction, sigma). {_AGAIN}")
+        layers.append(layer)
+        heads.append(_index(entry[0], here))
+        directions.append(_direction(entry[1], here))
+        scales.append(_scale(entry[2], here))
+        if directions[-1].shape != directions[0].shape:
+            raise DamagedError(
+                f"{where}: row {len(layers) - 1} (layer {layer}, head {heads[-1]}) has a direction of "
+                f"{directions[-1].size} numbers, row 0 one of {directions[0].size}. All heads of a model have one "
+                f"head_dim. {_AGAIN}"
             )
-        if len(layers) + len(entries) > MAX_ROWS:
-            raise FastlockError(f"{where}: more than {MAX_ROWS} heads; no lock is that large.")
-        for entry in entries:
-            here = f"{where}: row {len(layers)} (layer {match[1]})"
-            if type(entry) is not list or len(entry) != 3:
-                raise FastlockError(f"{here} is not (head, direction, sigma). The file is damaged: get it again.")
-            layers.append(int(match[1]))
-            heads.append(_index(entry[0], here))
-            directions.append(_direction(entry[1], here))
-            scales.append(_scale(entry[2], here))
-            if len(directions) * directions[0].size > MAX_DIRECTION_NUMBERS:  # one array can stand in many rows
-                raise FastlockError(f"{where}: more than {MAX_DIRECTION_NUMBERS} numbers; no lock is that large.")
+        if len(directions) * directions[0].size > MAX_DIRECTION_NUMBERS:  # one array can stand in many rows
+            raise DamagedError(f"{where}: more than {MAX_DIRECTION_NUMBERS} numbers; no lock is that large. {_AGAIN}")
     if not layers:
-        raise FastlockError(f"{where}: holds no locked head. The file is empty or damaged: get it again.")
-    for row, direction in enumerate(directions):
-        if direction.shape != directions[0].shape:
-            raise FastlockError(
-                f"{where}: row {row} (layer {layers[row]}, head {heads[row]}) has a direction of {direction.size} "
-                f"numbers, row 0 one of {directions[0].size}. All heads of a model have one head_dim."
-            )
+        raise DamagedError(f"{where}: holds no locked head. The file is empty or damaged: download it again.")
     return {
         "layers": np.array(layers, dtype=np.int64),
         "heads": np.array(heads, dtype=np.int64),
         "directions": np.stack(directions),
         "scales": _float32(np.array(scales)),
     }
+
+
+def _entries(value: Any, where: str) -> Iterator[tuple[int, Any]]:
+    """The layer and the content of every row, in the order of the file."""
+    if type(value) is not dict:
+        raise FastlockError(f"{where}: not a lock: it holds no dictionary of layers. Give the lock file.")
+    count = 0
+    for key, entries in value.items():
+        match = _LAYER_KEY.fullmatch(key)
+        if match is None:
+            raise FastlockError(
+                f"{where}: not a lock: found {key[:80]!r} where 'model.layers.N.self_attn.head_out' should be. Give "
+                "the lock file."
+            )
+        if type(entries) is not list:
+            raise DamagedError(f"{where}: {key!r} is not a list of heads. {_AGAIN}")
+        count += len(entries)
+        if count > MAX_ROWS:
+            raise DamagedError(f"{where}: more than {MAX_ROWS} heads; no lock is that large. {_AGAIN}")
+        for entry in entries:
+            yield int(match[1]), entry
 
 
 def _decoded(value: _Array) -> np.ndarray[Any, Any]:
@@ -364,7 +386,7 @@ def _index(value: Any, here: str) -> int:
     elif isinstance(value, _Array) and value.shape in ((), (1,)) and value.dtype.code[0] in "iu":
         index = int(_decoded(value)[0])
     if not 0 <= index < 2**31:
-        raise FastlockError(f"{here} has a head that is no index of one. The file is damaged: get it again.")
+        raise DamagedError(f"{here} has a head that is not an index. {_AGAIN}")
     return index
 
 
@@ -373,10 +395,10 @@ def _scale(value: Any, here: str) -> float:
         return float(_decoded(value)[0])
     if type(value) is float or (type(value) is int and abs(value) < 2**63):
         return float(value)
-    raise FastlockError(f"{here} has a scale that is no number. The file is damaged: get it again.")
+    raise DamagedError(f"{here} has a scale that is not a number. {_AGAIN}")
 
 
 def _direction(value: Any, here: str) -> np.ndarray[Any, Any]:
     if isinstance(value, _Array) and len(value.shape) == 1 and value.dtype.code[0] == "f":
         return _float32(_decoded(value))
-    raise FastlockError(f"{here} has a direction that is no vector of floats. The file is damaged: get it again.")
+    raise DamagedError(f"{here} has a direction that is not a vector of floats. {_AGAIN}")
