@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlock.errors import FastlockError
 
@@ -14,8 +13,7 @@ if TYPE_CHECKING:  # the command's help reads these tables, and imports no torch
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """How one model family of transformers keeps its attention output projection.
 
     Attributes:
