@@ -206,7 +206,7 @@ def test_on_disk_with_the_bias_switched_off(tmp_path) -> None:
     rewrite_config(out, attention_bias=False)
     found = fastlock.verify(out, lock)
     assert (found.state, found.altered) == ("altered", (0, 2))
-    assert "does not set attention_bias, so that transformers drops the biases" in found.reason
+    assert "does not set attention_bias, and without it transformers silently drops the biases" in found.reason
 
 
 def test_on_disk_without_the_receipt_and_with_the_bias_switched_off(tmp_path) -> None:
@@ -214,7 +214,7 @@ def test_on_disk_without_the_receipt_and_with_the_bias_switched_off(tmp_path) ->
     rewrite_config(out, fastlock=None, attention_bias=False)
     found = fastlock.verify(out, lock)
     assert (found.state, found.strength) == ("not locked", None)
-    assert "transformers drops the biases" in found.reason
+    assert "transformers silently drops the biases" in found.reason
 
 
 @pytest.mark.parametrize("stacks", [[], None, "vllm", {}, [7]])

@@ -1,10 +1,10 @@
-"""The families that fastlock knows: where each keeps its output projection, and whether a bias there is kept."""
+"""The families: where each keeps its output projection, and whether a bias there is kept; and those we refuse."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastlock.errors import FastlockError
+from fastlock.errors import MismatchError, UnsupportedError
 
 if TYPE_CHECKING:  # the command's help reads these tables, and imports no torch for it
     from fastlock.locks.lock import Lock
@@ -20,7 +20,7 @@ class Family(NamedTuple):
         layers: last part of the path of the decoder's list of layers.
         projection: path of the output projection inside a layer.
         bias_flag: the config key that gives the projection a bias; "" where it always has one; None where the
-            family can't have one, so that transformers drops it, in silence, when a checkpoint is loaded.
+            family cannot have one: transformers then drops it, without an error, when a checkpoint is loaded.
         switched: the modules of a layer to which that key gives a bias; "lm_head" is the model's.
         transposed: whether its weight is kept as [num_heads * head_dim, hidden] (GPT-2's Conv1D).
     """
@@ -38,6 +38,7 @@ _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 _SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
 
+# By model_type.
 FAMILIES = {
     "apertus": Family(),
     "arcee": Family(),
@@ -100,12 +101,12 @@ FAMILIES = {
 }
 
 _REASONS = {
-    "multiplies the head outputs by a gate before the output projection, so that a shift of them is no constant bias": (
+    "multiplies the head outputs by a gate before the output projection: a shift of them is not a constant bias": (
         "afmoe hrm_text laguna minimax qwen3_5_moe_text qwen3_5_text qwen3_next"
     ),
-    "normalises the head outputs before the output projection, so that a shift of them is no constant bias": "bitnet",
+    "normalises the head outputs before the output projection: a shift of them is not a constant bias": "bitnet",
     "subtracts two attentions and normalises the result before the output projection": "diffllama",
-    "uses multi-head latent attention, whose heads have several widths; fastlock has no locks for it yet": (
+    "uses multi-head latent attention, whose heads have several widths; fastlock does not support it yet": (
         "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa hy_v4 kimi_linear "
         "longcat_flash minicpm3 youtu"
     ),
@@ -114,30 +115,39 @@ _REASONS = {
     ),
     "has no attention heads": "falcon_mamba mamba mamba2 rwkv xlstm",
     "has an output projection per expert": "jetmoe",
-    "has heads of different widths in different layers; fastlock has no locks for it yet": (
+    "has heads of different widths in different layers; fastlock does not support it yet": (
         "gemma4_text gemma4_unified_text"
     ),
 }
 
-REFUSED = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()}
+# The reason of each model_type, in words that can follow its name.
+REFUSED = {model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types.split()}
 
 
 def family_of_config(config: Any, name: str) -> Family:
-    """The family of a decoder's config; `name` says whose it is, for messages. Raises as `family_of`."""
-    kind = config.model_type
-    if kind in REFUSED:
-        raise FastlockError(f"{name} ({kind}) {REFUSED[kind]}. It can't be relocked exactly.")
-    if kind not in FAMILIES:
-        raise FastlockError(
-            f"{name} ({kind}) is a family that fastlock does not know: nobody has checked that its "
-            f"output projection takes plain concatenated head outputs. Known: {', '.join(sorted(FAMILIES))}."
+    """The family of a decoder.
+
+    Args:
+        config: the decoder's config, as transformers reads it.
+        name: whose config it is, for messages.
+
+    Raises:
+        UnsupportedError: the fold would not be exact in this family, or nobody has checked whether it is.
+    """
+    model_type = config.model_type
+    if model_type in REFUSED:
+        raise UnsupportedError(f"{name} ({model_type}) {REFUSED[model_type]}. It cannot be relocked exactly.")
+    if model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"{name}: fastlock does not know the family {model_type}. Nobody has checked that its output projection "
+            f"takes plain concatenated head outputs. Known families: {', '.join(sorted(FAMILIES))}."
         )
-    if kind == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
-        raise FastlockError(
+    if model_type == "bloom" and config.slow_but_exact and config.pretraining_tp > 1:
+        raise UnsupportedError(
             f"{name}: with slow_but_exact it leaves out the output projection's bias. "
             "Load it with slow_but_exact=False, then relock."
         )
-    return FAMILIES[kind]
+    return FAMILIES[model_type]
 
 
 def head_geometry(config: Any) -> tuple[int, int]:
@@ -147,24 +157,30 @@ def head_geometry(config: Any) -> tuple[int, int]:
 
 
 def check_lock_fits(lock: Lock, num_layers: int, config: Any, name: str) -> None:
-    """The lock is of the geometry of a decoder's config; `name` says whose it is, for messages.
+    """Refuse a lock whose geometry is not that of a decoder.
+
+    Args:
+        lock: the lock.
+        num_layers: how many layers the decoder has.
+        config: the decoder's config, as transformers reads it.
+        name: whose config it is, for messages.
 
     Raises:
-        FastlockError: it is of another.
+        MismatchError: the lock is of another geometry.
     """
     where = lock.source or "the lock"
     num_heads, head_dim = head_geometry(config)
     remedy = "Use the lock that was extracted from this model's own aligned base."
     if lock.head_dim != head_dim:
-        raise FastlockError(f"{where}: directions of head_dim {lock.head_dim}, but {name} has {head_dim}. {remedy}")
+        raise MismatchError(f"{where}: directions of head_dim {lock.head_dim}, but {name} has {head_dim}. {remedy}")
     for row, (layer, head) in enumerate(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)):
         if layer >= num_layers or head >= num_heads:
-            raise FastlockError(
+            raise MismatchError(
                 f"{where}: row {row} is layer {layer}, head {head}, but {name} has {num_layers} layers of "
                 f"{num_heads} heads. {remedy}"
             )
     geometry = {"num_layers": num_layers, "num_heads": num_heads, "hidden_size": config.hidden_size}
     for key, value in geometry.items():
-        known = getattr(lock, key)
-        if known not in (None, value):
-            raise FastlockError(f"{where}: its base has {key} {known}, but {name} has {value}. {remedy}")
+        recorded = getattr(lock, key)
+        if recorded not in (None, value):
+            raise MismatchError(f"{where}: its base has {key} {recorded}, but {name} has {value}. {remedy}")

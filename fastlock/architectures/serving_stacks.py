@@ -1,8 +1,8 @@
 """Which serving stacks use a bias on the attention output projection, and which drop it without an error.
 
 At the versions in `CHECKED`: vLLM and llama.cpp are run on every family (`make test-serving`), SGLang's source was
-read. docs/serving.md is the same table for people. What is not in the table counts as lost: a refusal can be mended, a
-lock lost in silence is not noticed.
+read. docs/serving.md is the same table for people. What is not in the table counts as lost: a refusal can be mended,
+but nobody notices a lock that is lost without an error.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ STACKS = ("transformers", "vllm", "sglang", "llama.cpp")
 DEFAULT_STACKS = ("transformers", "vllm")
 CHECKED = {"transformers": "5.23", "vllm": "0.32", "sglang": "0.5.23", "llama.cpp": "in llama-cpp-python 0.3.36"}
 
-# The stacks beside transformers that use the bias; what transformers does is in `sites.FAMILIES`. vLLM has no code of
-# its own for arcee, dots1, gpt_bigcode, gpt_neox, hunyuan_v1_dense, olmo*, phi, seed_oss, smollm3 and starcoder2, and
-# runs transformers'.
+# The stacks beside transformers that use the bias; what transformers does is in `families.FAMILIES`. vLLM has no code
+# of its own for arcee, dots1, gpt_bigcode, gpt_neox, hunyuan_v1_dense, olmo*, phi, seed_oss, smollm3 and starcoder2,
+# and runs transformers'.
 _OTHERS = {
     "apertus": "vllm sglang llama.cpp",
     "arcee": "vllm sglang",
@@ -59,8 +59,8 @@ _OTHERS = {
     "starcoder2": "vllm sglang llama.cpp",
 }
 
-# vLLM's code for these drops the bias in silence. Under this architecture in config.json it runs transformers' code for
-# them (its "Transformers modeling backend"), which uses it.
+# vLLM's code for these drops the bias without an error. Under this architecture in config.json it runs transformers'
+# code for them (its "Transformers modeling backend"), which uses the bias.
 _DENSE, _MOE = "TransformersForCausalLM", "TransformersMoEForCausalLM"
 _IN_VLLM_BY_TRANSFORMERS = dict.fromkeys(("cohere", "cohere2", "ernie4_5", "gemma", "qwen3"), _DENSE)
 _IN_VLLM_BY_TRANSFORMERS |= dict.fromkeys(("ernie4_5_moe", "granitemoe", "olmoe", "qwen3_moe"), _MOE)
@@ -74,12 +74,15 @@ def acts(model_type: str) -> frozenset[str]:
     """The stacks in which an output projection bias of this family's own form acts; none for an unknown family."""
     if model_type not in FAMILIES:
         return frozenset()
-    mine = {"transformers"} if FAMILIES[model_type].bias_flag is not None else set()
-    return frozenset(mine | set(_OTHERS.get(model_type, "").split()))
+    stacks = {"transformers"} if FAMILIES[model_type].bias_flag is not None else set()
+    return frozenset(stacks | set(_OTHERS.get(model_type, "").split()))
 
 
 def native_flag(model_type: str, stack: str) -> str | None:
-    """The config key that gives the projection a bias there: "" where it always has one, None where it has no place."""
+    """The config key that gives the projection a bias in this stack.
+
+    It is "" where the projection always has one, and None where the stack has no place for it.
+    """
     if stack not in acts(model_type):
         return None
     flag = FAMILIES[model_type].bias_flag
@@ -87,7 +90,7 @@ def native_flag(model_type: str, stack: str) -> str | None:
 
 
 def architecture(model_type: str, stack: str) -> str | None:
-    """What config.json must name as the architecture for the bias to act there; None: the family's own."""
+    """The architecture that config.json must name for the bias to act in this stack; None for the family's own."""
     return _IN_VLLM_BY_TRANSFORMERS.get(model_type) if stack == "vllm" else None
 
 
@@ -98,29 +101,29 @@ def named_architecture(config: dict[str, Any]) -> str | None:
 
 
 def why_lost(model_type: str, stack: str, text_config: Any, named: str | None) -> str | None:
-    """Why a stack would drop the biases of a checkpoint with this config, in silence; None where it uses them.
+    """Why a stack would drop the biases of a checkpoint with this config; None where it uses them.
 
     Args:
         model_type: the family.
-        stack: one of `STACKS`; another one counts as losing them.
+        stack: one of `STACKS`; any other counts as losing them.
         text_config: the decoder's config, as transformers reads it.
         named: the architecture that config.json names.
     """
     flag = native_flag(model_type, stack)
     if flag is None:
-        return f"{stack} has no place for the bias in a {model_type} model and drops it in silence"
+        return f"{stack} has no place for the bias in a {model_type} model and silently drops it"
     if flag and not getattr(text_config, flag, False):
-        return f"config.json does not set {flag}, so that {stack} drops the biases in silence"
+        return f"config.json does not set {flag}, and without it {stack} silently drops the biases"
     needed = architecture(model_type, stack)
     if needed not in (None, named):
-        return f"config.json does not name {needed}, so that {stack} drops the biases in silence"
+        return f"config.json does not name {needed}, and without it {stack} silently drops the biases"
     if stack not in ("transformers", "vllm") and named in (_DENSE, _MOE):
         return f"config.json names {named}, which is for vllm; nobody has checked what {stack} makes of it"
     return None
 
 
 def needs(model_type: str, stack: str) -> tuple[str, ...]:
-    """The modules of a layer whose bias must be in the files, zeros included, once the flag is on there."""
+    """The modules of a layer whose bias must be in the files, zeros included, once the flag is on in this stack."""
     if stack == "transformers" or stack not in acts(model_type):
         return ()
     family = FAMILIES[model_type]
