@@ -7,7 +7,7 @@ from typing import Any
 
 from fastlock.architectures.families import FAMILIES, REFUSED, head_geometry
 from fastlock.errors import FastlockError
-from fastlock.storage.files import CONFIG, File, parse_json, read_all
+from fastlock.storage.files import CONFIG, File, parse_object, read_all
 
 MAX_LAYERS = 10_000
 
@@ -24,7 +24,7 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
     """
     if CONFIG not in files:
         raise FastlockError(f"{where}: holds no {CONFIG}. Give a checkpoint's directory ({CONFIG}, *.safetensors).")
-    return parse_json(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
+    return parse_object(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
 
 
 def transformers_config(raw: dict[str, Any], where: str) -> Any:

@@ -18,7 +18,7 @@ from fastlock.checkpoints.model_card import CARD, without_section
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
 from fastlock.errors import FastlockError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
-from fastlock.storage.files import CONFIG, File, Text, read_all
+from fastlock.storage.files import CONFIG, File, InMemoryFile, read_all
 from fastlock.storage.local import LocalFile
 from fastlock.storage.new_directory import NewDirectory
 from fastlock.storage.places import as_place, below, file_at
@@ -41,7 +41,7 @@ _SET_ASIDE = (
     "model.*.safetensors model.safetensors.index.*.json *.sig"
 ).split()
 
-Files = dict[str, LocalFile | RemoteFile | Text]
+Files = dict[str, LocalFile | RemoteFile | InMemoryFile]
 
 Making = NewDirectory | RemoteDirectory
 
@@ -84,7 +84,7 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> F
         if card is None:
             view.pop(CARD)
         else:
-            view[CARD] = Text(card)
+            view[CARD] = InMemoryFile(card)
     return dict(sorted(view.items()))
 
 
@@ -93,8 +93,8 @@ def _of_relocking(name: str) -> bool:
     return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith(ASIDE) or name.endswith(".sig")
 
 
-def carry(new: Making, name: str, file: LocalFile | RemoteFile | Text, copy: bool) -> None:
-    if isinstance(file, Text):
+def carry(new: Making, name: str, file: LocalFile | RemoteFile | InMemoryFile, copy: bool) -> None:
+    if isinstance(file, InMemoryFile):
         new.write(name, file.data)
     elif copy or file.patches:
         new.copy(name, file)

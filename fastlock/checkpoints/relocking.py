@@ -50,7 +50,7 @@ from fastlock.locks.receipt import (
     raw_bytes,
     weights_digest,
 )
-from fastlock.storage.files import CONFIG, Text, read_all
+from fastlock.storage.files import CONFIG, InMemoryFile, read_all
 from fastlock.storage.new_directory import (
     check_paths,
     create_directory,
@@ -213,7 +213,7 @@ def _write_relocked(
     for name, file in checkpoint.files.items():
         new_name = name_when_relocked(name, bool(added), own)
         if name != CARD:
-            changed = file.patched(patches[name]) if not isinstance(file, Text) and name in patches else file
+            changed = file.patched(patches[name]) if not isinstance(file, InMemoryFile) and name in patches else file
             aside = new_name.startswith(ASIDE) and is_copied(new, name, file)
             carry(new, new_name, changed, copy or aside)
         if new_name.startswith(ASIDE) and is_small(name, file):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import File, parse_json, read_all
+from fastlock.storage.files import File, parse_object, read_all
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def read_shards(files: dict[str, Any], where: str) -> Shards:
 
 
 def _read_index(files: dict[str, Any], where: str) -> dict[str, Any]:
-    index = parse_json(read_all(files[INDEX], f"{where}/{INDEX}"), f"{where}/{INDEX}")
+    index = parse_object(read_all(files[INDEX], f"{where}/{INDEX}"), f"{where}/{INDEX}")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FastlockError(f"{where}/{INDEX}: has no weight_map. Get the checkpoint again.")
@@ -139,7 +139,7 @@ def _read_header(file: File, name: str, where: str) -> dict[str, Stored]:
             f"{problem} (a header of {length} bytes in a file of {file.size}; fastlock reads headers of up to "
             f"{MAX_HEADER_BYTES >> 20} MiB). Get the checkpoint again."
         )
-    header = parse_json(file.read(8, length), f"{where}/{name}")
+    header = parse_object(file.read(8, length), f"{where}/{name}")
     header.pop("__metadata__", None)
     try:
         found = {tensor: _stored(name, entry, 8 + length) for tensor, entry in header.items()}

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 CONFIG = "config.json"  # what makes a directory a checkpoint
+_GIVE_A_CHECKPOINT = f"Give a checkpoint's directory ({CONFIG}, *.safetensors) or its URL."
 
 Patches = Sequence[tuple[int, bytes]]  # offsets in a file, and other bytes that it is to have there
 
 
 class File(Protocol):
-    """A file of a checkpoint that is read in ranges: here, on another machine, or made up.
+    """A file of a checkpoint that is read in ranges: here, on another machine, or in memory.
 
     Attributes:
         size: in bytes.
@@ -35,25 +36,57 @@ class File(Protocol):
         """The bytes of a range."""
 
     def check_unchanged(self) -> None:
-        """Raise if it is not what it was when it was first looked at."""
+        """Raise a DamagedError if it is not what it was when it was first looked at."""
+
+
+class InMemoryFile:
+    """A small file whose bytes are on no disk: what a directory is to hold. Attributes: data; else as of `File`."""
+
+    patches: Patches = ()
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.size = len(data)
+        self.identity = (data,)
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+        return self.data[start : start + length]
+
+    def check_unchanged(self) -> None:
+        """Does nothing: nobody else can change these bytes."""
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file, refused when there are more than `limit`."""
+    """The bytes of a regular file.
+
+    Raises:
+        DamagedError: there are more than `limit`.
+        FastlockError: it is not a file, or cannot be read.
+    """
     try:
         if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist, or is no regular file"
+            what = "is a directory" if path.is_dir() else "does not exist, or is not a regular file"
             raise FastlockError(f"{path}: {what}. Give the path of a file.")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, limit) + 1)  # `read` sets aside as much memory as it is asked for
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: cannot be read ({error}). Check the path and its permissions.") from None
+        raise cannot_be_read(path, error) from None
     if len(data) > limit:
-        raise FastlockError(
-            f"{path}: larger than {limit // 2**20} MiB, which no file of this kind is. Give the file itself."
-        )
+        raise _too_large(str(path), limit)
     return data
+
+
+def read_all(file: File, where: str, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The whole of a small file.
+
+    Raises:
+        DamagedError: it is larger than `limit`.
+    """
+    if file.size > limit:
+        raise _too_large(where, limit)
+    return file.read(0, file.size)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -72,38 +105,43 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes | str, where: str, remedy: str = "Download the checkpoint again.") -> Any:
+    """Anything that JSON can say, out of a file that may be hostile.
+
+    Raises:
+        DamagedError: it is not JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(where, error, remedy) from None
+
+
+def parse_object(data: bytes, where: str, remedy: str = "Download the checkpoint again.") -> dict[str, Any]:
     """A JSON object out of a file that may be hostile.
 
     Raises:
-        FastlockError: it is none, or says something twice.
+        DamagedError: it is not one, or it says something twice.
     """
     try:
-        value = json.loads(data, object_pairs_hook=no_duplicates)
-        if not isinstance(value, dict):
-            raise TypeError("it is no JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FastlockError(f"{where}: not JSON ({str(error)[:200]}). Get the checkpoint again.") from None
-    return value
+        return json_object(data)
+    except ValueError as error:
+        raise _not_json(where, error, remedy) from None
 
 
-def read_all(file: File, where: str, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The whole of a small file.
+def json_object(data: bytes) -> dict[str, Any]:
+    """A JSON object.
 
     Raises:
-        FastlockError: it is larger than `limit`.
+        ValueError: it is not one, or it says something twice.
     """
-    if file.size > limit:
-        raise FastlockError(f"{where}: {file.size} bytes, which no file of this kind has. Get the checkpoint again.")
-    return file.read(0, file.size)
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("it says something twice")
-    return found
+    try:
+        value = json.loads(data, object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
 
 
 def with_patches(data: bytes, start: int, patches: Patches) -> bytes:
@@ -116,19 +154,45 @@ def with_patches(data: bytes, start: int, patches: Patches) -> bytes:
     return data
 
 
-class Text:
-    """A small file that is not on disk as it is wanted. Attributes: data; the others as of `LocalFile`."""
+def cannot_be_read(path: Path, error: Exception) -> FastlockError:
+    """The error that says so."""
+    return FastlockError(f"{path}: cannot be read ({error}). Check the path and its permissions.")
 
-    patches: Patches = ()
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.size = len(data)
-        self.identity = (data,)
+def changed_while_read(place: Path | str) -> DamagedError:
+    """The error that says so."""
+    return DamagedError(f"{place}: was changed while it was being read. Run it again when nothing writes to it.")
 
-    def read(self, start: int, length: int) -> bytes:
-        """The bytes of a range."""
-        return self.data[start : start + length]
 
-    def check_unchanged(self) -> None:
-        """It never is."""
+def already_exists(place: Path | str) -> FastlockError:
+    """The error that says so, of a directory that is to be made."""
+    return FastlockError(f"{place}: already exists. Choose a place where nothing is yet, or remove this one first.")
+
+
+def holds_no_config(place: Path | str) -> FastlockError:
+    """The error that says so, of what should be a checkpoint."""
+    return FastlockError(f"{place}: holds no {CONFIG}. {_GIVE_A_CHECKPOINT}")
+
+
+def no_such_directory(place: Path | str) -> FastlockError:
+    """The error that says so, of what should be a checkpoint."""
+    return FastlockError(f"{place}: no such directory. {_GIVE_A_CHECKPOINT}")
+
+
+def _too_large(where: str, limit: int) -> DamagedError:
+    return DamagedError(
+        f"{where}: larger than {limit // 2**20} MiB, which no file of this kind is. Check that it is the right file, "
+        "or download it again."
+    )
+
+
+def _not_json(where: str, error: Exception, remedy: str) -> DamagedError:
+    return DamagedError(f"{where}: not JSON ({str(error)[:200]}). {remedy}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("it says something twice")
+    return value

@@ -12,8 +12,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastlock.errors import FastlockError
-from fastlock.storage.files import Patches, with_patches
+from fastlock.errors import DamagedError
+from fastlock.storage.files import Patches, cannot_be_read, changed_while_read, no_such_directory, with_patches
+from fastlock.storage.traffic import TRAFFIC
 
 _FICLONE = 0x40049409  # ioctl of linux/fs.h: share another file's blocks
 
@@ -31,10 +32,7 @@ class LocalFile:
         mode: its permissions.
         identity: device, inode, size and time of last change.
         patches: offsets, and the bytes that it is to have there instead of its own.
-        viewed: how many bytes of all files this process has mapped.
     """
-
-    viewed = 0
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +54,7 @@ class LocalFile:
         with reading(self.path), self._open() as fd:
             data = os.pread(fd, length, start)
         if len(data) != length:
-            raise self.changed()
+            raise changed_while_read(self.path)
         return with_patches(data, start, self.patches)
 
     @contextlib.contextmanager
@@ -70,7 +68,7 @@ class LocalFile:
                 mapped = mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before)
                 opened.enter_context(mapped)
                 _read_ahead(mapped, start - before)
-                LocalFile.viewed += length
+                TRAFFIC.add(read=length)
             with memoryview(mapped) as whole, whole[before:] as wanted:
                 yield wanted
 
@@ -80,19 +78,13 @@ class LocalFile:
             shutil.copyfile(self.path, place)
 
     def check_unchanged(self) -> None:
-        """Raise if the file is not what it was when it was first looked at."""
+        """Raise a DamagedError if the file is not what it was when it was first looked at."""
         with reading(self.path):
             self._check(self.path.stat())
 
-    def changed(self) -> FastlockError:
-        """The error that says so."""
-        return FastlockError(
-            f"{self.path}: was changed while it was being read. Run it again when nobody writes to it."
-        )
-
     def _check(self, status: os.stat_result) -> None:
         if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
-            raise self.changed()
+            raise changed_while_read(self.path)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
@@ -107,25 +99,23 @@ def local_files(directory: Path) -> dict[str, LocalFile]:
     """`files_in` of a directory of this machine."""
     with reading(directory):
         if not directory.is_dir():
-            raise FastlockError(
-                f"{directory}: no such directory. Give a checkpoint's directory (config.json, *.safetensors)."
-            )
+            raise no_such_directory(directory)
         return dict(_walk(directory, ""))
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say of what can't be read what it is."""
+    """Turn what the file system refuses into a FastlockError that names the file."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: can't be read ({error}). Check the path and its permissions.") from None
+        raise cannot_be_read(path, error) from None
 
 
 def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
-    with os.scandir(directory) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
+    with os.scandir(directory) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(directory / entry.name, f"{prefix}{entry.name}/")
             continue
@@ -133,13 +123,13 @@ def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
             path = Path(os.path.realpath(entry.path, strict=True))
             is_file = stat.S_ISREG(path.stat().st_mode)
         except OSError as error:
-            raise FastlockError(
-                f"{entry.path}: can't be followed ({error.strerror}). Complete the checkpoint (a download that was "
-                "cut off?), or remove the broken link."
+            raise DamagedError(
+                f"{entry.path}: cannot be followed ({error.strerror}). Complete the checkpoint (was a download cut "
+                "off?), or remove the broken link."
             ) from None
         if not is_file:
-            raise FastlockError(
-                f"{entry.path}: is no regular file. A checkpoint holds files and real directories only."
+            raise DamagedError(
+                f"{entry.path}: is not a regular file. A checkpoint holds only files and real directories: remove it."
             )
         yield prefix + entry.name, LocalFile(path)
 
@@ -147,8 +137,8 @@ def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
 def _read_ahead(mapped: mmap.mmap, base: int) -> None:
     """Bring a mapping of the file from `base` on into memory: in large pieces, and nothing beyond it.
 
-    Huge pages read a cold file in one go; the edges, which are no whole huge pages, by asking for them in pieces, since
-    the kernel answers one request with one window of read-ahead.
+    Huge pages read a cold file in one go. The edges, which do not fill a huge page, are asked for in pieces, since the
+    kernel answers one request with one window of read-ahead.
     """
     length = len(mapped)
     first = min(length, -base % _HUGE)
@@ -167,7 +157,7 @@ def _read_ahead(mapped: mmap.mmap, base: int) -> None:
 
 
 def reflink(source: Path, place: Path) -> bool:
-    """Make `place` a file that shares the blocks of `source`; False, and no file, where that can't be."""
+    """Make `place` a file that shares the blocks of `source`; False, and no file, where the file system cannot."""
     with source.open("rb") as old, place.open("xb") as new:
         try:
             fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())

@@ -8,11 +8,12 @@ import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import CONFIG
+from fastlock.storage.files import CONFIG, already_exists
 from fastlock.storage.local import LocalFile, reading, reflink
 from fastlock.storage.places import Place, as_place
 from fastlock.storage.remote import (
@@ -50,7 +51,7 @@ class NewDirectory:
     def link(self, name: str, source: LocalFile | RemoteFile) -> None:
         """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link.
 
-        In place, where neither of the first two can be had, and of what is on another machine, it is a copy.
+        It is a copy if it is on another machine, or if neither of the first two works in place.
         """
         if isinstance(source, RemoteFile):
             self.copy(name, source)
@@ -66,7 +67,7 @@ class NewDirectory:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
                 raise
             if self._in_place:
-                self.copy(name, source)  # a symbolic link would point into what is about to be cleared away
+                self.copy(name, source)  # a symbolic link would point into what is about to be removed
             else:
                 place.symlink_to(source.path)
 
@@ -88,7 +89,7 @@ class NewDirectory:
                 _settle(file.fileno(), self._mode_of_new(path.relative_to(self.path).as_posix()))
 
     def _mode_of_new(self, name: str) -> int | None:
-        """The permissions of the source's file of that name, or else of its config.json."""
+        """The permissions of the source's file of that name, else of its config.json."""
         if isinstance(self._source, Path):
             for path in (self._source / name, self._source / CONFIG):
                 if path.is_file():
@@ -101,11 +102,11 @@ class NewDirectory:
         return place
 
     def _finish(self) -> None:
-        """Sync the directories, with the permissions of the source's of that name; the innermost first."""
-        for found, _, _ in os.walk(self.path, topdown=False):
-            below = Path(found).relative_to(self.path)
+        """Sync the directories, each with the permissions of the source's of that name; the innermost first."""
+        for directory, _, _ in os.walk(self.path, topdown=False):
+            below = Path(directory).relative_to(self.path)
             like = self._source / below if isinstance(self._source, Path) else None
-            _sync(Path(found), like.stat().st_mode & 0o777 if like is not None and like.is_dir() else None)
+            _sync(Path(directory), like.stat().st_mode & 0o777 if like is not None and like.is_dir() else None)
         _sync(self.path, self._mode)
 
 
@@ -118,12 +119,13 @@ def create_directory(out: Place, source: Place, in_place: bool) -> Iterator[NewD
     Args:
         out: its place, where nothing may be; with `in_place` the checkpoint's own, which is then exchanged for the
             new one in one step of the file system. `locked_in_place` keeps others out of it meanwhile.
-        source: the checkpoint's directory, whose permissions the new one gets; it gets those of the directory above it
-            where the source is on another machine.
+        source: the checkpoint's directory, whose permissions the new one gets; those of the directory above `out`, if
+            the source is on another machine.
         in_place: whether `out` is `source`.
 
     Raises:
-        FastlockError: there is something at `out`, another process is making it, or it can't be written.
+        FastlockError: there is something at `out`, another process is making it, or it cannot be written; `out` is
+            then as it was. What goes wrong once the new directory is in its place is a RuntimeWarning.
     """
     if isinstance(out, str):
         with create_remote_directory(out) as there:
@@ -142,16 +144,16 @@ def create_local_directory(out: Path, source: Place, in_place: bool) -> Iterator
         with _claimed(out) as temporary:
             if not in_place:
                 check_absent(out)
-            folder = NewDirectory(temporary, source, status.st_mode & 0o777, in_place)
-            yield folder
-            folder._finish()
+            directory = NewDirectory(temporary, source, status.st_mode & 0o777, in_place)
+            yield directory
+            directory._finish()
             if in_place:
                 _exchange_for(temporary, out, status)
             else:
                 _rename(temporary, out)
             _after(temporary, out, in_place)
     except (OSError, ValueError, shutil.Error) as error:
-        raise FastlockError(f"{out}: can't be written ({error}); nothing was changed.") from None
+        raise FastlockError(f"{out}: cannot be written ({error}); nothing was changed.") from None
 
 
 def _rename(temporary: Path, out: Path) -> None:
@@ -159,27 +161,31 @@ def _rename(temporary: Path, out: Path) -> None:
         temporary.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise _exists(out) from None
+            raise already_exists(out) from None
         raise
 
 
 def _exchange_for(temporary: Path, out: Path, old: os.stat_result) -> None:
-    """Exchange the new directory for the old one: for that one only, since what comes out of it is removed."""
+    """Exchange the new directory for the old one, and for that one only: what comes out of it is removed."""
     _exchange(temporary, out)
     if not os.path.samestat(old, temporary.lstat()):
         _exchange(temporary, out)
-        raise FastlockError(f"{out}: is another directory now than at the start. Run it again when nobody moves it.")
+        raise FastlockError(
+            f"{out}: is not the directory that it was at the start. Run it again when nothing moves it."
+        )
 
 
 def _after(temporary: Path, out: Path, in_place: bool) -> None:
-    """What is left to do once the new directory is at its place."""
+    """What is left to do once the new directory is in its place: it is complete, so what prevents this is no error."""
     try:
         _sync(out.parent)
         if in_place:
             _remove(temporary)
     except OSError as error:
-        rest = f" Remove {temporary}, which is the old one, if it is still there." if in_place else ""
-        raise FastlockError(f"{out}: is whole, but what comes after could not be done ({error}).{rest}") from None
+        left = f" Remove {temporary}, the directory that it replaced, if it is still there." if in_place else ""
+        warnings.warn(
+            f"{out}: is complete, but a step after that failed ({error}).{left}", RuntimeWarning, stacklevel=2
+        )
 
 
 def check_absent(out: Place) -> None:
@@ -190,32 +196,32 @@ def check_absent(out: Place) -> None:
     try:
         there = out.exists() or out.is_symlink()
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{out}: is no usable path ({error}).") from None
+        raise _not_usable(out, error) from None
     if there:
-        raise _exists(out)
+        raise already_exists(out)
 
 
-def _exists(out: Path) -> FastlockError:
-    return FastlockError(f"{out}: exists already. Give a directory that does not, or remove it first.")
+def _not_usable(path: str | os.PathLike[str], error: Exception) -> FastlockError:
+    return FastlockError(f"{path}: is not a usable path ({error}). Give another one.")
 
 
 def place_of_making(out: Path) -> Path:
     """The directory beside `out` in which it is made.
 
-    Its name follows from `out`, so that whatever a killed run left there is cleared away by the next.
+    Its name follows from `out`: whatever a killed run left there is removed by the next.
     """
     return out.with_name(f".{out.name}.fastlock")
 
 
 @contextlib.contextmanager
 def locked_in_place(out: Place, in_place: bool) -> Iterator[None]:
-    """Keep other runs out of a checkpoint that is to be exchanged: from before it is read until the old one is gone.
+    """Keep other runs out of a checkpoint that is to be exchanged, from before it is read until the old one is gone.
 
     After the exchange the lock is on the old directory, at its `place_of_making`, and `_claimed` has locked the new
-    one, so that neither can be taken. Does nothing where it isn't `in_place`.
+    one: neither can be taken. If not `in_place`, it does nothing.
 
     Raises:
-        FastlockError: another process has it, or it can't be read.
+        FastlockError: another process has it, or it cannot be read.
     """
     with contextlib.ExitStack() as stack:
         if in_place and isinstance(out, Path):
@@ -226,16 +232,16 @@ def locked_in_place(out: Place, in_place: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[Path]:
-    """The `place_of_making` of `out`: empty, and no other process's."""
+    """The `place_of_making` of `out`: empty, and nobody else's."""
     temporary = place_of_making(out)
     with _locked(temporary, out, make=True) as fd:
         _clear(temporary)
         try:
             yield temporary
         finally:
-            # What keeps it from being removed would only hide the error that is on its way.
+            # What prevents this would only hide the error that is on its way.
             with contextlib.suppress(OSError):
-                if _is_at(fd, temporary):  # it is not after a rename or an exchange
+                if _is_at(fd, temporary):  # after a rename or an exchange it is not
                     _remove(temporary)
 
 
@@ -254,7 +260,7 @@ def _locked(directory: Path, out: Path, make: bool = False) -> Iterator[int]:
             if _is_at(fd, directory):
                 yield fd
                 return
-            # It was finished or cleared away between our opening and our locking: once more.
+            # It was finished or removed between our opening it and our locking it: try again.
         finally:
             os.close(fd)
 
@@ -272,7 +278,7 @@ def _remove(directory: Path) -> None:
 
 def _make_writable(directory: Path) -> None:
     """Let what is in a directory be removed, whatever the permissions of the directories in it."""
-    with contextlib.suppress(PermissionError):  # another user's; the permissions may do as they are
+    with contextlib.suppress(PermissionError):  # another user's; its permissions may suffice
         directory.chmod(0o700)
     with os.scandir(directory) as entries:
         below = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -290,12 +296,14 @@ def _clear(directory: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Let two paths change places in one step: a reader sees either the one or the other."""
+    """Let two paths change places in one step: a reader sees one or the other."""
     libc = ctypes.CDLL(None, use_errno=True)
     done: int = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
     if done != 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{os.strerror(code)}: this file system can't exchange directories; use --out")
+        raise OSError(
+            code, f"{os.strerror(code)}: this file system cannot exchange directories; give a separate output directory"
+        )
 
 
 def _settle(fd: int, mode: int | None) -> None:
@@ -314,30 +322,40 @@ def _sync(directory: Path, mode: int | None = None) -> None:
 
 
 def check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_place: bool) -> tuple[Place, Place]:
-    given, place = _resolved(source), _resolved(out)
+    """The places of a checkpoint and of the directory to make from it, links followed.
+
+    Raises:
+        FastlockError: there is something at `out` already (in place: it is not the checkpoint), or one of the two lies
+            where the other would be overwritten or removed.
+    """
+    old, new = _resolved(source), _resolved(out)
     if in_place:
-        if given != place:
-            raise FastlockError(
-                f"{out}: in place means into the checkpoint itself, {source}. Leave one of the two out."
-            )
-        if isinstance(given, str):
-            raise FastlockError(f"{given}: can't be changed in place where there is no rename. Give an out of its own.")
-        return given, given
+        _check_in_place(source, old, out, new)
+        return old, old
     target = as_place(out)
     check_absent(target)
-    if f"{place}/".startswith(f"{given}/"):
+    if f"{new}/".startswith(f"{old}/"):
         raise FastlockError(f"{target}: is inside the checkpoint itself. Give a directory outside it.")
     if isinstance(target, str):
-        return given, place
+        return old, new
     target = target.parent.resolve() / target.name  # a link at its own name would have been found above
-    if isinstance(given, Path) and given.is_relative_to(place_of_making(target)):
-        raise FastlockError(f"{source}: is where {out} is made, and would be cleared away. Give it another name first.")
-    return given, target
+    if isinstance(old, Path) and old.is_relative_to(place_of_making(target)):
+        raise FastlockError(f"{source}: is where {out} is made, and would be removed. Give it another name first.")
+    return old, target
 
 
-def _resolved(given: str | os.PathLike[str]) -> Place:
-    place = as_place(given)
+def _check_in_place(source: str | os.PathLike[str], old: Place, out: str | os.PathLike[str], new: Place) -> None:
+    if old != new:
+        raise FastlockError(f"{out}: in place means the checkpoint itself, {source}. Leave out one of the two.")
+    if isinstance(old, str):
+        raise FastlockError(
+            f"{old}: cannot be changed in place: its file system cannot rename. Give a separate output directory."
+        )
+
+
+def _resolved(name: str | os.PathLike[str]) -> Place:
+    place = as_place(name)
     try:
         return normalised(place) if isinstance(place, str) else place.resolve()
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{given}: is no usable path ({error}).") from None
+        raise _not_usable(name, error) from None

@@ -20,19 +20,27 @@ Place = Path | str  # here, or the URL of another machine
 _SPOILT_URL = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
 
 
-def as_path(given: str | os.PathLike[str]) -> Path:
-    """The path that a user gave."""
+def as_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user gave.
+
+    Raises:
+        FastlockError: it is something else.
+    """
     try:
-        return Path(given)
+        return Path(name)
     except TypeError:
-        raise FastlockError(f"{given!r} is no path; give the path of a file or directory.") from None
+        raise FastlockError(f"{name!r} is not a path; give the path of a file or directory.") from None
 
 
-def as_place(given: str | os.PathLike[str]) -> Place:
-    """What a user gave: a path here, or a URL of another machine ("s3://bucket/model"), without a slash at its end."""
-    if isinstance(given, str) and "://" in given:
-        return _path_of_url(given) if given.lower().startswith("file://") else given.rstrip("/")
-    path = as_path(given)
+def as_place(name: str | os.PathLike[str]) -> Place:
+    """What a user gave: a path here, or a URL of another machine ("s3://bucket/model"), without a slash at its end.
+
+    Raises:
+        FastlockError: it is neither, or a URL of files on another machine.
+    """
+    if isinstance(name, str) and "://" in name:
+        return _path_of_url(name) if name.lower().startswith("file://") else name.rstrip("/")
+    path = as_path(name)
     if _SPOILT_URL.match(str(path)):
         raise FastlockError(f"{path}: a URL that went through pathlib has lost a slash. Give it as text.")
     return path
@@ -42,7 +50,7 @@ def _path_of_url(url: str) -> Path:
     """The path that a file:// URL names on this machine."""
     host, slash, path = url[len("file://") :].partition("/")
     if not slash or host.lower() not in ("", "localhost"):
-        raise FastlockError(f"{url}: names no file of this machine. Give its path, or file:///the/path.")
+        raise FastlockError(f"{url}: does not name a file of this machine. Give its path, or file:///the/path.")
     return Path("/" + unquote(path, errors="surrogateescape").lstrip("/"))
 
 
@@ -51,21 +59,21 @@ def below(place: Place, name: str) -> Place:
     return f"{place}/{name}" if isinstance(place, str) else place / name
 
 
-def writable_directory(given: str | os.PathLike[str]) -> Path:
+def writable_directory(name: str | os.PathLike[str]) -> Path:
     """A directory that files can be written to, made where there is none.
 
     Raises:
-        FastlockError: it can't be.
+        FastlockError: it cannot be written to.
     """
-    path = as_path(given)
+    path = as_path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # only a file tells: rights say little to root, or of a read-only disk
             pass
     except FileExistsError:
-        raise FastlockError(f"{path}: is there already, and is no directory. Give another directory.") from None
+        raise FastlockError(f"{path}: already exists, and is not a directory. Give another directory.") from None
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: can't be written ({error}). Give another directory.") from None
+        raise FastlockError(f"{path}: cannot be written ({error}). Give another directory.") from None
     return path
 
 
@@ -73,7 +81,8 @@ def files_in(directory: Place) -> dict[str, LocalFile] | dict[str, RemoteFile]:
     """Every file below a directory, by its name there ("original/params.json").
 
     Raises:
-        FastlockError: there is no such directory, or something in it is neither file nor directory, or a broken link.
+        DamagedError: something in it is neither a file nor a directory, a link is broken, or a name leads out of it.
+        FastlockError: there is no such directory, or it cannot be read.
     """
     return remote_files(directory) if isinstance(directory, str) else local_files(directory)
 
@@ -92,7 +101,7 @@ def is_there(place: Place) -> bool:
 
 
 def files_digest(directory: str | Path) -> str:
-    """SHA-256 of the names, sizes and times of the files in a directory: quick, and other once one is written anew."""
+    """SHA-256 of the names, sizes and times of the files in a directory: quick, and it changes when a file does."""
     sha = hashlib.sha256()
     for path in sorted(path for path in as_path(directory).iterdir() if path.is_file()):
         state = path.stat()

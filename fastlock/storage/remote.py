@@ -10,14 +10,24 @@ import contextlib
 import copy
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastlock.errors import FastlockError
-from fastlock.storage.files import CONFIG, File, Patches, with_patches
+from fastlock.errors import DamagedError, FastlockError
+from fastlock.storage.files import (
+    CONFIG,
+    File,
+    Patches,
+    already_exists,
+    changed_while_read,
+    holds_no_config,
+    with_patches,
+)
+from fastlock.storage.traffic import TRAFFIC
 
 MARKER = ".fastlock-unfinished"
 MAX_REQUESTS = 8
@@ -35,10 +45,7 @@ class RemoteFile:
         size: in bytes.
         identity: the URL, and what its file system says of size and version.
         patches: offsets, and the bytes that it is to have there instead of its own.
-        fetched: how many bytes of all files this process has fetched.
     """
-
-    fetched = 0
 
     def __init__(self, fs: Any, path: str, info: dict[str, Any]) -> None:
         self.fs = fs
@@ -67,40 +74,33 @@ class RemoteFile:
         """Fetch the whole file, without patches."""
         with reaching(self.url):
             self.fs.get_file(self.path, str(place))
-        RemoteFile.fetched += self.size
+        TRAFFIC.add(read=self.size)
         if place.stat().st_size != self.size:
-            raise self.changed()
+            raise changed_while_read(self.url)
 
     def check_unchanged(self) -> None:
-        """Raise if the file is not what it was when it was first looked at."""
+        """Raise a DamagedError if the file is not what it was when it was first looked at."""
         with reaching(self.url):
             now = _identity(self.url, self.fs.info(self.path))
         if now != self.identity:
-            raise self.changed()
-
-    def changed(self) -> FastlockError:
-        """The error that says so."""
-        return FastlockError(f"{self.url}: was changed while it was being read. Run it again when nobody writes to it.")
+            raise changed_while_read(self.url)
 
     def _fetch(self, start: int, length: int) -> bytes:
         if not length:
             return b""
         with reaching(self.url):
             data: bytes = self.fs.cat_file(self.path, start=start, end=start + length)
-        RemoteFile.fetched += len(data)
+        TRAFFIC.add(read=len(data))
         if len(data) != length:
-            raise self.changed()
+            raise changed_while_read(self.url)
         return data
 
 
 class RemoteDirectory:
-    """A directory to be made on another machine: all is only noted, and done at the end; use `create_remote_directory`.
+    """A directory to be made on another machine: use `create_remote_directory`.
 
-    Attributes:
-        sent: how many bytes this process has sent; those that the other machine copied itself don't count.
+    Everything is only noted at first, and done at the end.
     """
-
-    sent = 0
 
     def __init__(self, fs: Any, root: str) -> None:
         self._fs = fs
@@ -114,7 +114,7 @@ class RemoteDirectory:
         self._note(name, data, functools.partial(self._send, name, data))
 
     def link(self, name: str, source: File) -> None:
-        """The same file, which has no patches: copied by its file system if it is on this one, else sent."""
+        """The same file, which has no patches: copied by its file system if that is this one, else sent."""
         if isinstance(source, RemoteFile) and source.fs == self._fs:
             self._note_source(name, source, functools.partial(self._copy_there, name, source))
         else:
@@ -133,7 +133,7 @@ class RemoteDirectory:
         self._note(name, (source.identity, list(source.patches)), do)
 
     def _finish(self) -> None:
-        """Do all that was noted. The same again is harmless: it puts the same bytes into the same places."""
+        """Do all that was noted. Doing it again is harmless: it puts the same bytes into the same places."""
         self._claim()
         last = self._noted.pop(CONFIG)
         with ThreadPoolExecutor(MAX_REQUESTS) as threads:
@@ -141,38 +141,53 @@ class RemoteDirectory:
                 for step in [threads.submit(step) for step in steps]:
                     step.result()
         last()
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._at(MARKER))
+        self._remove_marker()
+
+    def _remove_marker(self) -> None:
+        """The directory is complete by now, so what prevents this is no error."""
+        marker = self._at(MARKER)
+        try:
+            self._fs.rm_file(marker)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # every file system raises errors of its own
+            warnings.warn(
+                f"{self._fs.unstrip_protocol(self._root)}: is complete, but a step after that failed "
+                f"({type(error).__name__}: {str(error)[:300]}). Remove {self._fs.unstrip_protocol(marker)}, which only "
+                "says that something is being made there.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _claim(self) -> None:
-        """Say that this is being made here: nothing may be here, but what the same run, stopped earlier, left."""
+        """Say that this is being made here: nothing may be here but what the same run left when it was stopped."""
         mine = self._plan.hexdigest().encode()
         bucket = self._root.partition("/")[0]
         if bucket and not self._fs.exists(bucket):
-            raise FastlockError(f"{self._fs.unstrip_protocol(bucket)}: does not exist. Make it first.")
+            raise FastlockError(f"{self._fs.unstrip_protocol(bucket)}: does not exist. Create it first.")
         try:
             self._with_parents(MARKER, lambda path: self._fs.pipe_file(path, mine, mode="create"))
         except FileExistsError:
             if self._fs.cat_file(self._at(MARKER)) != mine:
                 raise FastlockError(
                     f"{self._fs.unstrip_protocol(self._root)}: another run is making something else there, or was "
-                    f"stopped ({MARKER}). Wait for it, or remove what is there."
+                    f"stopped ({MARKER}). Wait for it to end, or remove what is there."
                 ) from None
             return
         if any(name != MARKER for name in _listed(self._fs, self._root)):
             self._fs.rm_file(self._at(MARKER))
-            raise _exists(self._fs.unstrip_protocol(self._root))
+            raise already_exists(self._fs.unstrip_protocol(self._root))
 
     def _send(self, name: str, data: bytes) -> None:
         self._with_parents(name, lambda path: self._fs.pipe_file(path, data))
-        RemoteDirectory.sent += len(data)
+        TRAFFIC.add(written=len(data))
 
     def _send_pieces(self, name: str, source: File) -> None:
         file = self._with_parents(name, lambda path: self._fs.open(path, "wb"))
         with file:
             for start in range(0, source.size, PIECE_BYTES):
                 file.write(source.read(start, min(PIECE_BYTES, source.size - start)))
-        RemoteDirectory.sent += source.size
+        TRAFFIC.add(written=source.size)
 
     def _copy_there(self, name: str, source: RemoteFile) -> None:
         self._with_parents(name, lambda path: self._fs.cp_file(source.path, path))
@@ -193,16 +208,17 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
     """Every file below a URL, by its name there.
 
     Raises:
-        FastlockError: it can't be reached, holds no checkpoint, or a name in it leads out of it.
+        DamagedError: a name in it leads out of it.
+        FastlockError: it cannot be reached, or is not a checkpoint.
     """
     with reaching(url):
         fs, root = opened(url)
         if not fs.exists(f"{root}/{CONFIG}"):
-            raise FastlockError(f"{url}: holds no {CONFIG}. Give a checkpoint's URL ({CONFIG}, *.safetensors).")
+            raise holds_no_config(url)
         listed = _listed(fs, root)
     for name in listed:
         if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
-            raise FastlockError(f"{url}: the name {name[:200]!a} leads out of it. Don't trust this checkpoint.")
+            raise DamagedError(f"{url}: the name {name[:200]!a} leads out of it. Do not trust this checkpoint.")
     return {name: RemoteFile(fs, f"{root}/{name}", info) for name, info in listed.items() if name != MARKER}
 
 
@@ -210,7 +226,7 @@ def remote_file(url: str) -> RemoteFile | None:
     """The file at a URL, None where there is none.
 
     Raises:
-        FastlockError: it can't be reached.
+        FastlockError: it cannot be reached.
     """
     with reaching(url):
         fs, path = opened(url)
@@ -225,7 +241,7 @@ def write_remote(url: str, data: bytes) -> None:
     """Write a file at a URL, over what is there.
 
     Raises:
-        FastlockError: it can't be reached.
+        FastlockError: it cannot be reached.
     """
     with reaching(url):
         fs, path = opened(url)
@@ -236,25 +252,26 @@ def write_remote(url: str, data: bytes) -> None:
 def create_remote_directory(url: str) -> Iterator[RemoteDirectory]:
     """Make a directory at a URL: everything is done when the block ends, its config.json last.
 
-    A run that was stopped, made again, goes over what it left.
+    A run that was stopped can be made again, and overwrites what it left.
 
     Raises:
-        FastlockError: there is something there, another run is making something else there, or it can't be reached.
+        DamagedError: a file that goes into it was changed meanwhile.
+        FastlockError: there is something there, another run is making something else there, or it cannot be reached.
     """
     with reaching(url):
         fs, root = opened(url)
-    folder = RemoteDirectory(fs, root)
-    yield folder
+    directory = RemoteDirectory(fs, root)
+    yield directory
     with reaching(url):
-        folder._finish()
+        directory._finish()
 
 
 def check_absent_there(url: str) -> None:
-    """Raise if there is anything at a URL but what a run left that was stopped."""
+    """Raise if there is anything at a URL but what a stopped run left."""
     with reaching(url):
         names = _listed(*opened(url))
     if names and (MARKER not in names or CONFIG in names):
-        raise _exists(url)
+        raise already_exists(url)
 
 
 def normalised(url: str) -> str:
@@ -265,13 +282,13 @@ def normalised(url: str) -> str:
     """
     with reaching(url):
         fs, root = opened(url)
-        found: str = fs.unstrip_protocol(root)
-    return found
+        normal: str = fs.unstrip_protocol(root)
+    return normal
 
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Say of what can't be reached what it is."""
+    """Turn what a file system or its network refuses into a FastlockError that names the URL."""
     try:
         yield
     except FastlockError:
@@ -282,7 +299,7 @@ def reaching(url: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # every file system raises errors of its own
         raise FastlockError(
-            f"{url}: can't be reached ({type(error).__name__}: {str(error)[:300]}). Check the address, your "
+            f"{url}: cannot be reached ({type(error).__name__}: {str(error)[:300]}). Check the address, your "
             "credentials and the network."
         ) from None
 
@@ -298,10 +315,10 @@ def opened(url: str) -> tuple[Any, str]:
 def _listed(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     """What is below a directory, by name there; none where there is no such directory."""
     try:
-        found = fs.find(root, detail=True)
+        files = fs.find(root, detail=True)
     except FileNotFoundError:
         return {}
-    below = {path.removeprefix(f"{root}/"): info for path, info in found.items() if path.startswith(f"{root}/")}
+    below = {path.removeprefix(f"{root}/"): info for path, info in files.items() if path.startswith(f"{root}/")}
     # Consoles of object stores write "a/" for an empty directory.
     return {name: info for name, info in below.items() if name and not (name.endswith("/") and not info["size"])}
 
@@ -310,7 +327,3 @@ def _identity(url: str, info: dict[str, Any]) -> tuple[Any, ...]:
     versions = (info[key] for key in _VERSIONS if info.get(key))
     # Some file systems give a time as a number in a listing, and as a datetime alone.
     return (url, int(info["size"]), *(v.timestamp() if isinstance(v, datetime) else v for v in versions))
-
-
-def _exists(url: str) -> FastlockError:
-    return FastlockError(f"{url}: exists already. Give one that does not, or remove it first.")

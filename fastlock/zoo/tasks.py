@@ -20,15 +20,14 @@ from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
-from fastlock.storage.files import CONFIG, parse_json, read_all
-from fastlock.storage.local import LocalFile
+from fastlock.storage.files import CONFIG, parse_object, read_all
 from fastlock.storage.places import as_place, below, file_at, is_there
-from fastlock.storage.remote import RemoteDirectory, RemoteFile
+from fastlock.storage.traffic import TRAFFIC
 from fastlock.verification import verify
 
 RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
-
 LOCKED = "locked"
+RIGHT = (RELOCKED, DONE_ALREADY, SKIPPED, LOCKED)
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,11 @@ class Result:
     bytes_read: int | None = None
     bytes_written: int | None = None
     time: float = field(default_factory=time.time)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether there is nothing to do about this checkpoint."""
+        return self.status in RIGHT
 
     def to_dict(self) -> dict[str, Any]:
         """The result as data that JSON can hold."""
@@ -136,7 +140,7 @@ def _raw_config(config: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     file = file_at(place) or file_at(below(place, CONFIG))
     if file is None:
         raise FastlockError(f"{place}: no {CONFIG} is there. Give one, or the checkpoint's directory that holds it.")
-    return parse_json(read_all(file, str(place)), str(place)), str(place)
+    return parse_object(read_all(file, str(place)), str(place)), str(place)
 
 
 def _relock(job: Job, task: Task, folds: dict[Any, Any]) -> tuple[str, str]:
@@ -161,7 +165,7 @@ def _already_there(job: Job, out: str) -> tuple[str, str]:
         found = f"in a form that {' and '.join(idle)} would drop"
     else:
         return DONE_ALREADY, ""
-    return FAILED, f"{out}: exists already, {found}. Remove it first, or choose another directory for all."
+    return FAILED, f"{out}: already exists, {found}. Remove it first, or choose another directory for all."
 
 
 def _differs(source: str, base: dict[str, Any]) -> str:
@@ -193,9 +197,8 @@ def _transferred() -> tuple[int, int] | None:
     try:
         with open("/proc/self/io", "rb") as file:
             counts = dict(line.split(b": ") for line in file.read().splitlines())
-        return int(counts[b"rchar"]) + LocalFile.viewed + RemoteFile.fetched, int(
-            counts[b"wchar"]
-        ) + RemoteDirectory.sent
+        read, written = TRAFFIC.totals()
+        return int(counts[b"rchar"]) + read, int(counts[b"wchar"]) + written
     except (OSError, ValueError, KeyError):
         return None
 

@@ -228,7 +228,7 @@ def test_things_that_are_no_files(name: str, what: str, source) -> None:
 def test_a_loop_of_directories(source) -> None:
     directory, lock = source
     (directory / "loop").symlink_to(directory)
-    refused(directory, lock, "no regular file")
+    refused(directory, lock, "not a regular file")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -403,7 +403,7 @@ def test_an_existing_target_is_not_touched(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     for out in (tmp_path / "out", source):
-        with pytest.raises(fastlock.FastlockError, match="exists already"):
+        with pytest.raises(fastlock.FastlockError, match="already exists"):
             fastlock.relock_checkpoint(source, lock, out)
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
@@ -672,7 +672,7 @@ def test_the_card_of_a_saved_checkpoint_says_what_is_so_now(tmp_path) -> None:
 def test_a_broken_link_is_no_file(tmp_path) -> None:
     _, lock, source = checkpoint(tmp_path)
     (source / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(fastlock.FastlockError, match="dangling: can't be followed"):
+    with pytest.raises(fastlock.FastlockError, match="dangling: cannot be followed"):
         fastlock.relock_checkpoint(source, lock, tmp_path / "out")
 
 

@@ -76,7 +76,7 @@ def test_inspect_shows_a_lock_and_a_receipt(files, run) -> None:
 def test_errors_end_with_their_own_exit_code_and_reason(files, run) -> None:
     lock = files / "lock.safetensors"
     assert "does not exist" in run("inspect", files / "nothing", code=cli.REFUSED)
-    assert "exists already" in run("relock", files / "base", "--lock", lock, "--out", files, code=cli.REFUSED)
+    assert "already exists" in run("relock", files / "base", "--lock", lock, "--out", files, code=cli.REFUSED)
     run("relock", files / "base", "--lock", lock, code=2)
 
 
@@ -219,7 +219,7 @@ def test_calibrate(files, run, monkeypatch) -> None:
 
 
 # Where nothing can be written, not even by root.
-PROC = pytest.param("/proc", "/proc: can't be written", marks=pytest.mark.skipif(not Path("/proc").exists(), reason=""))
+PROC = pytest.param("/proc", "/proc: cannot be written", marks=pytest.mark.skipif(not Path("/proc").exists(), reason=""))
 
 
 @pytest.fixture
@@ -243,8 +243,8 @@ def loading(monkeypatch):
         ("new/lock.txt", "Name it so: --out new/lock.safetensors"),
         ("new/lock", "Name it so: --out new/lock.safetensors"),
         ("base", "Name a file in it for the lock: --out base/lock.safetensors"),
-        ("lock.safetensors/new.safetensors", "lock.safetensors: is there already, and is no directory"),
-        ("lock.safetensors/new/new.safetensors", "lock.safetensors/new: can't be written"),
+        ("lock.safetensors/new.safetensors", "lock.safetensors: already exists, and is not a directory"),
+        ("lock.safetensors/new/new.safetensors", "lock.safetensors/new: cannot be written"),
         pytest.param("/proc/lock.safetensors", *PROC.values[1:], marks=PROC.marks),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_lock_that_cannot_be_written_is_refused_before_the_work(
 )
 @pytest.mark.parametrize(
     ("directory", "message"),
-    [("lock.safetensors", "lock.safetensors: is there already, and is no directory. Give another directory"), PROC],
+    [("lock.safetensors", "lock.safetensors: already exists, and is not a directory. Give another directory"), PROC],
 )
 def test_a_directory_that_cannot_be_written_is_refused_before_the_work(
     command, directory, message, files, run, loading, monkeypatch

@@ -214,7 +214,7 @@ def test_every_write_refused_once(kind: str, s3, tmp_path) -> None:
         try:
             fastlock.relock_checkpoint(f"{S3}/in/m", lock, f"{S3}/out/m", **TRANSFORMERS)
         except fastlock.FastlockError as error:
-            assert "can't be reached (PermissionError" in str(error)  # noqa: PT017 - it may also not be raised
+            assert "cannot be reached (PermissionError" in str(error)  # noqa: PT017 - it may also not be raised
         server.hook = lambda method, key: None
         if writes <= fails_at:
             break
@@ -225,6 +225,22 @@ def test_every_write_refused_once(kind: str, s3, tmp_path) -> None:
         bucket.remove("out/m")
     assert fails_at == len(locked) + 1  # each file, and the marker
     assert bucket.contents("out/m") == locked
+
+
+def test_a_marker_that_cannot_be_removed(s3, tmp_path) -> None:
+    """The checkpoint is complete by then."""
+    server, bucket = s3
+    lock, source, locked = prepared(tmp_path)
+    bucket.upload(source, "in/m")
+    server.hook = lambda method, key: "403 Forbidden" if method == "DELETE" else None
+    with pytest.warns(RuntimeWarning, match=f"{S3}/out/m: is complete, .*PermissionError.*Remove {S3}/out/m/{MARKER}"):
+        fastlock.relock_checkpoint(f"{S3}/in/m", lock, f"{S3}/out/m", **TRANSFORMERS)
+    left = bucket.contents("out/m")
+    assert MARKER in left
+    assert {name: data for name, data in left.items() if name != MARKER} == locked
+    server.hook = lambda method, key: None
+    fastlock.unlock_checkpoint(f"{S3}/out/m", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
 
 
 def test_another_run_on_the_same_target(s3, tmp_path) -> None:
@@ -261,7 +277,7 @@ def test_another_run_is_done_between_the_first_look_and_the_claim(s3, tmp_path) 
             bucket.upload(tmp_path / "locked", "out/m")
 
     server.hook = race
-    with pytest.raises(fastlock.FastlockError, match="exists already"):
+    with pytest.raises(fastlock.FastlockError, match="already exists"):
         fastlock.relock_checkpoint(f"{S3}/in/m", lock, f"{S3}/out/m", 2.0, **TRANSFORMERS)
     assert bucket.contents("out/m") == locked
 
@@ -337,14 +353,14 @@ def test_refusals(s3, tmp_path) -> None:
     bucket.put("out/taken/notes.txt", b"mine")
     here, there = f"{S3}/in/m", f"{S3}/out/m"
     for message, arguments, options in [
-        ("exists already", (here, lock, f"{S3}/out/taken"), {}),
-        ("exists already", (here, lock, here), {}),
+        ("already exists", (here, lock, f"{S3}/out/taken"), {}),
+        ("already exists", (here, lock, here), {}),
         ("is inside the checkpoint itself", (here, lock, f"{here}/out"), {}),
         ("is inside the checkpoint itself", (here, lock, f"s3://{BUCKET}//in/m/out".replace("//in", "/in")), {}),
-        ("can't be changed in place", (here, lock, here), {"in_place": True}),
+        ("cannot be changed in place", (here, lock, here), {"in_place": True}),
         ("holds no config.json", (f"{S3}/in", lock, there), {}),
         ("holds no config.json", ("s3://nobody/m", lock, there), {}),
-        ("does not exist. Make it first", (here, lock, "s3://nobody/m"), {}),
+        ("does not exist. Create it first", (here, lock, "s3://nobody/m"), {}),
         ("Protocol not known", ("nowhere://a/b", lock, there), {}),
         ("has lost a slash", (Path(here), lock, there), {}),
     ]:

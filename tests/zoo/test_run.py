@@ -145,10 +145,10 @@ def test_the_same_checkpoint_given_twice_is_one(tmp_path) -> None:
         (["nested.txt"], "line 2: file.txt is a list itself"),
         (["binary.txt"], "binary.txt: no list"),
         (["wrong.txt"], "missing: does not exist"),
-        (["nowhere://bucket/zoo"], "nowhere://bucket/zoo: can't be reached"),
+        (["nowhere://bucket/zoo"], "nowhere://bucket/zoo: cannot be reached"),
         (["a\0b"], "a.b"),
         ([], "no sources"),
-        ([None], "is no path"),
+        ([None], "is not a path"),
     ],
 )
 def test_sources_that_stand_for_nothing(sources: list, message: str, tmp_path, monkeypatch) -> None:
