@@ -89,11 +89,11 @@ def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carri
 
 def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None:
     """The architecture that config.json must name for all of these stacks, None where it need not be changed."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     needed = next((name for stack in stacks if (name := architecture(checkpoint.kind, stack)) is not None), None)
     if needed is None:
         return None
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.kind]
     if named_architecture(checkpoint.raw) not in (None, own, needed):
         raise FastlockError(

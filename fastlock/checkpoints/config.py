@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastlock.architectures.families import FAMILIES, REFUSED, head_geometry
+from fastlock.checkpoints.plain_config import plain_config
 from fastlock.errors import FastlockError
 from fastlock.storage.files import CONFIG, File, parse_object, read_all
 
@@ -29,6 +30,8 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
 
 def transformers_config(raw: dict[str, Any], where: str) -> Any:
     """What transformers makes of a config.json, of known families only, and never running code of the checkpoint's."""
+    if (plain := plain_config(raw)) is not None:
+        return plain
     from transformers import AutoConfig
 
     kind = raw.get("model_type")
