@@ -284,7 +284,10 @@ def test_of_a_long_text_what_the_model_can_read(kind: str, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (Prompts(harmful=("5", " ".join(["5"] * 50))), r"harmful prompt 2: it makes 53 tokens, and its answer may take 32 more, but"),
+        (
+            Prompts(harmful=("5", " ".join(["5"] * 50))),
+            "prompt 2: it makes 53 tokens, and its answer may take 32",
+        ),
         (Prompts(harmless=("5 128",)), "harmless prompt 1: the tokenizer gives token 128, but GPT2LMHeadModel has 128"),
         (Prompts(texts=("5 6", "5 128")), "text 2: the tokenizer gives token 128"),
         (Prompts(texts=("5 6", " \u2003x")), "text 2 .* is a single token"),
