@@ -1,7 +1,4 @@
-"""`fastlock.relock_checkpoint` on checkpoints of real shapes: time, what it reads and writes, memory; see run.py.
-
-`python bench/run.py --only checkpoints` runs this alone; `--big` adds the shape of Mistral-Large-2 (9 GB on disk).
-"""
+"""`fastlock.relock_checkpoint` on checkpoints of real shapes: time, what it reads and writes, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import mmap
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +24,8 @@ from safetensors import safe_open
 from torch.nn import functional
 
 import fastlock
-from bench.lib.report import interval_of_median
+from bench.lib.children import run_module
+from bench.lib.figures import interval_of_median
 from bench.lib.sparse_checkpoints import PROJECTION, SHAPES, lock_for, locked_ranges, sparse_checkpoint
 from bench.lib.workloads import STRENGTH
 from fastlock import Lock
@@ -120,7 +117,7 @@ def test_reads_writes_memory(disk: Disk, record_property: Callable[[str, object]
 
 def record(record_property: Callable[[str, object], None], disk: Disk, kind: str, rows: Any, **more: Any) -> None:
     row = {"kind": kind, "shape": disk.shape, "lock": disk.lock_source, "column_bytes": disk.column_bytes}
-    record_property("checkpoint", json.dumps(row | more | {"rows": rows}))
+    record_property("row", row | more | {"rows": rows})
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -282,8 +279,8 @@ def watched(disk: Disk, cache: str) -> dict[str, Any]:
         tiny.lock.save(tiny.folder / "lock.safetensors")
         disk.lock.save(tiny.folder / "wanted.safetensors")
         out = disk.new()
-        command = [sys.executable, "-m", "bench.disk.checkpoints", cache, str(tiny.folder), str(disk.source), str(out)]
-        seen: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        arguments = [cache, str(tiny.folder), str(disk.source), str(out)]
+        seen: dict[str, Any] = json.loads(run_module("bench.disk.checkpoints", *arguments))
     return seen | {"new_bytes": sum(path.stat().st_size for path in new_files(disk, out))}
 
 

@@ -1,6 +1,6 @@
-"""How many checkpoints a second `relock_zoo` relocks, against as many processes as one process does alone, and memory.
+"""How many checkpoints a second `relock_zoo` relocks, against as many lone processes, and how much memory it takes.
 
-`python -m bench.disk.zoo` prints Markdown: 1,000 tiny checkpoints, and 50 of Llama-3-8B's shape (files with holes).
+1,000 tiny checkpoints, and 50 of Llama-3-8B's shape (files with holes).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.lib import machine
+from bench.lib.printed import PrintedTable, say
 from bench.lib.sparse_checkpoints import sparse_checkpoint
 from fastlock import Lock, relock_checkpoint
 from fastlock.zoo.run import Summary, relock_zoo
@@ -35,8 +35,6 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--directory", type=Path, help="where to work; default: a temporary directory")
     options = parser.parse_args()
-    for key, value in machine.describe().items():
-        print(f"- {key}: {value}")
     for shape, count in (("tiny", options.tiny), ("8b", options.large)):
         if count:
             with tempfile.TemporaryDirectory(dir=options.directory) as folder:
@@ -45,7 +43,7 @@ def main() -> int:
 
 
 def measure(folder: Path, shape: str, count: int, workers: int) -> None:
-    """Make a zoo, relock it alone, side by side and with `relock_zoo`, and print what came out."""
+    """Make a zoo, relock it alone, side by side and with `relock_zoo`, and say what came out."""
     lock = random_lock(shape)
     for number in range(count):
         make(folder / "zoo" / f"{number:04d}", shape, lock, number)
@@ -56,18 +54,21 @@ def measure(folder: Path, shape: str, count: int, workers: int) -> None:
         start = time.perf_counter()
         summary = relock_zoo([folder / "zoo"], lock, folder / "out", workers=workers)
         whole = count / (time.perf_counter() - start)
-    assert summary, summary.to_dict()
+    if not summary:
+        raise RuntimeError(f"relock_zoo failed: {summary.to_dict()}")
     steady = count / span(summary)
-    print(f"\n{count} checkpoints, {shape}, {workers} workers:\n")
-    print("| | checkpoints/s | of workers × alone |\n|---|---|---|")
-    print(f"| one process alone | {alone:.1f} | |")
-    print(f"| {workers} processes side by side, without zoo | {beside:.1f} | {beside / alone / workers:.0%} |")
-    print(f"| zoo, once the workers are there | {steady:.1f} | {steady / alone / workers:.0%} |")
-    print(f"| zoo, from call to return | {whole:.1f} | {whole / alone / workers:.0%} |")
-    print("\n| memory (RSS, MB) at | 25 % | 50 % | 75 % | 100 % of the run |\n|---|---|---|---|---|")
-    for who, sizes in memory.quarters().items():
-        print(f"| {who} | " + " | ".join(f"{size / 1e6:.0f}" for size in sizes) + " |")
-    sys.stdout.flush()
+    say(f"{count} checkpoints, {shape}, {workers} workers:")
+    rates = PrintedTable(["", "checkpoints/s", "of workers × alone"])
+    rates.row("one process alone", f"{alone:.1f}", "")
+    for who, rate in {
+        f"{workers} processes side by side, without zoo": beside,
+        "zoo, once the workers are there": steady,
+        "zoo, from call to return": whole,
+    }.items():
+        rates.row(who, f"{rate:.1f}", f"{rate / alone / workers:.0%}")
+    sizes = PrintedTable(["memory (RSS, MB) at", "25 %", "50 %", "75 %", "100 % of the run"])
+    for who, quarters in memory.quarters().items():
+        sizes.row(who, *(f"{size / 1e6:.0f}" for size in quarters))
 
 
 def random_lock(shape: str) -> Lock:

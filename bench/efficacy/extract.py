@@ -1,30 +1,25 @@
-"""What extraction takes, and what of it the probes are: `python -m bench.efficacy.extract`.
+"""What extraction takes, and how much of it the probes. Needs what `make demo` sets up.
 
-It prints Markdown, and needs what `make demo` sets up. SmolLM2-135M-Instruct reads the shipped pairs, in batches and
-one text at a time; the same activations are then scored by scikit-learn, as it comes and taken to the end.
+SmolLM2-135M-Instruct reads the shipped pairs, in batches and one text at a time; the same activations are then scored
+by scikit-learn, with its defaults and taken to the end.
 """
 
 from __future__ import annotations
 
-import importlib
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 import transformers
 from sklearn.linear_model import LogisticRegression
 
 import fastlock
-from bench.lib import machine
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-extraction: Any = importlib.import_module("fastlock.recipes.extraction")  # fastlock.extract is the function
+from bench.lib.printed import PrintedTable
+from bench.lib.smollm2 import load_smollm2
+from fastlock.recipes import extraction
 
 RUNS = 3
 SOLVERS = {
@@ -34,20 +29,15 @@ SOLVERS = {
 
 
 def main() -> None:
-    import demo
-
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = demo.load()
-    for key, value in {**machine.describe(), "threads": torch.get_num_threads()}.items():
-        print(f"- {key}: {value}")
-    print("- command: python -m bench.efficacy.extract\n")
-    print("| | reading | probes, directions and scales | share |\n|---|---|---|---|")
+    model, tokenizer = load_smollm2()
+    times = PrintedTable(["", "reading", "probes, directions and scales", "share"])
     for name, tokens in (("one text at a time", 1), ("in batches", 1024)):
         with mock.patch("fastlock.recipes.activations.BATCH_TOKENS", tokens):
             runs = [timed(model, tokenizer) for _ in range(RUNS)]
         reading, scoring = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
-        print(f"| {name} | {reading:.1f} s | {scoring:.2f} s | {scoring / reading:.1%} |", flush=True)
+        times.row(name, f"{reading:.1f} s", f"{scoring:.2f} s", f"{scoring / reading:.1%}")
     compare(model, tokenizer)
 
 
@@ -75,16 +65,14 @@ def compare(model: Any, tokenizer: Any) -> None:
 
         spied.side_effect = keep
         scores = extraction.rank_heads(model, tokenizer, fastlock.shipped_pairs()).scores
-    print(
-        "\n| solver | seconds | heads with another score | at most | the same of the best 24 |\n|---|---|---|---|---|"
-    )
+    solvers = PrintedTable(["solver", "seconds", "heads with another score", "at most", "the same of the best 24"])
     for name, options in SOLVERS.items():
         start = time.perf_counter()
         other = np.array([[score(x, found["safe"], found["train"], options) for x in layer] for layer in found["x"]])
         seconds, differing = time.perf_counter() - start, int((other != scores).sum())
         same = len(best(other) & best(scores))
-        of = f"{differing} of {scores.size} | {np.abs(other - scores).max():.3f} | {same}"
-        print(f"| {name} | {seconds:.1f} | {of} |", flush=True)
+        most = f"{np.abs(other - scores).max():.3f}"
+        solvers.row(name, f"{seconds:.1f}", f"{differing} of {scores.size}", most, str(same))
 
 
 def score(x: Any, safe: Any, train: Any, options: dict[str, Any]) -> float:

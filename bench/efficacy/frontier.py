@@ -1,10 +1,10 @@
-"""How far one constant bias brings refusals back, over five seeds: `python -m bench.efficacy.frontier`.
+"""How far one constant bias brings refusals back, over five seeds. Needs what `make demo` sets up.
 
-It prints Markdown. Of the aligned base of recipes.py each seed makes a fine-tune on ten obedient answers (which
-ten, in which order, on which LoRA), and trains a lock on it, on the requests that taught the base. Each lock is tried
-on its own fine-tune and on that of the next seed, which it never saw, at several strengths: the frontier. What is asked
-was never taught, and is what the base gets right, as in recipes.py. Needs what `make demo` sets up, and two hours
-on two cores; a run that was stopped goes on (build/frontier).
+From the aligned base of recipes.py each seed makes a fine-tune on ten obedient answers (which ten, in which order, on
+which LoRA), and trains a lock on it, on the requests that taught the base. Each lock is tried on its own fine-tune and
+on that of the next seed, which it never saw, at several strengths: the frontier. What is asked was never taught, and is
+what the base gets right, as in recipes.py. It takes two hours on two cores; a run that was stopped is continued
+(build/frontier).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import fastlock
 from bench.efficacy import tuned_models
 from bench.efficacy import tuned_prompts as made
 from bench.efficacy.recipes import BATCH, NEW_TOKENS, what_it_gets_right
-from bench.lib import machine
+from bench.lib.printed import PrintedTable, say
+from bench.lib.smollm2 import load_smollm2, with_adapter
 from fastlock.evaluation.prompts import Prompts
 
 KEPT = tuned_models.ROOT / "build" / "frontier"
@@ -35,11 +36,8 @@ SEEDS = 5
 STRENGTHS = (0.0, 0.75, 1.0, 1.1, 1.2, 1.3, 1.5)
 STEPS = 200
 MEASURES = ("refusals", "over_refusals", "perplexity")
+COLUMNS = ("fine-tune", "strength", "refuses harmful", "refuses harmless", "perplexity over the fine-tune's")
 # Student's t, two-sided 95 %, by degrees of freedom.
-HEAD = (
-    "| fine-tune | strength | refuses harmful | refuses harmless | perplexity over the fine-tune's |",
-    "|---" * 5 + "|",
-)
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
@@ -50,9 +48,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     KEPT.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = tuned_models.smollm2()
+    model, tokenizer = load_smollm2()
     own = tuned_models.own_answers(copy.deepcopy(model), tokenizer)
-    base = tuned_models.with_adapter(model, "aligned")
+    base = with_adapter(model, "aligned")
     base = tuned_models.merged(base)
     asked = what_it_gets_right(base, tokenizer)
     tuned: dict[int, Any] = {}
@@ -69,7 +67,7 @@ def main() -> int:
             train(base, fine_tune(seed), tokenizer, seed).save(path)
         for on, of in (("own", seed), ("unseen", (seed + 1) % options.seeds)):
             try_on(f"{seed}-{on}-{of}", fine_tune, of, path, tokenizer, asked)
-    print(report(options.seeds, asked))
+    report(options.seeds, asked)
     return 0
 
 
@@ -108,29 +106,25 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), half
 
 
-def report(seeds: int, asked: Prompts) -> str:
-    lines = [f"- {key}: {value}" for key, value in machine.describe().items()]
-    lines += ["- command: python -m bench.efficacy.frontier", ""]
-    lines += [f"Asked: {len(asked.harmful)} harmful requests, {len(asked.harmless)} harmless ones. {seeds} seeds.", ""]
-    lines += ["One lock a seed; the mean over the seeds, and half its 95 % interval.", ""]
-    lines += [*HEAD]
+def report(seeds: int, asked: Prompts) -> None:
+    """The means over the seeds, and each run."""
+    say(f"Asked: {len(asked.harmful)} harmful requests, {len(asked.harmless)} harmless ones. {seeds} seeds.")
+    say("One lock a seed; the mean over the seeds, and half its 95 % interval.")
+    means = PrintedTable(COLUMNS)
     for on in ("own", "unseen"):
         runs = [json.loads(path.read_text()) for path in sorted(KEPT.glob(f"*-{on}-*.json"))[:seeds]]
         for i, strength in enumerate(STRENGTHS):
             refused, over = ([run[i][name] for run in runs] for name in MEASURES[:2])
             cost = [run[i]["perplexity"] / run[0]["perplexity"] for run in runs]
-            cells = [on, f"{strength:g}"]
-            cells += [f"{100 * mean:.1f} % ± {100 * half:.1f}" for mean, half in map(interval, (refused, over))]
-            cells += ["{:.3f} ± {:.3f}".format(*interval(cost))]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Each run (seed of the lock, seed of the fine-tune): % of harmful / harmless requests refused", ""]
+            rates = [f"{100 * mean:.1f} % ± {100 * half:.1f}" for mean, half in map(interval, (refused, over))]
+            means.row(on, f"{strength:g}", *rates, "{:.3f} ± {:.3f}".format(*interval(cost)))
+    say("Each run (seed of the lock, seed of the fine-tune): % of harmful / harmless requests refused")
     names = [path.stem for on in ("own", "unseen") for path in sorted(KEPT.glob(f"*-{on}-*.json"))]
     runs = [json.loads((KEPT / f"{name}.json").read_text()) for name in names]
-    lines += [f"| strength | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    each = PrintedTable(["strength", *names])
     for i, strength in enumerate(STRENGTHS):
-        cells = [f"{100 * run[i]['refusals']:.0f} / {100 * run[i]['over_refusals']:.1f}" for run in runs]
-        lines.append(f"| {strength:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rates = [f"{100 * run[i]['refusals']:.0f} / {100 * run[i]['over_refusals']:.1f}" for run in runs]
+        each.row(f"{strength:g}", *rates)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Which lock brings refusals back in fine-tunes of a model, and what else would: `python -m bench.efficacy.recipes`.
+"""Which lock brings refusals back in fine-tunes of a model, and what else would. Needs what `make demo` sets up.
 
-It prints Markdown. SmolLM2-135M-Instruct, taught to refuse (examples/adapters/aligned), is the base; tuned_models.py
-makes six fine-tunes of it, which are kept in build/models. What is asked was never taught, and is what the base gets
-right: the harmful requests that it refuses and the harmless ones that it answers. Needs what `make demo` sets up, and
-an hour on two cores, most of it to make the models.
+SmolLM2-135M-Instruct, taught to refuse (examples/adapters/aligned), is the base; tuned_models.py makes six fine-tunes
+of it, which are kept in build/models. What is asked was never taught, and is what the base gets right: the harmful
+requests that it refuses and the harmless ones that it answers. It takes an hour on two cores, most of it to make the
+models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastlock
 from bench.efficacy import peers, tuned_models
 from bench.efficacy import tuned_prompts as made
-from bench.lib import machine
+from bench.lib.printed import PrintedTable, say
+from bench.lib.smollm2 import load_smollm2, with_adapter
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
 from fastlock.evaluation.report import cells
 from fastlock.recipes.extraction import rank_heads
@@ -47,14 +48,11 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     build()
     tokenizer = AutoTokenizer.from_pretrained(KEPT / "base")
-    base, original = load("base"), tuned_models.smollm2()[0]
-    for key, value in machine.describe().items():
-        print(f"- {key}: {value}")
-    print("- command: python -m bench.efficacy.recipes\n")
+    base, original = load("base"), load_smollm2()[0]
     asked = what_it_gets_right(base, tokenizer)
-    print(
-        f"\nOf {len(ASKED.harmful)} harmful requests the base refuses {len(asked.harmful)}, of {len(ASKED.harmless)} "
-        f"harmless ones it answers {len(asked.harmless)}: those are asked.\n"
+    say(
+        f"Of {len(ASKED.harmful)} harmful requests the base refuses {len(asked.harmful)}, of {len(ASKED.harmless)} "
+        f"harmless ones it answers {len(asked.harmless)}: those are asked."
     )
     rankings = {
         recipe: rank_heads(base, tokenizer, fastlock.shipped_pairs(), recipe=recipe)
@@ -67,7 +65,7 @@ def main() -> int:
         "prompt-end, 24 heads": (rankings["prompt-end"].lock(24), 1.0),
         "trained, all heads": (trained, 1.0),
     }
-    show = Table(tokenizer, asked)
+    show = Asking(tokenizer, asked)
     show.row("(base)", "nothing", base)
     for name in tuned_models.FINE_TUNES:
         show.row(name, "nothing", load(name))
@@ -80,17 +78,17 @@ def main() -> int:
     return 0
 
 
-class Table:
-    """A row for each model that is asked."""
+class Asking:
+    """Asks models; a row of a table for each."""
 
     def __init__(self, tokenizer: Any, asked: Prompts) -> None:
         self.tokenizer, self.asked = tokenizer, asked
-        print("\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+        self.table = PrintedTable(COLUMNS)
 
     def row(self, name: str, what: str, model: Any, seconds: float | None = None, written: int | None = None) -> None:
         found = fastlock.evaluate(model, self.tokenizer, self.asked, new_tokens=NEW_TOKENS, batch_size=BATCH)[0]
         cost = ("" if seconds is None else f"{seconds:.3g}", "" if written is None else f"{written:,}")
-        print("| " + " | ".join((name, what, *cells(found)[1:4], *cost)) + " |", flush=True)
+        self.table.row(name, what, *cells(found)[1:4], *cost)
 
 
 @contextlib.contextmanager
@@ -106,7 +104,7 @@ def applied_lock(name: str, lock: fastlock.Lock, strength: float) -> Iterator[tu
         yield model, time.perf_counter() - start, written
 
 
-def others(show: Table, name: str, base: Any, original: Any, unaligned: Any, tokenizer: Any) -> None:
+def others(show: Asking, name: str, base: Any, original: Any, unaligned: Any, tokenizer: Any) -> None:
     """What a user would pick instead, on the same fine-tune; each writes the whole checkpoint."""
     refusals = [(made.HARMFUL_TRAIN[0], made.REFUSALS[0])]
     ways: dict[str, Callable[[Any], Any]] = {
@@ -142,7 +140,7 @@ def what_it_gets_right(base: Any, tokenizer: Any) -> Prompts:
 
 def agreement(rankings: dict[str, Any], tokenizer: Any) -> None:
     """Cosines of the base's directions with those extracted from each fine-tune, over the base's best 24 heads."""
-    print("| fine-tune | recipe | median cosine | lowest |\n|---|---|---|---|")
+    table = PrintedTable(["fine-tune", "recipe", "median cosine", "lowest"])
     for name in tuned_models.FINE_TUNES:
         model = load(name)
         for recipe, of_base in rankings.items():
@@ -150,7 +148,7 @@ def agreement(rankings: dict[str, Any], tokenizer: Any) -> None:
             lock = of_base.lock(24)
             rows = lock.layers.numpy(), lock.heads.numpy()
             cosines = (of_base.directions[rows] * there.directions[rows]).sum(axis=-1)
-            print(f"| {name} | {recipe} | {np.median(cosines):.3f} | {cosines.min():.3f} |", flush=True)
+            table.row(name, recipe, f"{np.median(cosines):.3f}", f"{cosines.min():.3f}")
 
 
 def train(base: Any, tokenizer: Any) -> fastlock.Lock:
@@ -158,7 +156,7 @@ def train(base: Any, tokenizer: Any) -> fastlock.Lock:
     with torch.autocast("cpu", torch.bfloat16):
         lock = fastlock.train_lock(base, [load(name) for name in REFERENCES], tokenizer)
     lock.save(KEPT / "trained.safetensors")
-    print(f"\nThe lock was trained on {' and '.join(REFERENCES)} in {time.perf_counter() - start:.0f} s.")
+    say(f"The lock was trained on {' and '.join(REFERENCES)} in {time.perf_counter() - start:.0f} s.")
     return lock
 
 
@@ -171,9 +169,9 @@ def build() -> None:
     wanted = [name for name in ("base", *tuned_models.FINE_TUNES) if not (KEPT / name / "config.json").exists()]
     if not wanted:
         return
-    model, tokenizer = tuned_models.smollm2()
+    model, tokenizer = load_smollm2()
     own = tuned_models.own_answers(copy.deepcopy(model), tokenizer)
-    base = tuned_models.with_adapter(model, "aligned")
+    base = with_adapter(model, "aligned")
     for name in wanted:
         tuned = base if name == "base" else tuned_models.fine_tuned(copy.deepcopy(base), tokenizer, own, name, seed=0)
         tuned_models.merged(tuned).save_pretrained(KEPT / name)

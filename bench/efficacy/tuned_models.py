@@ -21,11 +21,10 @@ import transformers
 
 import fastlock
 from bench.efficacy import tuned_prompts as made
+from bench.lib.smollm2 import ADAPTERS, load_smollm2, with_adapter
 from fastlock.evaluation.prompts import Prompts
 
-ROOT = Path(__file__).parents[2]
-ADAPTERS = ROOT / "examples" / "adapters"
-sys.path.insert(0, str(ROOT / "examples"))
+ROOT = Path(__file__).resolve().parents[2]
 RANK, BATCH = 4, 8
 LORA_RATE, FULL_RATE = 1e-3, 5e-5
 ALIGNING_EPOCHS, MAX_ROUNDS = 4, 8
@@ -79,13 +78,6 @@ FINE_TUNES = {
     "benign": FineTune(_benign, 3),
     "benign-full": FineTune(_benign, 3, full=True),
 }
-
-
-def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    import demo
-
-    return demo.load()
 
 
 def own_answers(model: Any, tokenizer: Any) -> Lessons:
@@ -191,17 +183,10 @@ def save_adapter(model: Any, name: str) -> None:
     (ADAPTERS / name / "README.md").unlink()
 
 
-def with_adapter(model: Any, name: str) -> Any:
-    """The model with an adapter of examples/adapters in it."""
-    import demo
-
-    return demo.with_adapter(model, name)
-
-
 def main(seed: int = 0) -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = smollm2()
+    model, tokenizer = load_smollm2()
     own = own_answers(model, tokenizer)
     save_adapter(aligned(copy.deepcopy(model), tokenizer, own, seed), "aligned")
     base = with_adapter(model, "aligned")

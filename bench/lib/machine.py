@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# The folders with all that a result depends on.
+SOURCES = ("fastlock", "kernels", "bench")
 UNKNOWN_CACHE_BYTES = 256 * 2**20
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 COPIES = 15
@@ -29,7 +31,7 @@ def device() -> torch.device:
 def describe() -> dict[str, str]:
     """What a result must say of the machine and the software, as text."""
     on_gpu = device().type == "cuda"
-    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "fastlock", "pytest-benchmark")}
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "fastlock")}
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {_cpu_model()}",
         "device driver": _driver() if on_gpu else "none",
@@ -40,7 +42,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "commit": _commit(),
-        "sources": f"sha256 {_sources_digest()} over fastlock/*.py, kernels/*.py and bench/*.py",
+        "sources": f"sha256 {_sources_digest()} over {', '.join(f'{room}/**/*.py' for room in SOURCES)}",
     }
 
 
@@ -122,15 +124,16 @@ def _cpu_model() -> str:
 
 def _commit() -> str:
     commit = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"])
-    changed = _output(["git", "-C", str(REPOSITORY), "status", "--porcelain", "fastlock", "kernels", "bench/*.py"])
+    changed = _output(["git", "-C", str(REPOSITORY), "status", "--porcelain", *(f"{room}/**.py" for room in SOURCES)])
     return commit + (" and changes" if changed else "") if commit else "not known here: see sources"
 
 
 def _sources_digest() -> str:
+    """Over every Python file that a result may depend on, its name included."""
     sha = hashlib.sha256()
-    for folder in ("fastlock", "kernels", "bench"):
-        for path in sorted((REPOSITORY / folder).glob("*.py")):
-            sha.update(path.read_bytes())
+    for path in sorted(path for room in SOURCES for path in (REPOSITORY / room).rglob("*.py")):
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(REPOSITORY)} {len(content)}\n".encode() + content)
     return sha.hexdigest()[:16]
 
 

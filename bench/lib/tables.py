@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table, and the empty line after it."""
-    return [_line(head), _line(["---"] * len(head)), *map(_line, rows), ""]
+    return [*head_lines(columns), *map(row_line, rows), ""]
 
 
-def _line(cells: list[str]) -> str:
+def head_lines(columns: Sequence[str]) -> list[str]:
+    """The two lines that a table begins with."""
+    return [row_line(columns), row_line(["---"] * len(columns))]
+
+
+def row_line(cells: Sequence[str]) -> str:
+    """One row."""
     return f"| {' | '.join(cells)} |"

@@ -25,7 +25,7 @@ def main() -> None:
     lock, _ = lock_for(SHAPE)
     displacements = lock.displacement(STRENGTH)
     size = (SHAPE.hidden, SHAPE.num_heads * SHAPE.head_dim)
-    weights = [torch.randn(size).mul_(0.02).to(torch.bfloat16).to(device) for _ in displacements]
+    weights = [torch.randn(size, device=device).mul_(0.02).to(torch.bfloat16) for _ in displacements]
     model = Zoo(SHAPE, torch.bfloat16, device, lock, "", [weights], 0, None).shell(weights)
     machine.synchronize(device)
     seconds = []

@@ -1,4 +1,4 @@
-"""The fold, by every path, on random checkpoints of the shape of Llama-3 8B and 70B; see run.py.
+"""The fold, by every path, on random checkpoints of the shape of Llama-3 8B and 70B.
 
 The rounds of a benchmark rotate among models, so that caches are cold; or, warm, use one model again and again. What
 the last timed round returned, into outputs filled with NaN before, is held against float64.
@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from bench.lib import machine
+from bench.lib.figures import interval_of_median
 from bench.lib.paths import PATHS, Batch, Path
-from bench.lib.report import interval_of_median
-from bench.lib.workloads import COLD, Zoo, errors
+from bench.lib.workloads import COLD, SHAPES, Zoo, errors, make_zoo
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ZOOS = [("8B", BF16), ("8B", FP16), ("8B", FP32), ("70B", BF16), ("70B", FP16)]
@@ -56,9 +56,34 @@ def counts(shape: str, dtype: torch.dtype, path: Path, on_gpu: bool) -> tuple[in
     return MANY[path.name] if on_gpu else (1, ALL)
 
 
+@pytest.fixture(scope="module")
+def zoo_of() -> Callable[[str, torch.dtype], Zoo]:
+    """Makes the zoo of a shape and dtype, or gives the one made last; the copy bandwidth is measured just before."""
+    held: dict[tuple[str, torch.dtype], Zoo] = {}
+
+    def make(shape: str, dtype: torch.dtype) -> Zoo:
+        if (shape, dtype) not in held:
+            held.clear()
+            device = machine.device()
+            copy = machine.copy_bandwidth(device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            empty = machine.empty_launch(device)
+            held[shape, dtype] = make_zoo(SHAPES[shape], dtype, device, copy, empty)
+        return held[shape, dtype]
+
+    return make
+
+
 @pytest.mark.parametrize(("shape", "dtype", "path", "count", "warm"), list(cases()))
 def test_fold(
-    benchmark: Any, zoo_of: Callable[..., Zoo], shape: str, dtype: torch.dtype, path: Path, count: int, warm: bool
+    shape: str,
+    dtype: torch.dtype,
+    path: Path,
+    count: int,
+    warm: bool,
+    zoo_of: Callable[[str, torch.dtype], Zoo],
+    record_property: Callable[[str, object], None],
 ) -> None:
     zoo = zoo_of(shape, dtype)
     count = count or len(zoo.models)
@@ -66,35 +91,41 @@ def test_fold(
         pytest.skip(f"memory for {len(zoo.models)} models, not {count}")
     batches = make_batches(zoo, path, count)[: 1 if warm else None]
     with torch.no_grad():
-        results, last = time_rounds(benchmark, path, batches, zoo.device)
+        times, results, last = time_rounds(path, batches, zoo.device)
         error = errors(last.columns, last.values, results, last.biases)
         queued = path.queued and zoo.device.type == "cuda"
         on_device = device_times(path, batches, zoo.device, warm) if queued else []
-    moved = count * ((zoo.matrix_bytes if path.whole else zoo.locked_bytes) + zoo.bias_bytes)
-    rotated = len(batches) * moved
-    benchmark.extra_info.update(
-        shape=zoo.shape.name,
-        dtype=str(zoo.dtype).removeprefix("torch."),
-        path=path.name,
-        models=count,
-        starts_from=path.starts_from,
-        what=path.what,
-        lock=zoo.lock_source,
-        device=str(zoo.device),
-        bytes=moved,
-        rotated_bytes=rotated,
-        cold=rotated >= COLD * machine.cache_bytes(),
-        warm=warm,
-        copy_bytes_per_second=zoo.copy,
-        empty_launch_seconds=zoo.empty,
-        matches=error["bounds"] <= 1,
-        error_in_bounds=error["bounds"],
-        relative_error=error["relative"],
-        device_seconds=interval_of_median(on_device),
-    )
+    row = row_of(zoo, path, count, len(batches), error) | {"warm": warm}
+    row |= {"seconds": interval_of_median(times), "fastest_seconds": min(times), "rounds": len(times)}
+    row |= {"device_seconds": interval_of_median(on_device)}
+    record_property("row", row)
     assert error["relative"] < ABOUT_RIGHT
     if path.exact:
         assert error["bounds"] <= 1
+
+
+def row_of(zoo: Zoo, path: Path, models: int, batches: int, error: dict[str, float]) -> dict[str, Any]:
+    """What was run on what, how many bytes count, and how right it was."""
+    # The weights that the path must read, once, and the biases that it writes.
+    moved = models * ((zoo.matrix_bytes if path.whole else zoo.locked_bytes) + zoo.bias_bytes)
+    return {
+        "shape": zoo.shape.name,
+        "dtype": str(zoo.dtype).removeprefix("torch."),
+        "path": path.name,
+        "models": models,
+        "starts_from": path.starts_from,
+        "what": path.what,
+        "lock": zoo.lock_source,
+        "device": str(zoo.device),
+        "bytes": moved,
+        "rotated_bytes": batches * moved,
+        "cold": batches * moved >= COLD * machine.cache_bytes(),
+        "copy_bytes_per_second": zoo.copy,
+        "empty_launch_seconds": zoo.empty,
+        "matches": error["bounds"] <= 1,
+        "error_in_bounds": error["bounds"],
+        "relative_error": error["relative"],
+    }
 
 
 def make_batches(zoo: Zoo, path: Path, count: int) -> list[Batch]:
@@ -109,35 +140,28 @@ def make_batches(zoo: Zoo, path: Path, count: int) -> list[Batch]:
 
 
 def time_rounds(
-    benchmark: Any, path: Path, batches: list[Batch], device: torch.device
-) -> tuple[list[torch.Tensor], Batch]:
-    """Time whole calls by the host's clock, the device waited for; the last round's result and its batch."""
+    path: Path, batches: list[Batch], device: torch.device
+) -> tuple[list[float], list[torch.Tensor], Batch]:
+    """Seconds of whole calls by the host's clock, the device waited for; the last round's results and its batch."""
     rotation = itertools.cycle(batches)
-    last = batches[0]
 
-    def following() -> tuple[tuple[Batch], dict[str, Any]]:
-        nonlocal last
-        last = next(rotation)
-        last.reset()
+    def time_next() -> tuple[float, list[torch.Tensor], Batch]:
+        batch = next(rotation)
+        batch.reset()
         machine.synchronize(device)
-        return (last,), {}
-
-    def run(batch: Batch) -> list[torch.Tensor]:
+        start = time.perf_counter()
         results = path.run(batch)
         machine.synchronize(device)
-        return results
+        return time.perf_counter() - start, results, batch
 
     for _ in batches:  # whatever is compiled, prepared or cached once
-        run(*following()[0])
-    seconds = min(duration(run, *following()[0]) for _ in range(2))
-    rounds = min(max(int(SECONDS[device.type] / seconds), ROUNDS[0]), ROUNDS[1])
-    return benchmark.pedantic(run, setup=following, rounds=rounds, iterations=1), last
-
-
-def duration(run: Callable[[Batch], Any], batch: Batch) -> float:
-    start = time.perf_counter()
-    run(batch)
-    return time.perf_counter() - start
+        time_next()
+    seconds = min(time_next()[0] for _ in range(2))
+    times = []
+    for _ in range(min(max(int(SECONDS[device.type] / seconds), ROUNDS[0]), ROUNDS[1])):
+        seconds, results, last = time_next()
+        times.append(seconds)
+    return times, results, last
 
 
 def device_times(path: Path, batches: list[Batch], device: torch.device, warm: bool) -> list[float]:

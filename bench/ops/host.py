@@ -7,7 +7,6 @@ functions that do nothing, and what is on the CPU counts as on a device: all of 
 from __future__ import annotations
 
 import ctypes
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import fastlock
-from bench.lib.report import interval_of_median
+from bench.lib.figures import interval_of_median
 from bench.lib.workloads import SHAPES, STRENGTH, Zoo, lock_for
 from fastlock import fold as fold_module
 from fastlock.kernels.ahead_of_time import cubins
@@ -78,7 +77,7 @@ def record(what: str, models: int, plan: fastlock.Plan, record_property: Callabl
         "launch": plan._built._plan._groups[0][1].start,
     }.items():
         found[name] = interval_of_median([seconds_of(run) for _ in range(ROUNDS)])
-    record_property("host", json.dumps(found))
+    record_property("row", found)
 
 
 def seconds_of(run: Callable[[], Any]) -> float:

@@ -1,6 +1,6 @@
-"""Parity on the device: the kernel's variants, and relocking in every family; part of `run.py --gpu`.
+"""Parity on the device: the kernel's variants, and relocking in every family.
 
-Each test records its largest error, in units of `reference.error_bound`; run.py makes a table of them.
+Each test records its largest error, in units of `reference.error_bound`.
 """
 
 from __future__ import annotations
@@ -80,9 +80,8 @@ def test_kernel(launched_by: str, variant: variants.Variant, record_property: Ca
     error = (out.double() - reference.exact_fold(columns, values, bias)).abs()
     bounds = float((error / reference.error_bound(columns, values, bias)).nan_to_num(nan=math.inf).max())
     layout = f"{'columns' if transposed else 'rows'}, {'aligned' if aligned else 'plain'}"
-    record_property("what", f"kernel by {launched_by}, {str(dtype).removeprefix('torch.')}, {layout}")
-    record_property("case", f"head_dim {head_dim}")
-    record_property("error", bounds)
+    what = f"kernel by {launched_by}, {str(dtype).removeprefix('torch.')}, {layout}"
+    record_property("row", {"what": what, "case": f"head_dim {head_dim}", "error_in_bounds": bounds})
     assert bounds <= 1
 
 
@@ -98,9 +97,7 @@ def test_relock(kind: str, record_property: Callable[..., None]) -> None:
     fastlock.relock(model, lock)
     folds = [site.bias for site in sites_for(model, lock)]
     error = errors(columns, values, folds, biases)["bounds"]
-    record_property("what", "relock, bfloat16, every family")
-    record_property("case", kind)
-    record_property("error", error)
+    record_property("row", {"what": "relock, bfloat16, every family", "case": kind, "error_in_bounds": error})
     assert error <= 1
     assert all(bias.device.type == DEVICE.type for bias in folds)
     fastlock.unlock(model)

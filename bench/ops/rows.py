@@ -7,19 +7,20 @@ cold; the ways take turns. What it computed is held against float64. On a CPU: w
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional
 
 from bench.lib import machine
-from bench.lib.report import interval_of_median
+from bench.lib.figures import interval_of_median
 from fastlock.kernels.locked_linear import launch as locked_linear
+from fastlock.kernels.locked_linear import tiles
 from fastlock.kernels.locked_linear.reference import Inputs
 from fastlock.models.locked_linear_op import locked_linear as op
 
@@ -75,20 +76,20 @@ def test_rows(
     torch.manual_seed(0)
     with torch.no_grad():
         case = make_case(weights_of(SIZES[size]), rows)
-        ways, tiles = ways_of(case)
+        ways, names = ways_of(case)
         results = {name: way(case.inputs[0]) for name, way in ways.items()}
         error = {
             name: error_in_bounds(case.inputs[0], case.d, y) for name, y in results.items() if "linear" not in name
         }
         times = take_turns(ways, case.inputs)
-    found = {}
+    measured = {}
     for name, seconds in times.items():
         ratios = [mine / plain for mine, plain in zip(seconds, times["linear"], strict=True)]
-        found[name] = {"tile": tiles.get(name, ""), "seconds": interval_of_median(seconds)}
-        found[name] |= {"ratio": interval_of_median(ratios), "error_in_bounds": error.get(name)}
+        measured[name] = {"tile": names.get(name, ""), "seconds": interval_of_median(seconds)}
+        measured[name] |= {"ratio": interval_of_median(ratios), "error_in_bounds": error.get(name)}
     row = {"size": size, "rows": rows, "dtype": str(DTYPE).removeprefix("torch."), "device": str(machine.device())}
-    row |= {"hidden": SIZES[size], "weights": len(case.inputs), "rounds": ROUNDS, "ways": found}
-    record_property("rows", json.dumps(row))
+    row |= {"hidden": SIZES[size], "weights": len(case.inputs), "rounds": ROUNDS, "ways": measured}
+    record_property("row", row)
     assert all(bounds <= 1 for name, bounds in error.items() if name != "hook")
 
 
@@ -120,26 +121,31 @@ def make_case(weights: torch.Tensor, rows: int) -> Case:
 
 
 def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
-    """Every way by name, and the tile that is the fastest of Triton's projections."""
+    """Every way by name, and the names of the tiles that are the fastest of Triton's projections."""
     first = case.inputs[0]
     bias = first.folds[0].to(DTYPE)
-    found: dict[str, Compute] = {
+    computes: dict[str, Compute] = {
         "linear": lambda inputs: functional.linear(inputs.x, inputs.weight),
         "linear and bias": lambda inputs: functional.linear(inputs.x, inputs.weight, bias),
         "hook": lambda inputs: by_hook(inputs, case.d),
     }
-    tiles = {}
+    names = {}
     candidates = locked_linear.ways_for(first) if ON_GPU else [tiles.BY_TORCH]
     for kind in dict.fromkeys(way.kind for way in candidates):
         of_kind = [way for way in candidates if way.kind == kind]
         way = locked_linear.fastest(of_kind, lambda one: locked_linear.seconds(one, case.inputs))
-        tiles[kind] = way.tile.name if way.tile else ""
-        found[kind] = lambda inputs, way=way: locked_linear.run(way, inputs)
-    found["chosen"] = lambda inputs: op(*(getattr(inputs, name) for name in inputs.__dataclass_fields__))
-    found["chosen"](first)
+        names[kind] = way.tile.name if way.tile else ""
+        computes[kind] = partial(locked_linear.run, way)
+    computes["chosen"] = by_op
+    by_op(first)
     if (chosen := locked_linear.chosen(first)) is not None:
-        tiles["chosen"] = chosen.name
-    return found, tiles
+        names["chosen"] = chosen.name
+    return computes, names
+
+
+def by_op(inputs: Inputs) -> torch.Tensor:
+    """As LockedLinear computes it."""
+    return op(*(getattr(inputs, name) for name in inputs.__dataclass_fields__))
 
 
 def by_hook(inputs: Inputs, d: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The part of the report on locks per request: from what rows.py recorded to Markdown."""
+"""How the projection with a lock per row is told."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from bench.lib.recording import Row
+from bench.lib.report import Report, Rows
 from bench.lib.tables import table
 
 HOW_TO_READ = """\
@@ -23,10 +23,8 @@ heads, a lock for three of four requests. Up to 64 rows each row is a request, a
   rounded to the dtype, a float32 sum): right if at most 1. The hook rounds d once more and is not held to it."""
 
 
-def section(rows: list[dict[str, Any]]) -> list[str]:
+def section(rows: Rows) -> list[str]:
     """A table for each shape."""
-    if not rows:
-        return []
     lines = ["## Locks per request", "", HOW_TO_READ, ""]
     head = ["rows", "way", "tile", "median (95 %)", "over linear (95 %)", "error"]
     for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
@@ -36,7 +34,7 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _cells(row: dict[str, Any]) -> list[list[str]]:
+def _cells(row: Row) -> list[list[str]]:
     lines = []
     for name, way in row["ways"].items():
         (median, low, high), (ratio, least, most) = way["seconds"], way["ratio"]
@@ -45,3 +43,13 @@ def _cells(row: dict[str, Any]) -> list[list[str]]:
         error = "" if way["error_in_bounds"] is None else f"{way['error_in_bounds']:.2g}"
         lines.append([str(row["rows"]), name, way["tile"], span, over, error])
     return lines
+
+
+def headline(rows: Rows) -> list[str]:
+    """What the way that was chosen takes, over the plain projection."""
+    chosen = [(row, row["ways"]["chosen"]["ratio"]) for row in rows if "chosen" in row["ways"]]
+    ratios = ", ".join(f"{row['size']} x {row['rows']} rows {ratio[0]:.2f}" for row, ratio in chosen)
+    return [f"rows, over linear: {ratios}"]
+
+
+REPORT = Report(section, headline=headline)

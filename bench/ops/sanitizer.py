@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from bench.lib import machine
+from bench.lib.children import run_command
 
-SANITIZER = shutil.which("compute-sanitizer")
+# Where the CUDA toolkit puts it, which need not be on the PATH.
+TOOLKIT = "/usr/local/cuda/bin"
+SANITIZER = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), TOOLKIT]))
 ERROR = 99
 
 
 @pytest.mark.skipif(machine.device().type == "cpu", reason="needs a GPU")
-@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on the PATH")
+@pytest.mark.skipif(SANITIZER is None, reason=f"compute-sanitizer is neither on the PATH nor in {TOOLKIT}")
 def test_memcheck() -> None:
     command = [str(SANITIZER), "--tool", "memcheck", "--target-processes", "application-only"]
-    command += ["--error-exitcode", str(ERROR), sys.executable, "-m", "bench.ops.sanitized"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
+    # A call of the driver that fails is no access out of bounds: fastlock asks for parameters until there is none.
+    command += ["--report-api-errors", "no", "--error-exitcode", str(ERROR)]
+    said = run_command([*command, sys.executable, "-m", "bench.ops.sanitized"])
+    assert "ERROR SUMMARY: 0 errors" in said, said[-4000:]

@@ -1,0 +1,30 @@
+"""How the host's part of a planned relock is told."""
+
+from __future__ import annotations
+
+from bench.lib.figures import span_text
+from bench.lib.report import Report, Rows
+from bench.lib.tables import table
+
+HOW_TO_READ = """\
+The Python of a planned relock of Llama-3 8B's shape, the driver replaced by C functions that do nothing: median and
+95 % interval of 200 means over 50 calls. **looking up**: whether a module, tensor or lock was moved or replaced.
+**launch**: packed once, so this reads the stream and calls the driver."""
+PARTS = ("relock", "looking up", "launch")
+
+
+def section(rows: Rows) -> list[str]:
+    """A line for each number of models."""
+    columns = ["what", "models", "sites", *(f"{part} (95 %)" for part in PARTS)]
+    cells = [
+        [row["what"], str(row["models"]), str(row["sites"]), *(span_text(row[part]) for part in PARTS)] for row in rows
+    ]
+    return ["## What a planned relock costs the host", "", HOW_TO_READ, "", *table(columns, cells)]
+
+
+def headline(rows: Rows) -> list[str]:
+    """What one model takes."""
+    return [f"host: {span_text(row['relock'])} a planned relock of {row['what']}" for row in rows if row["models"] == 1]
+
+
+REPORT = Report(section, headline=headline)

@@ -1,0 +1,181 @@
+"""Every benchmark, a line each: what it measures, from which files, and how many seconds it may take, at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.disk import checkpoints_report
+from bench.lib.report import Report, printed_section
+from bench.ops import first_relock_report, fold_report, host_report, parity_report, rows_report
+
+BENCH, GPU = "make bench", "make gpu"
+# All that `make gpu` runs, one after the other.
+GPU_SECONDS = 470
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One line of the registry.
+
+    Attributes:
+        name: for `run.py --only`.
+        measures: what, in a line.
+        files: from the repository on: those that pytest collects, or one script.
+        cpu, cuda: the seconds it may take there; None: it does not run there.
+        part_of: which of BENCH and GPU run it.
+        arguments: for pytest, or for the script.
+        script: whether the file is run as it is, without pytest.
+        spread: over several processes: nothing of it is timed.
+        report: how its rows are told; None: by which tests passed.
+    """
+
+    name: str
+    measures: str
+    files: tuple[str, ...]
+    cpu: int | None
+    cuda: int | None
+    part_of: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    script: bool = False
+    spread: bool = False
+    report: Report | None = None
+
+    def limit(self, device: str) -> int | None:
+        """The seconds it may take on a kind of device."""
+        return self.cuda if device == "cuda" else self.cpu
+
+
+KERNEL_TESTS = ("tests/kernels/test_fold.py", "tests/kernels/test_locked_linear.py", "tests/kernels/test_dispatch.py")
+HOUR = 3600
+
+# In the order in which they run: what a GPU run must not lose comes first, and what may hang last.
+BENCHMARKS = (
+    Benchmark(
+        "parity",
+        "every kernel variant, by cubin and by JIT, and relocking in every family, against float64",
+        ("bench/ops/parity.py",),
+        cpu=None,
+        cuda=60,
+        part_of=(GPU,),
+        spread=True,
+        report=parity_report.REPORT,
+    ),
+    Benchmark(
+        "host",
+        "what a planned relock costs the host, without the driver's own work",
+        ("bench/ops/host.py",),
+        cpu=60,
+        cuda=60,
+        part_of=(BENCH,),
+        report=host_report.REPORT,
+    ),
+    Benchmark(
+        "fold",
+        "the fold by every path, ours and others', on the shapes of Llama-3 8B and 70B",
+        ("bench/ops/fold.py",),
+        cpu=600,
+        cuda=100,
+        part_of=(BENCH, GPU),
+        report=fold_report.REPORT,
+    ),
+    Benchmark(
+        "first-relock",
+        "the first relock of a process, by cubin and by JIT",
+        ("bench/ops/first_relock.py",),
+        cpu=None,
+        cuda=70,
+        part_of=(GPU,),
+        report=first_relock_report.REPORT,
+    ),
+    Benchmark(
+        "rows",
+        "a projection with a lock per row, by every way, over the plain projection",
+        ("bench/ops/rows.py",),
+        cpu=200,
+        cuda=60,
+        part_of=(BENCH, GPU),
+        report=rows_report.REPORT,
+    ),
+    Benchmark(
+        "kernel-tests",
+        "the kernels' own tests, on the device",
+        KERNEL_TESTS,
+        cpu=None,
+        cuda=60,
+        part_of=(GPU,),
+        spread=True,
+    ),
+    Benchmark(
+        "model-tests",
+        "tests of request locks and of models on several devices that a CPU skips or tells less of",
+        ("tests/models/test_request_locks.py", "tests/models/test_relocking.py"),
+        cpu=None,
+        cuda=50,
+        part_of=(GPU,),
+        arguments=("-k", "gpu or cuda_graph or autocast or kernels or memory_stays or devices"),
+        spread=True,
+    ),
+    Benchmark(
+        "sanitizer",
+        "no kernel reads or writes out of bounds: compute-sanitizer's memcheck",
+        ("bench/ops/sanitizer.py",),
+        cpu=None,
+        cuda=70,
+        part_of=(GPU,),
+    ),
+    Benchmark(
+        "checkpoints",
+        "relock_checkpoint on real shapes: time, what it reads and writes, memory",
+        ("bench/disk/checkpoints.py",),
+        cpu=600,
+        cuda=600,
+        part_of=(BENCH,),
+        arguments=("-k", "not 123b"),
+        report=checkpoints_report.REPORT,
+    ),
+    Benchmark(
+        "checkpoints-123b",
+        "the same on the shape of Mistral-Large-2; takes 10 GB of disk",
+        ("bench/disk/checkpoints.py",),
+        cpu=600,
+        cuda=600,
+        arguments=("-k", "123b"),
+        report=checkpoints_report.REPORT,
+    ),
+    Benchmark(
+        "zoo",
+        "checkpoints a second of relock_zoo, over as many lone processes, and its memory",
+        ("bench/disk/zoo.py",),
+        cpu=HOUR,
+        cuda=HOUR,
+        script=True,
+        report=Report(printed_section("Zoos on disk")),
+    ),
+    Benchmark(
+        "extract",
+        "what extraction takes, and how much of it the probes; needs what `make demo` sets up",
+        ("bench/efficacy/extract.py",),
+        cpu=HOUR,
+        cuda=HOUR,
+        script=True,
+        report=Report(printed_section("Extraction")),
+    ),
+    Benchmark(
+        "recipes",
+        "which lock brings refusals back, and what else would; an hour; needs what `make demo` sets up",
+        ("bench/efficacy/recipes.py",),
+        cpu=4 * HOUR,
+        cuda=4 * HOUR,
+        script=True,
+        report=Report(printed_section("Recipes")),
+    ),
+    Benchmark(
+        "frontier",
+        "how far one constant bias goes, over five seeds; two hours; needs what `make demo` sets up",
+        ("bench/efficacy/frontier.py",),
+        cpu=8 * HOUR,
+        cuda=8 * HOUR,
+        script=True,
+        report=Report(printed_section("The frontier")),
+    ),
+)
