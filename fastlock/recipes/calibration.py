@@ -391,7 +391,7 @@ def _check_given(model: nn.Module, lock: Lock, others: Mapping[str, Any]) -> Non
     if superfluous := [name for name, given in others.items() if given is not None]:
         raise FastlockError(
             f"lock and {superfluous[0]} are both given: either the strength of this lock is searched, or locks are "
-            "made of a base. Leave one of the two out."
+            "made from a base. Leave one of the two out."
         )
     with relocked(model, lock, max(SWEEP)):
         pass
