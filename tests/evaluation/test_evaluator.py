@@ -21,11 +21,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import fastlock
-from fastlock.cli import main as cli
-from fastlock.cli.main import app
+from fastlock.cli.commands import REFUSED, STOPPED
 from fastlock.evaluation import lm_eval_harness as tasks
 from fastlock.evaluation.evaluator import Answer, Evaluation, evaluate, interval, refuses
 from fastlock.evaluation.lm_eval_harness import Score
@@ -33,6 +31,7 @@ from fastlock.evaluation.prompts import Prompts, load_prompts, shipped_prompts
 from fastlock.evaluation.report import cells, columns, read_report, report_html, report_markdown, write_report
 from fastlock.models.loading import load_model, load_tokenizer
 from fastlock.models.unfolded import unfolded
+from tests.helpers.command import run_command
 from tests.helpers.families import random_lock, same_state, state, tiny_model
 
 evaluate_module = importlib.import_module("fastlock.evaluation.evaluator")
@@ -620,9 +619,7 @@ def directory(tmp_path):
 
 def run(directory, *arguments: str) -> str:
     given = ["evaluate", str(directory / "model"), "--harmful", str(directory / "harmful.json"), "--new-tokens", "3"]
-    done = CliRunner().invoke(app, [*given, *arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    return run_command(*given, *arguments).out
 
 
 def test_the_command_writes_a_report(directory) -> None:
@@ -730,9 +727,7 @@ def test_what_the_judge_cannot_say_is_in_no_rate_and_shown() -> None:
 
 def refused(directory, *arguments: str) -> str:
     given = ["evaluate", str(directory / "model"), "--harmful", str(directory / "harmful.json"), "--new-tokens", "3"]
-    done = CliRunner().invoke(app, [*given, *arguments])
-    assert isinstance(done.exception, fastlock.FastlockError), done.output
-    return str(done.exception)
+    return run_command(*given, *arguments, code=REFUSED).err
 
 
 @pytest.fixture
@@ -751,19 +746,8 @@ def interrupted(directory, monkeypatch):
 
     monkeypatch.setattr(evaluate_module._Asking, "evaluation", evaluation)
     stop_at = 3
-    done = CliRunner().invoke(
-        app,
-        [
-            "evaluate",
-            str(directory / "model"),
-            "--harmful",
-            str(directory / "harmful.json"),
-            "--new-tokens",
-            "3",
-            *arguments,
-        ],
-    )
-    assert done.exit_code == 130
+    prompts = ["--harmful", directory / "harmful.json", "--new-tokens", 3]
+    run_command("evaluate", directory / "model", *prompts, *arguments, code=STOPPED)
     assert asked == ["as it is", "at strength 2", "at strength 9"]
     stop_at = 0
     asked.clear()
@@ -795,9 +779,9 @@ def test_what_is_kept_is_never_lost_by_going_on(directory, interrupted, monkeypa
     lock = arguments[:2]
     asked += ["", ""]  # the next one is the third, at which nothing stops
     written: list[list[float | None]] = []
-    write = cli.write_report
     monkeypatch.setattr(
-        cli, "write_report", lambda *given: written.append([one.strength for one in given[1]]) or write(*given)
+        "fastlock.evaluation.report.write_report",
+        lambda *given: written.append([one.strength for one in given[1]]) or write_report(*given),
     )
     run(directory, *lock, "--strength", "5", "--strength", "2", *arguments[-2:])
     assert written == [[None, 2.0], [None, 5.0, 2.0], [None, 5.0, 2.0]]
