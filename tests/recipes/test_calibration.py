@@ -730,7 +730,7 @@ def test_the_command_refuses_before_it_writes(command: Any) -> None:
 @pytest.mark.parametrize("out", ["harmful.txt", "harmful.txt/deeper", "/proc/fastlock"])
 def test_the_command_says_where_it_can_not_write(command: Any, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     """Before it loads a model."""
-    monkeypatch.setattr(cli, "load_model", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("fastlock.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     printed = command("--lock", "given.safetensors", "--out", out, code=cli.REFUSED)
     assert printed.startswith(f"fastlock: {out}: ")
     assert "Give another directory." in printed
@@ -745,7 +745,7 @@ def test_the_command_without_texts(command: Any) -> None:
 def test_the_command_that_is_stopped_goes_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steered(monkeypatch, 2)
     options = ["--out", "OUT", "--trials", "4", "--json"]
-    assert command(*options, code=130) == "stopped; run the same command again to go on\n"
+    assert command(*options, code=130) == "stopped; run the same command again to resume\n"
     assert [path.name for path in Path("OUT").iterdir()] == ["journal.jsonl"]
     with Path("OUT/journal.jsonl").open("ab") as journal:
         journal.write(b'{"op_code":4,"wor')
