@@ -710,8 +710,8 @@ def test_the_command_writes_no_lock_where_none_is_needed(command: Any, monkeypat
 
 def test_the_command_refuses_before_it_writes(command: Any) -> None:
     lock = ["--lock", "given.safetensors"]
-    assert "either --lock, or --base and --pairs" in command(*lock, "--base", "CHECKPOINT", "--out", "OUT", code=2)
-    assert "either --lock, or --base and --pairs" in command(*lock, "--pairs", "x.jsonl", "--out", "OUT", code=2)
+    assert "--lock and --base are both given" in command(*lock, "--base", "CHECKPOINT", "--out", "OUT", code=2)
+    assert "--lock and --pairs are both given" in command(*lock, "--pairs", "x.jsonl", "--out", "OUT", code=2)
     assert "--trials" in command(*lock, "--out", "OUT", "--trials", "0", code=2)
     Path("damaged.safetensors").write_bytes(Path("given.safetensors").read_bytes()[:-3])
     assert "damaged.safetensors: " in command("--lock", "damaged.safetensors", "--out", "OUT", code=cli.REFUSED)
@@ -766,7 +766,7 @@ def test_the_command_keeps_out_of_another_calibration(command: Any) -> None:
     assert "another model" in command("--lock", "given.safetensors", "--out", "OUT", **refused)
     assert {path: path.read_bytes() for path in Path("OUT").iterdir()} == before
     given.save("OUT/lock.safetensors")
-    assert "--lock is what would be" in command("--lock", "OUT/lock.safetensors", "--out", "./OUT", code=2)
+    assert "--lock is the file that would be written" in command("--lock", "OUT/lock.safetensors", "--out", "./OUT", code=2)
     assert fastlock.Lock.load("OUT/lock.safetensors") == given
 
 
