@@ -23,86 +23,89 @@ FileId = tuple[int, int]
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of a zoo: its directory, and the name that it is to have beside the others."""
+    """A checkpoint that was found.
 
-    source: str
+    Attributes:
+        directory: where it is; its URL, if it is on another machine.
+        name: what it is called beside the other ones, and in the directory of the results.
+    """
+
+    directory: str
     name: str
 
 
-def find_checkpoints(
-    sources: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
-) -> list[Source]:
-    """The checkpoints that sources stand for, sorted by name.
+def find_sources(places: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> list[Source]:
+    """The checkpoints at these places, sorted by name.
 
-    A source is a checkpoint's directory (one with a config.json; its name is its last path component), a directory to
+    A place is a checkpoint's directory (one with a config.json; its name is its last path component), a directory to
     search (names are relative to it), a Hugging Face cache (names are `org--model`), a pattern like `runs/*/final`, or
     a .txt file with one of these per line, relative to that file; `#` begins a comment. Directories and patterns may be
     URLs ("s3://bucket/runs/*/final").
 
     Args:
-        sources: where to look.
-        out: the directory that the results go to: it is left out of every search.
+        places: where to look.
+        out: the directory that the results go to; every search leaves it out.
 
     Raises:
-        FastlockError: a source stands for no checkpoint, or is `out`.
+        FastlockError: no checkpoint is at one of the places, or it is `out`.
     """
     left_out = _identity(out) if out is not None else None
-    found: dict[tuple[str, FileId | str | None], Source] = {}
-    for source in _without_lists(sources):
-        if left_out is not None and _identity(source) == left_out:
+    sources: dict[tuple[str, FileId | str | None], Source] = {}
+    for place in _without_lists(places):
+        if left_out is not None and _identity(place) == left_out:
             raise FastlockError(
-                f"{source}: is --out itself, which is never searched. Leave it out of the sources, or give another "
-                "--out; a directory below a source is fine."
+                f"{place}: is --out itself, which is never searched. Leave it out, or give another --out; it may be "
+                "below a directory that is searched."
             )
-        for checkpoint in _of_url(source, left_out) if isinstance(source, str) else _of_source(str(source), left_out):
-            found.setdefault((checkpoint.name, _identity(checkpoint.source)), checkpoint)
-    if not found:
-        raise FastlockError("no sources: give checkpoints, directories to search, patterns, or a list file.")
-    return sorted(found.values(), key=lambda checkpoint: (checkpoint.name, checkpoint.source))
+        for source in _at_url(place, left_out) if isinstance(place, str) else _at_path(str(place), left_out):
+            sources.setdefault((source.name, _identity(source.directory)), source)
+    if not sources:
+        raise FastlockError("there is nowhere to search: give checkpoints, directories, patterns, or a list file.")
+    return sorted(sources.values(), key=lambda source: (source.name, source.directory))
 
 
-def check_names(checkpoints: list[Source]) -> None:
-    """Refuse names that can't stand side by side in one directory.
+def check_names(sources: list[Source]) -> None:
+    """Refuse names that cannot stand side by side in one directory.
 
     Raises:
-        FastlockError: two are the same, or one is a directory of another.
+        FastlockError: two are the same, one is inside another, or one is empty.
     """
-    sources: dict[str, str] = {}
-    for checkpoint in checkpoints:
-        other = sources.setdefault(checkpoint.name, checkpoint.source)
-        if other != checkpoint.source:
+    directories: dict[str, str] = {}
+    for source in sources:
+        other = directories.setdefault(source.name, source.directory)
+        if other != source.directory:
             raise FastlockError(
-                f"{other} and {checkpoint.source}: both would be named {checkpoint.name}. Rename one, "
-                "relock them into different directories, or give the directory above them to be searched."
+                f"{other} and {source.directory}: both would be named {source.name}. Rename one, relock them into "
+                "different directories, or give the directory above them to be searched."
             )
-    for name, source in sources.items():
+    for name, directory in directories.items():
         if not name:
-            raise FastlockError(f"{source}: has no name of its own. Move the checkpoint into a directory.")
+            raise FastlockError(f"{directory}: has no name. Move the checkpoint into a directory.")
         for parent in map(str, Path(name).parents):
-            if parent in sources:
+            if parent in directories:
                 raise FastlockError(
-                    f"{source}: would be named {name}, inside {parent}, which is the name of {sources[parent]}. "
-                    "Relock them into different directories."
+                    f"{directory}: would be named {name}, which is inside {parent}, the name of "
+                    f"{directories[parent]}. Relock them into different directories."
                 )
 
 
-def shared_files(checkpoints: list[Source]) -> list[list[FileId]]:
+def shared_files(sources: list[Source]) -> list[list[FileId]]:
     """For each checkpoint, the safetensors files that others of these have too, by hard or symbolic links.
 
-    Files are only looked at, and those that can't be shared not even followed.
+    Files are only looked at, and those that cannot be shared are not even followed.
     """
-    directories = [_identity(checkpoint.source) for checkpoint in checkpoints]
+    directories = [_identity(source.directory) for source in sources]
     times = Counter(directories)
     linked = [
-        _linked_files(checkpoint.source, times[directory] > 1)
-        for checkpoint, directory in zip(checkpoints, directories, strict=True)
+        _linked_files(source.directory, times[directory] > 1)
+        for source, directory in zip(sources, directories, strict=True)
     ]
     users = Counter(file for files in linked for file in files)
     return [sorted(file for file in files if users[file] > 1) for files in linked]
 
 
 def _linked_files(directory: str, directory_is_linked: bool) -> set[FileId]:
-    found = set()
+    files = set()
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
@@ -110,14 +113,14 @@ def _linked_files(directory: str, directory_is_linked: bool) -> set[FileId]:
                     status = entry.stat(follow_symlinks=False)
                     if directory_is_linked or entry.is_symlink() or status.st_nlink > 1:
                         status = entry.stat()
-                        found.add((status.st_dev, status.st_ino))
+                        files.add((status.st_dev, status.st_ino))
     except OSError:  # the worker that gets this checkpoint says what is wrong with it
         return set()
-    return found
+    return files
 
 
 def _identity(path: str | os.PathLike[str]) -> FileId | str | None:
-    """What is the same exactly for the same directory; None where there is none."""
+    """Something that is the same exactly for the same directory; None where there is none."""
     if isinstance(place := as_place(path), str):
         return normalised(place)
     try:
@@ -127,10 +130,10 @@ def _identity(path: str | os.PathLike[str]) -> FileId | str | None:
     return status.st_dev, status.st_ino
 
 
-def _without_lists(sources: Iterable[str | os.PathLike[str]]) -> Iterator[Place]:
-    """The sources, each list file replaced by what it lists."""
-    for source in sources:
-        place = _expanded_user(source)
+def _without_lists(places: Iterable[str | os.PathLike[str]]) -> Iterator[Place]:
+    """The places, each list file replaced by what it lists."""
+    for name in places:
+        place = _expanded_user(name)
         if isinstance(place, Path) and place.suffix == ".txt" and place.is_file():
             yield from _listed(place)
         else:
@@ -141,64 +144,67 @@ def _listed(path: Path) -> Iterator[Place]:
     try:
         lines = read_bounded(path, MAX_LIST_BYTES).decode().splitlines()
     except UnicodeDecodeError as error:
-        raise FastlockError(f"{path}: no list of checkpoints ({error}). Give UTF-8 text, one path per line.") from None
+        raise FastlockError(
+            f"{path}: is not a list of checkpoints ({error}). Give UTF-8 text, one path per line."
+        ) from None
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if text and not text.startswith("#"):
             place = _expanded_user(text)
             listed = place if isinstance(place, str) else path.parent / place
             if isinstance(listed, Path) and listed.suffix == ".txt" and listed.is_file():
-                raise FastlockError(f"{path}, line {number}: {text} is a list itself. Give it as a source of its own.")
+                raise FastlockError(f"{path}, line {number}: {text} is itself a list. Give it separately.")
             yield listed
 
 
-def _expanded_user(source: str | os.PathLike[str]) -> Place:
-    place = as_place(source)
+def _expanded_user(name: str | os.PathLike[str]) -> Place:
+    place = as_place(name)
     return place if isinstance(place, str) else place.expanduser()
 
 
-def _of_url(url: str, left_out: FileId | str | None) -> list[Source]:
+def _at_url(url: str, left_out: FileId | str | None) -> list[Source]:
     with reaching(url):
         fs, root = opened(url)
         tops = sorted(fs.glob(root)) if glob.has_magic(root) else [root]
-        found = [checkpoint for top in tops for checkpoint in _search_there(fs, top.rstrip("/"), left_out)]
-    if not found:
+        sources = [source for top in tops for source in _below_url(fs, top.rstrip("/"), left_out)]
+    if not sources:
         raise FastlockError(f"{url}: no checkpoint is there (no {CONFIG}), nor below it. Check the address.")
-    return found
+    return sources
 
 
-def _search_there(fs: Any, top: str, left_out: FileId | str | None) -> list[Source]:
-    """The checkpoints below a path of a remote file system, found in one listing; none inside of another."""
+def _below_url(fs: Any, top: str, left_out: FileId | str | None) -> list[Source]:
+    """The checkpoints below a path of a remote file system, found in one listing; none inside another."""
     url: str = fs.unstrip_protocol(top)
     if fs.isfile(f"{top}/{CONFIG}"):
         return [Source(url, top.rpartition("/")[2])]
     listed = set(fs.find(top))
     directories = {path.removesuffix(f"/{CONFIG}") for path in listed if path.endswith(f"/{CONFIG}")}
-    found = []
+    sources = []
     for directory in sorted(directories):
         name = directory.removeprefix(f"{top}/")
         parts = name.split("/")
-        inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
-        of_out = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
-        if not inside and not of_out and not any(part in ("", "..") or part.startswith(".") for part in parts):
-            found.append(Source(f"{url}/{name}", name))
-    return found
+        is_inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
+        is_result = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
+        is_hidden = any(part in ("", "..") or part.startswith(".") for part in parts)
+        if not is_inside and not is_result and not is_hidden:
+            sources.append(Source(f"{url}/{name}", name))
+    return sources
 
 
-def _of_source(source: str, left_out: FileId | str | None) -> list[Source]:
+def _at_path(path: str, left_out: FileId | str | None) -> list[Source]:
     try:
-        if os.path.lexists(source):
-            found = _of_path(source, left_out)
-            what = "no checkpoint is in it (no config.json), nor below it"
+        if os.path.lexists(path):
+            sources = _in_or_below(path, left_out)
+            problem = "no checkpoint is in it (no config.json), nor below it"
         else:
-            matches = _expanded(source) if glob.has_magic(source) else []
-            found = [checkpoint for match in matches for checkpoint in _of_path(match, left_out)]
-            what = "no checkpoint is there" if matches else "does not exist"
+            matches = _expanded(path) if glob.has_magic(path) else []
+            sources = [source for match in matches for source in _in_or_below(match, left_out)]
+            problem = "no checkpoint is there" if matches else "does not exist"
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{source}: can't be searched ({error}). Check the path and its permissions.") from None
-    if not found:
-        raise FastlockError(f"{source}: {what}. Give a checkpoint's directory, one to search, a pattern, or a list.")
-    return found
+        raise FastlockError(f"{path}: cannot be searched ({error}). Check the path and its permissions.") from None
+    if not sources:
+        raise FastlockError(f"{path}: {problem}. Give a checkpoint's directory, one to search, a pattern, or a list.")
+    return sources
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -209,20 +215,20 @@ def _expanded(pattern: str) -> list[str]:
     return sorted(str(m) for m in matches if all(part in parts or not part.startswith(".") for part in m.parts))
 
 
-def _of_path(path: str, left_out: FileId | str | None) -> list[Source]:
+def _in_or_below(path: str, left_out: FileId | str | None) -> list[Source]:
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         return []
     if _is_checkpoint(path):
         return [Source(path, os.path.basename(path))]
-    return list(_search(path, left_out))
+    return list(_below(path, left_out))
 
 
 def _is_checkpoint(path: str) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG))
 
 
-def _search(top: str, left_out: FileId | str | None) -> Iterator[Source]:
+def _below(top: str, left_out: FileId | str | None) -> Iterator[Source]:
     """The checkpoints below a directory. What lies inside a checkpoint is a part of it, and not searched.
 
     Every directory is searched once, whatever links lead to it: a loop of links ends there.
@@ -239,7 +245,7 @@ def _search(top: str, left_out: FileId | str | None) -> Iterator[Source]:
             continue
         searched.add(identity)
         if _is_hub_repository(directory):
-            yield from _of_hub(directory)
+            yield from _in_hub(directory)
             continue
         with os.scandir(directory) as entries:
             below = sorted(
@@ -256,8 +262,8 @@ def _is_hub_repository(directory: str) -> bool:
     return os.path.basename(directory).startswith(HUB_PREFIX) and os.path.isdir(os.path.join(directory, "snapshots"))
 
 
-def _of_hub(repository: str) -> list[Source]:
-    """What a model's folder of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
+def _in_hub(repository: str) -> list[Source]:
+    """What a model's directory of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
     name = os.path.basename(repository).removeprefix(HUB_PREFIX)
     snapshots = os.path.join(repository, "snapshots")
     revisions = sorted(entry for entry in os.listdir(snapshots) if _is_checkpoint(os.path.join(snapshots, entry)))

@@ -1,7 +1,8 @@
-"""What a worker does with one checkpoint of a zoo, and the pools of workers: processes of this machine, or Ray's."""
+"""The workers of a zoo: processes of this machine, or of a Ray cluster."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -20,8 +21,9 @@ from fastlock.zoo.tasks import Done, Job, Task, prepare
 TASKS_PER_WORKER = 4
 RAY_RETRIES = 2
 RAY_PATIENCE = 15  # seconds
-# What every worker needs: imported once, in the process that the workers are forked from.
-PRELOADED = ["fastlock.zoo.pools", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"]
+# What every worker needs: imported once, in the process that the workers are forked from. Those of transformers take
+# seconds, which this process does not spend.
+PRELOADED = [__name__, "transformers.models.auto.modeling_auto", "transformers.modeling_utils"]
 
 
 class Pool(Protocol):
@@ -38,13 +40,13 @@ class Pool(Protocol):
         """Wait for the next task to end."""
 
     def stop(self) -> None:
-        """End all workers; those at work clean up behind them."""
+        """End all workers; those at work clean up first."""
 
 
 class LocalPool:
     """Worker processes on this machine.
 
-    A worker that dies takes only its task with it, which is tried once more.
+    When a worker dies, only its task is lost, and that is tried once more.
     """
 
     def __init__(self, job: Job, workers: int) -> None:
@@ -61,7 +63,7 @@ class LocalPool:
         """Take a task; it waits for a worker."""
         try:
             future = self._pool.schedule(_work, args=(task,))
-        except RuntimeError:  # the pool broke since; `next` notices, and starts all that is running again
+        except RuntimeError:  # the pool has broken; `next` notices, and starts everything that is running again
             future = pebble.ProcessFuture()
         self._running[future] = task
         future.add_done_callback(self._ended.put)
@@ -93,17 +95,17 @@ class LocalPool:
             self.submit(task)
 
     def stop(self) -> None:
-        """End all workers; those at work clean up behind them."""
-        self._pool.stop()  # type: ignore[no-untyped-call]
+        """End all workers; those at work clean up first."""
+        self._pool.stop()
         self._pool.join()
 
     def _restart(self) -> None:
-        """Start anew after all workers broke down, with everything that was running."""
+        """Start everything that was running again, with new workers, after the pool broke."""
         self.stop()
         self._restarts += 1
         if self._restarts > 3:
             raise FastlockError(
-                "the worker processes end as soon as they begin. If this runs from a script, call it under "
+                "the worker processes end as soon as they start. If this runs from a script, call it under "
                 "`if __name__ == '__main__':`; if memory is short, use fewer workers."
             )
         tasks, self._running = list(self._running.values()), {}
@@ -121,15 +123,15 @@ class LocalPool:
 
 
 def _start_fork_server(context: multiprocessing.context.ForkServerContext) -> None:
-    """Start the process that workers are forked from, and wait until it can fork: importing takes it seconds.
+    """Start the process that workers are forked from, and wait until it can fork: its imports take seconds.
 
-    A Ctrl-C in these seconds would end it with a traceback, as it ignores Ctrl-C only once all is imported; and a pool
-    given up meanwhile would leave it workers to fork that can't begin any more.
+    It ignores Ctrl-C only once everything is imported: before that, Ctrl-C would end it with a traceback, and a pool
+    that is given up meanwhile would leave it workers to fork that cannot start any more.
     """
     from multiprocessing import forkserver, resource_tracker  # Windows has none
 
     resource_tracker.ensure_running()  # which the fork server needs; starting it lifts the block below
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process takes the mask over
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits the mask
     try:
         forkserver.ensure_running()
     finally:
@@ -147,43 +149,57 @@ def _died(task: Task, exit_code: int) -> str:
     except ValueError:
         how = f"exit code {exit_code}"
     return (
-        f"{task.source}: its worker died twice ({how}): killed for want of memory, or the files changed while they "
-        "were read. Run the same command again, with fewer workers."
+        f"{task.source}: its worker died twice ({how}): memory ran out, or the files changed while they were read. "
+        "Run the same command again, with fewer workers."
     )
 
 
 class _Stopped(BaseException):
-    """Raised in a worker that is told to end, so that it cleans up on the way out."""
+    """Raised in a worker that is told to end while it is at work, which cleans up on the way out."""
 
 
-_job: Job | None = None
-_working = False
+class _Worker:
+    """What a worker process knows: the job of its whole life, and whether it is at work."""
+
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._is_at_work = False
+
+    def start(self, job: Job, environment: dict[str, str]) -> None:
+        """Take the job on; the environment is the main process's, for credentials may be newer than the fork server."""
+        self._job = job
+        os.environ.update(environment)
+        signal.signal(signal.SIGTERM, self._stop)
+        prepare()
+
+    def work(self, task: Task) -> Done:
+        """Do a task; told to end meanwhile, clean up and exit."""
+        if self._job is None:
+            raise RuntimeError("the worker was not started")
+        self._is_at_work = True
+        try:
+            return self._job.work(self._job, task)
+        except _Stopped:
+            os._exit(0)
+        finally:
+            self._is_at_work = False
+
+    def _stop(self, *_: object) -> None:
+        if self._is_at_work:
+            raise _Stopped
+        os._exit(0)
+
+
+# The one of this process: pebble calls functions of the module, first `_start_worker` and then `_work`.
+_WORKER = _Worker()
 
 
 def _start_worker(job: Job, environment: dict[str, str]) -> None:
-    global _job  # noqa: PLW0603 - one job for the life of a worker
-    _job = job
-    os.environ.update(environment)  # the fork server's is of when it started: credentials may have come since
-    signal.signal(signal.SIGTERM, _stop)
-    prepare()
-
-
-def _stop(*_: object) -> None:
-    if _working:
-        raise _Stopped
-    os._exit(0)
+    _WORKER.start(job, environment)
 
 
 def _work(task: Task) -> Done:
-    global _working  # noqa: PLW0603 - read by the signal's handler
-    assert _job is not None
-    _working = True
-    try:
-        return _job.work(_job, task)
-    except _Stopped:
-        os._exit(0)
-    finally:
-        _working = False
+    return _WORKER.work(task)
 
 
 class RayPool:
@@ -198,10 +214,10 @@ class RayPool:
         self._started_here = not ray.is_initialized()
         if self._started_here:
             try:
-                ray.init(address, log_to_driver=False, logging_level="error")
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # Ray raises whatever its parts raise
                 raise FastlockError(
-                    f"{address}: no Ray cluster can be reached there ({error}). Give host:port of one, or `auto` on "
+                    f"{address}: no Ray cluster can be reached there ({error}). Give the host:port of one, `auto` on "
                     "one of its machines, or `local` for this machine alone."
                 ) from None
         self._workers = workers
@@ -236,10 +252,10 @@ class RayPool:
         return task, done
 
     def stop(self) -> None:
-        """End all tasks; those at work finish, or clean up behind them.
+        """End all tasks; those at work finish, or clean up first.
 
-        A task that ends in the moment in which it is cancelled brings Ray 2.60 down ("unexpected system state"): only
-        those are cancelled that don't end by themselves.
+        A task that ends at the moment it is cancelled brings Ray 2.60 down ("unexpected system state"): only those
+        that do not end by themselves are cancelled.
         """
         for timeout in (RAY_PATIENCE, RAY_PATIENCE):
             if self._running:

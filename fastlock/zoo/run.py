@@ -14,29 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fastlock.architectures.serving_stacks import check_stacks
-from fastlock.checkpoints.relocking import DEFAULT_STACKS
+from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.storage.files import CONFIG, write_atomic
 from fastlock.storage.places import Place, as_place, below, file_at
 from fastlock.storage.remote import write_remote
-from fastlock.zoo.find import Source, check_names, find_checkpoints, shared_files
+from fastlock.zoo.find import check_names, find_sources, shared_files
 from fastlock.zoo.pools import LocalPool, Pool, RayPool
 from fastlock.zoo.report import report_page
 from fastlock.zoo.schedule import Schedule
-from fastlock.zoo.tasks import (
-    DONE_ALREADY,
-    FAILED,
-    LOCKED,
-    RELOCKED,
-    SKIPPED,
-    Job,
-    Result,
-    geometry,
-    relock_one,
-    verify_one,
-)
+from fastlock.zoo.shares import share_of
+from fastlock.zoo.tasks import FAILED, Job, Result, geometry, relock_one, verify_one
 
 LOG_NAME = "fastlock-zoo"
 OnResult = Callable[[Result, int], None]
@@ -65,14 +54,14 @@ class Summary:
 
     @property
     def wrong(self) -> list[Result]:
-        """The results that say of something wrong."""
-        return [result for result in self.results if result.status not in (RELOCKED, DONE_ALREADY, SKIPPED, LOCKED)]
+        """The results of checkpoints that are not as they should be."""
+        return [result for result in self.results if not result.is_right]
 
     def __bool__(self) -> bool:
         return not self.wrong
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as data that JSON can hold; of the results, those that are not as they should be."""
+        """The summary as data that JSON can hold; of the results, those that are wrong."""
         return {
             "checkpoints": len(self.results),
             "counts": self.counts,
@@ -100,38 +89,38 @@ def relock_zoo(
 ) -> Summary:
     """Relock many checkpoints, each into a directory of its name below `out`.
 
-    Stopped at any moment and called again, it goes on where it was: a checkpoint is in `out` whole or not at all.
-    One that is broken, or whose worker dies, stops no other. Worker processes import the calling script, so that it
-    must call this under `if __name__ == "__main__":`.
+    If it was stopped, at whatever moment, the same call resumes: a checkpoint is in `out` whole or not at all. One that
+    is broken, or whose worker dies, stops no other. Worker processes import the calling script, which must therefore
+    call this under `if __name__ == "__main__":`.
 
     Args:
-        sources: what `find_checkpoints` takes: directories, patterns, list files, Hugging Face caches.
+        sources: where the checkpoints are: directories, patterns, list files, Hugging Face caches; docs/zoo.md lists
+            what each stands for.
         lock: the lock of their aligned base.
         out: the directory to fill, or its URL; a log (JSON lines) and a report (HTML) are written there too (at a
             URL: when the run ends).
         strength: the paper's α; by default as for `fastlock.relock`.
-        stacks: what shall load the relocked checkpoints; see `relock_checkpoint`.
+        stacks: the serving stacks in which the lock must act; see `relock_checkpoint`.
         base: a checkpoint or a config.json: checkpoints of another geometry are skipped.
         workers: how many at once; by default one for each CPU, or all that Ray has.
-        rank: which share of the zoo is this call's, from 0; all ranks together do the whole zoo.
-        world_size: in how many shares the zoo is divided.
-        ray: the address of a Ray cluster ("auto", "local" or host:port), whose workers are used then.
+        rank: which share of the zoo this call does, from 0; all ranks together do the whole zoo.
+        world_size: how many shares the zoo is divided into.
+        ray: the address of a Ray cluster whose workers to use: "auto", "local" or host:port.
         copy: copy the files that could be linked; see `relock_checkpoint`.
         on_result: called with each result, and the number of checkpoints in all.
 
+    Returns:
+        What became of each checkpoint.
+
     Raises:
-        FastlockError: nothing can be begun: no such source, two of one name, no workers, or `out` is a checkpoint or a
-            source itself.
+        FastlockError: nothing can be started: a source has no checkpoint, two have the same name, there are no workers,
+            or `out` is a checkpoint or a source itself.
     """
     check_lock(lock)
-    strength = strength_for(lock, strength)
-    place = as_place(out)
-    root = place if isinstance(place, str) else place.expanduser().absolute()
-    if file_at(below(root, CONFIG)) is not None:
-        raise FastlockError(f"{root}: is a checkpoint itself. Give another directory for the relocked ones: --out.")
-    found = find_checkpoints(sources, root)
+    strength, root = strength_for(lock, strength), _root(out)
+    found = find_sources(sources, root)
     check_names(found)
-    checkpoints = _share(found, rank, world_size)
+    share = share_of(found, rank, world_size)
     job = Job(
         work=relock_one,
         lock=pickle.dumps(lock),
@@ -141,24 +130,16 @@ def relock_zoo(
         base=None if base is None else geometry(base),
     )
     name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
-    log_place, report_place = below(root, f"{name}.jsonl"), below(root, f"{name}.html")
-    summary = Summary(log=log_place, report=report_place)
-    plan = Schedule(checkpoints, shared_files(checkpoints), root)
+    summary = Summary(log=below(root, f"{name}.jsonl"), report=below(root, f"{name}.html"))
+    schedule = Schedule(share, shared_files(share), root)
+    facts = {"lock": lock.digest, "strength": f"{strength:g}", "written to": str(root)}
     start = time.perf_counter()
-    pool = _pool(job, workers, ray, len(checkpoints))
-    with _appended(log_place) as log:
-
-        def record(result: Result, total: int) -> None:
-            log.write(json.dumps(result.to_dict()).encode() + b"\n")
-            log.flush()
-            if on_result is not None:
-                on_result(result, total)
-
-        try:
-            _run(pool, plan, summary, start, record)
-        finally:
-            facts = {"lock": lock.digest, "strength": f"{strength:g}", "written to": str(root)}
-            _write(report_place, report_page(summary.results, len(checkpoints), summary.seconds, facts).encode())
+    pool = _pool(job, workers, ray, len(share))
+    try:
+        with _recorded(summary, len(share), facts, on_result) as record:
+            _run(pool, schedule, summary, start, record)
+    finally:
+        pool.stop()
     return summary
 
 
@@ -175,24 +156,47 @@ def verify_zoo(
     """Verify many checkpoints, as `verify` does each; the arguments are those of `relock_zoo`.
 
     Raises:
-        FastlockError: nothing can be begun: no such source, no workers.
+        FastlockError: nothing can be started: a source has no checkpoint, or there are no workers.
     """
     check_lock(lock)
-    checkpoints = _share(find_checkpoints(sources), rank, world_size)
+    share = share_of(find_sources(sources), rank, world_size)
     summary = Summary()
-    plan = Schedule(checkpoints, [[] for _ in checkpoints])
+    schedule = Schedule(share, [[] for _ in share])
     start = time.perf_counter()
-    pool = _pool(Job(work=verify_one, lock=pickle.dumps(lock)), workers, ray, len(checkpoints))
-    _run(pool, plan, summary, start, on_result)
+    pool = _pool(Job(work=verify_one, lock=pickle.dumps(lock)), workers, ray, len(share))
+    try:
+        _run(pool, schedule, summary, start, on_result)
+    finally:
+        pool.stop()
     return summary
 
 
-def _share(checkpoints: list[Source], rank: int | None, world_size: int | None) -> list[Source]:
-    if rank is None and world_size is None:
-        return checkpoints
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise FastlockError(f"rank {rank} of {world_size}: give both, the rank from 0 up to the world size less one.")
-    return checkpoints[rank::world_size]
+def _root(out: str | os.PathLike[str]) -> Place:
+    """The directory to fill."""
+    place = as_place(out)
+    root = place if isinstance(place, str) else place.expanduser().absolute()
+    if file_at(below(root, CONFIG)) is not None:
+        raise FastlockError(f"{root}: is a checkpoint itself. Give another directory for the relocked ones: --out.")
+    return root
+
+
+@contextlib.contextmanager
+def _recorded(summary: Summary, total: int, facts: dict[str, str], on_result: OnResult | None) -> Iterator[OnResult]:
+    """What is to be called with each result, which is logged; at the end, however it comes, the report is written."""
+    if summary.log is None or summary.report is None:
+        raise RuntimeError("a summary without a log is not recorded")
+    with _log_at(summary.log) as log:
+
+        def record(result: Result, total: int) -> None:
+            log.write(json.dumps(result.to_dict()).encode() + b"\n")
+            log.flush()
+            if on_result is not None:
+                on_result(result, total)
+
+        try:
+            yield record
+        finally:
+            _write(summary.report, report_page(summary.results, total, summary.seconds, facts).encode())
 
 
 def _write(place: Place, data: bytes) -> None:
@@ -203,10 +207,10 @@ def _write(place: Place, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _appended(place: Place) -> Iterator[IO[bytes]]:
+def _log_at(place: Place) -> Iterator[IO[bytes]]:
     """A log to append to; at a URL, where nothing can be appended, all of it is written anew at the end."""
     if not isinstance(place, str):
-        with _appended_here(place) as log:
+        with _local_log(place) as log:
             yield log
         return
     before = file_at(place)
@@ -219,7 +223,7 @@ def _appended(place: Place) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _appended_here(path: Path) -> Iterator[IO[bytes]]:
+def _local_log(path: Path) -> Iterator[IO[bytes]]:
     """A log to append to; a last line that was not written to its end is ended first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,39 +232,36 @@ def _appended_here(path: Path) -> Iterator[IO[bytes]]:
             log.seek(end - 1)
             log.write(b"" if log.read(1) == b"\n" else b"\n")
     except (OSError, ValueError) as error:
-        raise FastlockError(f"{path}: can't be written ({error}). Choose another directory.") from None
+        raise FastlockError(f"{path}: cannot be written ({error}). Choose another directory.") from None
     with log:
         yield log
 
 
 def _pool(job: Job, workers: int | None, ray: str | None, tasks: int) -> Pool:
     if workers is not None and workers < 1:
-        raise FastlockError(f"{workers} workers: there must be one at least.")
+        raise FastlockError(f"workers is {workers}; it must be an integer of at least 1.")
     if ray is not None:
         return RayPool(job, ray, workers)
     return LocalPool(job, max(1, min(workers or _cpus(), tasks)))
-
-
-def _run(pool: Pool, plan: Schedule, summary: Summary, start: float, on_result: OnResult | None) -> None:
-    """Do all tasks; the summary is right at every moment."""
-    try:
-        for result in _results(pool, plan):
-            summary.results.append(result)
-            summary.seconds = time.perf_counter() - start
-            if on_result is not None:
-                on_result(result, len(plan.checkpoints))
-    finally:
-        pool.stop()
 
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _results(pool: Pool, plan: Schedule) -> Iterator[Result]:
+def _run(pool: Pool, schedule: Schedule, summary: Summary, start: float, on_result: OnResult | None) -> None:
+    """Do all tasks; the summary is right at every moment."""
+    for result in _results(pool, schedule):
+        summary.results.append(result)
+        summary.seconds = time.perf_counter() - start
+        if on_result is not None:
+            on_result(result, len(schedule.sources))
+
+
+def _results(pool: Pool, schedule: Schedule) -> Iterator[Result]:
     running = 0
     while True:
-        while running < pool.capacity and (task := plan.next_task()) is not None:
+        while running < pool.capacity and (task := schedule.next_task()) is not None:
             pool.submit(task)
             running += 1
         if not running:
@@ -270,5 +271,5 @@ def _results(pool: Pool, plan: Schedule) -> Iterator[Result]:
         if isinstance(done, str):
             done = Result(task.source, task.name, task.out, FAILED, done), None
         result, folds = done
-        plan.finished(task.index, folds)
+        schedule.finished(task.index, folds)
         yield result

@@ -1,4 +1,4 @@
-"""Which checkpoint of a zoo is next, so that what several share is folded once."""
+"""The order in which a zoo's checkpoints are done: what several of them share is folded once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from fastlock.zoo.tasks import Task
 
 
 class Schedule:
-    """Which checkpoint is next, so that the output projections in a shared file are folded once.
+    """Which checkpoint is next: the output projections in a file that several share are folded once.
 
     Of the checkpoints that share a file, the first one folds it while the others wait; if it did not (it failed, or
-    was done already), the next one is the first. The very first unfinished checkpoint never waits, so that it ends.
+    was done already), the next one is the first. The very first unfinished checkpoint never waits, so it all ends.
     """
 
-    def __init__(self, checkpoints: list[Source], files: list[list[FileId]], out: Place | None = None) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, sources: list[Source], files: list[list[FileId]], out: Place | None = None) -> None:
+        """Order the checkpoints.
+
+        Args:
+            sources: the checkpoints.
+            files: for each, those of its files that others have too; see `shared_files`.
+            out: the directory that the results go to; None if nothing is written.
+        """
+        self.sources = sources
         self._out = out
         self._files = files
         self._users: dict[FileId, deque[int]] = {}
@@ -25,10 +32,10 @@ class Schedule:
             for file in shared:
                 self._users.setdefault(file, deque()).append(index)
         self._folds: dict[FileId, bytes] = {}
-        self._planned = [False] * len(checkpoints)
-        self._finished = [False] * len(checkpoints)
+        self._was_ready = [False] * len(sources)
+        self._finished = [False] * len(sources)
         self._ready: deque[int] = deque()
-        for index in reversed(range(len(checkpoints))):
+        for index in reversed(range(len(sources))):
             self._consider(index)
 
     def next_task(self) -> Task | None:
@@ -36,19 +43,19 @@ class Schedule:
         if not self._ready:
             return None
         index = self._ready.popleft()
-        checkpoint, files = self.checkpoints[index], self._files[index]
+        source, files = self.sources[index], self._files[index]
         known = {file: self._folds[file] for file in files if file in self._folds}
         return Task(
             index,
-            checkpoint.source,
-            checkpoint.name,
-            str(below(self._out, checkpoint.name)) if self._out else "",
+            source.directory,
+            source.name,
+            str(below(self._out, source.name)) if self._out else "",
             tuple({id(folds): folds for folds in known.values()}.values()),
             returns_folds=len(known) < len(files),
         )
 
     def finished(self, index: int, folds: bytes | None) -> None:
-        """Note that a checkpoint is done, with the folds that it made for others."""
+        """Note that a checkpoint is done, and the folds that it made for others."""
         self._finished[index] = True
         for file in self._files[index]:
             users = self._users[file]
@@ -66,8 +73,8 @@ class Schedule:
                 self._consider(users[0])
 
     def _consider(self, index: int) -> None:
-        """Plan a checkpoint, before all others, if it has nothing to wait for."""
+        """Put a checkpoint before all others that are ready, if it has nothing to wait for."""
         waits = any(file not in self._folds and self._users[file][0] != index for file in self._files[index])
-        if not self._planned[index] and not waits:
-            self._planned[index] = True
+        if not self._was_ready[index] and not waits:
+            self._was_ready[index] = True
             self._ready.appendleft(index)

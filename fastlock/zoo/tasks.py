@@ -17,7 +17,7 @@ from fastlock.architectures.families import head_geometry
 from fastlock.checkpoints.config import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocked import read_receipt
-from fastlock.checkpoints.relocking import relock_checkpoint
+from fastlock.checkpoints.relocking import Folds, relock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
 from fastlock.storage.files import CONFIG, parse_object, read_all
@@ -32,7 +32,16 @@ RIGHT = (RELOCKED, DONE_ALREADY, SKIPPED, LOCKED)
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a run have in common."""
+    """What all tasks of a run have in common.
+
+    Attributes:
+        work: what to do with a task.
+        lock: the lock, pickled.
+        strength: the strength to relock at.
+        stacks: the serving stacks in which the lock must act.
+        copy: copy the files that could be linked.
+        base: the geometry that checkpoints must have, None for any.
+    """
 
     work: Callable[[Job, Task], Done]
     lock: bytes
@@ -44,7 +53,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """One checkpoint: where it is, where it goes, and the folds of files that it shares with earlier ones."""
+    """One checkpoint.
+
+    Attributes:
+        index: which one of the zoo's it is.
+        source: where it is.
+        name: its name in the zoo.
+        out: where it goes, "" if nothing is written.
+        folds: the pickled folds of files that it shares with earlier ones.
+        returns_folds: whether later ones wait for folds of its files.
+    """
 
     index: int
     source: str
@@ -66,7 +84,7 @@ class Result:
             or "failed".
         error: why it was skipped, failed or is not locked; "" otherwise.
         seconds: how long its worker took.
-        bytes_read: what its worker read, whole projections included; None where the system doesn't say.
+        bytes_read: what its worker read, whole projections included; None where the system does not say.
         bytes_written: what its worker wrote.
         time: when it was finished, in seconds since 1970.
     """
@@ -98,12 +116,12 @@ Done = tuple[Result, bytes | None]
 
 def relock_one(job: Job, task: Task) -> Done:
     """Relock one checkpoint of a zoo; whatever goes wrong is in the result."""
-    given: dict[Any, Any] = {}
-    for folds in task.folds:
-        given |= pickle.loads(folds)
-    folds_of_all = dict(given)
-    result = _measured(task, lambda: _relock(job, task, folds_of_all))
-    added = {key: fold for key, fold in folds_of_all.items() if key not in given}
+    known: Folds = {}
+    for pickled in task.folds:
+        known |= pickle.loads(pickled)  # as this run's own workers made them
+    folds = dict(known)
+    result = _measured(task, lambda: _relock(job, task, folds))
+    added = {projection: fold for projection, fold in folds.items() if projection not in known}
     return result, pickle.dumps(added) if task.returns_folds and result.status == RELOCKED else None
 
 
@@ -111,8 +129,8 @@ def verify_one(job: Job, task: Task) -> Done:
     """Verify one checkpoint of a zoo; whatever goes wrong is in the result."""
 
     def check() -> tuple[str, str]:
-        found = verify(task.source, _lock(job.lock))
-        return found.state, "" if found else found.reason
+        verification = verify(task.source, _lock(job.lock))
+        return verification.state, "" if verification else verification.reason
 
     return _measured(task, check), None
 
@@ -121,7 +139,9 @@ def geometry(config: str | os.PathLike[str]) -> dict[str, Any]:
     """What a lock's base and its fine-tunes have in common, out of a config.json or the directory that holds it.
 
     Raises:
-        FastlockError: there is none, or transformers knows no such model.
+        UnsupportedError: its family is refused, or neither fastlock nor transformers knows it.
+        DamagedError: it is not a JSON object, or its numbers are not sound.
+        FastlockError: there is none.
     """
     raw, where = _raw_config(config)
     text = transformers_config(raw, where).get_text_config()
@@ -143,7 +163,7 @@ def _raw_config(config: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     return parse_object(read_all(file, str(place)), str(place)), str(place)
 
 
-def _relock(job: Job, task: Task, folds: dict[Any, Any]) -> tuple[str, str]:
+def _relock(job: Job, task: Task, folds: Folds) -> tuple[str, str]:
     if is_there(as_place(task.out)):
         return _already_there(job, task.out)
     if job.base is not None and (differs := _differs(task.source, job.base)):
@@ -156,25 +176,25 @@ def _relock(job: Job, task: Task, folds: dict[Any, Any]) -> tuple[str, str]:
 def _already_there(job: Job, out: str) -> tuple[str, str]:
     receipt = read_receipt(out)
     if receipt is None:
-        found = "without a lock"
+        state = "without a lock"
     elif receipt.lock_digest != _lock(job.lock).digest:
-        found = "with another lock"
+        state = "with another lock"
     elif receipt.strength != job.strength:
-        found = f"with the lock at strength {receipt.strength:g}"
+        state = f"with the lock at strength {receipt.strength:g}"
     elif idle := [finding.stack for finding in doctor(out, job.stacks) if not finding.acts]:
-        found = f"in a form that {' and '.join(idle)} would drop"
+        state = f"in a form that {' and '.join(idle)} would drop"
     else:
         return DONE_ALREADY, ""
-    return FAILED, f"{out}: already exists, {found}. Remove it first, or choose another directory for all."
+    return FAILED, f"{out}: already exists, {state}. Remove it first, or choose another directory for all of them."
 
 
 def _differs(source: str, base: dict[str, Any]) -> str:
-    """In what the geometry of a checkpoint is not its base's; "" where it is the same."""
+    """How the geometry of a checkpoint differs from its base's; "" if it is the same."""
     raw, _ = _raw_config(source)
-    known = {"model_type": raw.get("model_type")}
-    if known["model_type"] == base["model_type"]:
-        known = geometry(source)
-    return ", ".join(f"{key} is {value}, not {base[key]}" for key, value in known.items() if value != base[key])
+    numbers = {"model_type": raw.get("model_type")}
+    if numbers["model_type"] == base["model_type"]:
+        numbers = geometry(source)
+    return ", ".join(f"{key} is {value}, not {base[key]}" for key, value in numbers.items() if value != base[key])
 
 
 def _measured(task: Task, work: Callable[[], tuple[str, str]]) -> Result:

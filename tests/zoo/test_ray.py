@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 import fastlock
-from fastlock.zoo import pools as zoo_workers
+from fastlock.zoo import pools, tasks
 from fastlock.zoo import run as zoo
-from fastlock.zoo import tasks
 from tests.helpers.families import random_lock, tiny_model
 
 
@@ -85,7 +84,7 @@ def test_two_nodes_and_a_worker_killed_in_the_middle(zoo_of, cluster, tmp_path, 
     ran = [json.loads(line) for line in (tmp_path / "nodes.jsonl").read_text().splitlines()]
     assert len({node for _, node in ran}) == 2
     times = {name: [ran_name for ran_name, _ in ran].count(name) for name in statuses}
-    assert times == dict.fromkeys("013567", 1) | {"2": 2, "4": 1 + zoo_workers.RAY_RETRIES}
+    assert times == dict.fromkeys("013567", 1) | {"2": 2, "4": 1 + pools.RAY_RETRIES}
     monkeypatch.setattr(zoo, "relock_one", tasks.relock_one)
     (source / "4" / "die").unlink()
     shutil.rmtree(source / "5")
@@ -117,7 +116,7 @@ def test_stopped_by_ctrl_c(zoo_of, cluster, tmp_path) -> None:
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=120)
     assert running.returncode == 130, said[-3000:]
-    assert "run the same command again to go on" in said
+    assert "run the same command again to resume" in said
     there = [path for path in out.iterdir() if path.is_dir()]
     assert 0 < len(there) < 200
     assert not [path.name for path in there if path.name.startswith(".")]  # those at work cleaned up

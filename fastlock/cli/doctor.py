@@ -1,0 +1,52 @@
+"""`fastlock doctor`: whether a checkpoint's lock really acts, or what folds on this machine."""
+
+from __future__ import annotations
+
+from fastlock.cli.commands import DONE, NOT_LOCKED, ArgumentsError, Command, option
+from fastlock.cli.options import FOR, JSON, stack_names
+from fastlock.cli.output import print_json, say
+
+
+def _doctor(checkpoint: str | None, stacks: list[str] | None, as_json: bool) -> int:
+    if checkpoint is not None:
+        return _examine(checkpoint, stack_names(stacks), as_json)
+    if stacks:
+        raise ArgumentsError("--for is about a checkpoint. Name one, or leave --for out.")
+    _show_launch_paths(as_json)
+    return DONE
+
+
+def _examine(checkpoint: str, stacks: tuple[str, ...], as_json: bool) -> int:
+    from fastlock.checkpoints.diagnosis import doctor
+
+    findings = doctor(checkpoint, stacks)
+    if as_json:
+        print_json({"checkpoint": checkpoint, "stacks": [finding.to_dict() for finding in findings]})
+    else:
+        for finding in findings:
+            say(f"{finding.stack}: {finding.reason}", "green" if finding.acts else "red")
+    return DONE if all(finding.acts for finding in findings) else NOT_LOCKED
+
+
+def _show_launch_paths(as_json: bool) -> None:
+    from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
+
+    paths = launch_paths()
+    if as_json:
+        print_json({"devices": [path.to_dict() for path in paths]})
+        return
+    for path in paths:
+        say(f"{path.device}: {path.path} ({path.reason})", "red" if path.path == "none" else "")
+
+
+COMMAND = Command(
+    "doctor",
+    "Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not. "
+    "Without a checkpoint: what folds on each of this machine's devices, and why.",
+    (
+        option("checkpoint", metavar="CHECKPOINT", nargs="?", help="A checkpoint's directory or URL. Default: none."),
+        FOR,
+        JSON,
+    ),
+    _doctor,
+)

@@ -1,0 +1,131 @@
+"""The options and arguments that commands share: their texts, the types of their values, and how they are checked."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fastlock.architectures.serving_stacks import DEFAULT_STACKS, STACKS
+from fastlock.cli.commands import ArgumentsError, Option, option
+from fastlock.cli.output import confirmed
+from fastlock.errors import FastlockError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastlock.evaluation.prompts import Prompts
+
+
+def path(text: str) -> Path:
+    """A path of this machine."""
+    from pathlib import Path
+
+    return Path(text)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an option that is an integer of at least `low`."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise ArgumentTypeError(f"{text} was given; it must be an integer of at least {low}.")
+        return value
+
+    return number
+
+
+CHECKPOINT = option(
+    "checkpoint",
+    metavar="CHECKPOINT",
+    help="A checkpoint's directory (config.json and *.safetensors), or its URL: s3://bucket/model.",
+)
+BASE = option("base", type=path, metavar="BASE", help="The aligned base model's directory.")
+LOCK_OUT = option("--out", type=path, metavar="FILE", required=True, help="The lock to write, a .safetensors file.")
+LOCK = option(
+    "--lock",
+    type=path,
+    metavar="FILE",
+    required=True,
+    help="The lock: a fastlock .safetensors, or a released .safelock.",
+)
+STRENGTH = option(
+    "--strength",
+    type=float,
+    help="How hard the lock pulls (the paper's α). Default: as calibrated, otherwise 6.",
+)
+FOR = option(
+    "--for",
+    dest="stacks",
+    metavar="STACK",
+    action="append",
+    help=f"A serving stack in which the lock must act: {', '.join(STACKS)}. May be repeated, or given several with "
+    f"commas. Default: {', '.join(DEFAULT_STACKS)}.",
+)
+OUT = option("--out", metavar="DIR", help="The directory or URL to create; nothing may be there yet.")
+COPY = option("--copy", action="store_true", help="Copy the files that do not change instead of linking them.")
+IN_PLACE = option(
+    "--in-place",
+    action="store_true",
+    help="Change the checkpoint itself, in one step, after asking. `fastlock unlock --in-place` undoes it.",
+)
+YES = option("--yes", action="store_true", help="With --in-place: do not ask.")
+JSON = option("--json", dest="as_json", action="store_true", help="Print the result as JSON, and no progress.")
+
+
+def stack_names(values: Sequence[str] | None) -> tuple[str, ...]:
+    """The stacks that were asked for, in one option or several, with commas and spaces; by default `DEFAULT_STACKS`."""
+    if not values:
+        return DEFAULT_STACKS
+    return tuple(name.strip() for value in values for name in value.split(","))
+
+
+def new_tokens(default: int) -> Option:
+    """How long the answers of a model may be."""
+    return option(
+        "--new-tokens", type=at_least(1), metavar="N", default=default, help="How many tokens an answer may have."
+    )
+
+
+def batch_size(default: int) -> Option:
+    """How many prompts a model reads at once."""
+    return option(
+        "--batch-size", type=at_least(1), metavar="N", default=default, help="How many prompts to read at once."
+    )
+
+
+def target(checkpoint: str, out: str | None, in_place: bool, yes: bool) -> str:
+    """Where the result goes: `--out`, or the checkpoint itself once the user has confirmed it."""
+    if in_place == (out is not None):
+        raise ArgumentsError("give either --out DIR or --in-place.")
+    if out is not None:
+        return out
+    if not yes and not confirmed(f"Change {checkpoint} itself?"):
+        raise ArgumentsError("--in-place was not confirmed; nothing was changed. --yes confirms without asking.")
+    return checkpoint
+
+
+def check_lock_file(out: Path) -> None:
+    """Refuse a file that no lock can be written to, before the work of making one, in the words of `Lock.save`."""
+    from fastlock.recipes.calibration_report import LOCK_FILE
+    from fastlock.storage.places import writable_directory
+
+    if out.is_dir():
+        raise FastlockError(f"{out}: is a directory. Name a file in it for the lock: --out {out / LOCK_FILE}.")
+    if out.suffix != ".safetensors":
+        raise FastlockError(f"{out}: a fastlock lock is a safetensors file; name it {out.stem}.safetensors.")
+    writable_directory(out.parent)
+
+
+def prompts_in(harmful: Path | None, harmless: Path | None, texts: Path | None) -> Prompts:
+    """The prompts of the files that were given; the shipped ones if there are none."""
+    from fastlock.evaluation.prompts import Prompts, load_prompts, shipped_prompts
+
+    files = {"harmful": harmful, "harmless": harmless, "texts": texts}
+    if not any(files.values()):
+        return shipped_prompts()
+    return Prompts(**{kind: load_prompts(file) for kind, file in files.items() if file is not None})

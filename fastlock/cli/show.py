@@ -1,0 +1,74 @@
+"""`fastlock inspect`: what a lock holds, or what was done to a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastlock.cli.commands import Command, option
+from fastlock.cli.options import JSON
+from fastlock.cli.output import print_facts, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from fastlock.locks.lock import Lock
+    from fastlock.locks.receipt import Receipt
+
+# What is said of a lock beside its rows.
+_FACTS = "base_model num_layers num_heads head_dim hidden_size recipe extraction_digest strength".split()
+
+
+def _inspect(path: str, as_json: bool) -> None:
+    from fastlock.checkpoints.relocked import read_receipt
+    from fastlock.locks.lock import Lock
+    from fastlock.storage.places import as_place
+
+    place = as_place(path)
+    if isinstance(place, str) or place.is_dir():
+        _show_receipt(path, read_receipt(place), as_json)
+    else:
+        _show_lock(path, Lock.load(place), as_json)
+
+
+def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
+    rows = [
+        {"layer": int(layer), "head": int(head), "scale": float(scale)}
+        for layer, head, scale in zip(lock.layers, lock.heads, lock.scales, strict=True)
+    ]
+    facts = {"digest": lock.digest} | {name: getattr(lock, name) for name in _FACTS}
+    if as_json:
+        print_json({"path": path, **facts, "rows": rows})
+        return
+    print_facts(path, {name: value for name, value in facts.items() if value is not None})
+    layers = []
+    for layer in sorted({row["layer"] for row in rows}):
+        heads = sorted((row for row in rows if row["layer"] == layer), key=lambda row: row["head"])
+        names = ", ".join(str(row["head"]) for row in heads)
+        layers.append((str(layer), names, ", ".join(f"{row['scale']:.3f}" for row in heads)))
+    print_table(("layer", "heads", "scales"), layers)
+
+
+def _show_receipt(path: str, receipt: Receipt | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"path": path, "receipt": receipt.to_dict() if receipt else None})
+        return
+    if receipt is None:
+        say(f"{path}: not relocked by fastlock (config.json holds no receipt)")
+        return
+    facts = receipt.to_dict()
+    sites = facts.pop("sites")
+    print_facts(path, facts)
+    rows = [
+        (str(site["layer"]), ", ".join(map(str, site["heads"])), site["name"], "yes" if site["had_bias"] else "no")
+        for site in sites
+    ]
+    print_table(("layer", "heads", "output projection", "had a bias"), rows)
+
+
+COMMAND = Command(
+    "inspect",
+    "Show what a lock holds, or what was done to a checkpoint. Loads no weights.",
+    (
+        option("path", metavar="PATH", help="A lock file, or a relocked checkpoint's directory or URL."),
+        JSON,
+    ),
+    _inspect,
+)

@@ -1,0 +1,28 @@
+"""`fastlock doctor`, of a checkpoint and of the machine."""
+
+import json
+
+from fastlock.kernels.ahead_of_time.launch_paths import LaunchPath
+
+
+def test_of_a_checkpoint(files, run) -> None:
+    base, lock, out = files / "base", files / "lock.safetensors", files / "out"
+    assert "not relocked" in run("doctor", base, "--for", "vllm", code=1)
+    run("relock", base, "--lock", lock, "--out", out)
+    assert "vllm uses the biases of all 2 locked layers" in run("doctor", out, "--for", "vllm")
+    found = json.loads(run("doctor", out, "--json"))["stacks"]
+    assert [(finding["stack"], finding["acts"]) for finding in found] == [("transformers", True), ("vllm", True)]
+
+
+def test_of_the_machine(run, monkeypatch) -> None:
+    paths = [
+        LaunchPath("cuda:0, H100 [x]", "jit", "Triton compiles on the first launch: this installation has no cubins"),
+        LaunchPath("CPU", "reference", "plain PyTorch"),
+    ]
+    monkeypatch.setattr("fastlock.kernels.ahead_of_time.launch_paths.launch_paths", lambda: paths)
+    said = run("doctor").splitlines()
+    assert said[0] == "cuda:0, H100 [x]: jit (Triton compiles on the first launch: this installation has no cubins)"
+    assert len(said) == 2
+    devices = json.loads(run("doctor", "--json"))["devices"]
+    assert [(device["path"], device["reason"]) for device in devices] == [(path.path, path.reason) for path in paths]
+    assert "Name one" in run("doctor", "--for", "vllm", code=2)

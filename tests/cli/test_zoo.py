@@ -1,0 +1,58 @@
+"""`fastlock zoo`."""
+
+import json
+import shutil
+
+import pytest
+
+from fastlock.zoo.run import Summary
+from tests.helpers.command import Done, run_command
+
+
+@pytest.fixture
+def tunes(files):
+    """A directory of six checkpoints, a to f, beside the lock that fits."""
+    for name in "abcdef":
+        shutil.copytree(files / "base", files / "zoo" / name)
+    return files / "zoo"
+
+
+def run(*arguments: object, code: int = 0) -> Done:
+    return run_command("zoo", *arguments, code=code)
+
+
+def test_the_command(files, tunes) -> None:
+    lock, out = ["--lock", files / "lock.safetensors"], files / "out"
+    done = run("relock", tunes / "[ab]", *lock, "--out", out, "--strength", "2", "--workers", "2")
+    assert "2 relocked" in done.out
+    assert "2/2" in done.err
+    done = run("relock", tunes, *lock, "--out", out, "--strength", "2", "--workers", "2", "--json")
+    assert json.loads(done.out)["counts"] == {"relocked": 4, "done already": 2}
+    assert done.err == ""
+    assert "6 locked" in run("verify", out, *lock).out
+    (out / "a" / "config.json").write_text("{")
+    (tunes / "b").rename(tunes / "\x1b[31m[red]b")
+    done = run("verify", tunes / "*b", out / "*", *lock, code=1)
+    assert "[red]b: not locked: " in done.out
+    assert "\x1b" not in done.out
+    assert "a: failed: " in done.out
+    wrong = json.loads(run("verify", out, *lock, "--json", code=1).out)["wrong"]
+    assert [result["name"] for result in wrong] == ["a"]
+    assert "failed: " in run("relock", tunes / "a", *lock, "--out", out, code=1).out
+
+
+def test_the_options_reach_the_function(files, tunes, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("fastlock.zoo.run.relock_zoo", lambda *_, **keywords: calls.append(keywords) or Summary())
+    command = ["relock", tunes, "--lock", files / "lock.safetensors", "--out", files / "out"]
+    run(*command)
+    run(*command, "--for", "vllm, a", "--for", "b", *"--copy --base x --ray auto --rank 1 --world-size 3".split())
+    for keywords in calls:
+        del keywords["on_result"]
+    default = {"base": None, "workers": None, "ray": None, "rank": None, "world_size": None, "copy": False}
+    assert calls[0] == {**default, "stacks": ("transformers", "vllm")}
+    stated = {"base": "x", "ray": "auto", "rank": 1, "world_size": 3, "copy": True}
+    assert calls[1] == {**default, **stated, "stacks": ("vllm", "a", "b")}
+    for wrong in (["--rank", "1"], ["--world-size", "2"], ["--rank", "2", "--world-size", "2"], ["--workers", "0"]):
+        run(*command, *wrong, code=2)
+    assert len(calls) == 2
