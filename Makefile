@@ -43,12 +43,12 @@ lint: $(VENV)/ready build/package
 	cd build/package && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
 types: $(VENV)/ready build/package
-	cd build/package && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fastlock
+	cd build/package && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml fastlock bench examples
 
-# The package as it will be installed, for tools that do not follow setup.py's package_dir.
+# The package as it will be installed, for tools that do not follow setup.py's package_dir; and what imports it.
 build/package: FORCE
 	rm -rf $@ && mkdir -p $@
-	cp -R fastlock $@/fastlock && cp -R kernels $@/fastlock/kernels
+	cp -R fastlock bench examples $@ && cp -R kernels $@/fastlock/kernels
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/run.py

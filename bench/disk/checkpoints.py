@@ -66,7 +66,7 @@ class Disk:
     @property
     def column_bytes(self) -> int:
         """Of their locked columns."""
-        return len(self.lock.layers) * self.lock.head_dim * SHAPES[self.shape].hidden * 2
+        return self.lock.directions.numel() * SHAPES[self.shape].hidden * 2
 
     def new(self) -> Path:
         return self.folder / f"out{next(self._numbers)}"

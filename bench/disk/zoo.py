@@ -92,8 +92,15 @@ def make(directory: Path, shape: str, lock: Lock, seed: int) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         layers, heads, head_dim = GEOMETRY[shape]
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "head_dim": head_dim}
-        config = LlamaConfig(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2, **sizes)
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=2,
+            head_dim=head_dim,
+        )
         LlamaForCausalLM(config).save_pretrained(directory)
     else:
         sparse_checkpoint(directory, shape=shape, lock=lock, seed=seed)
@@ -102,7 +109,8 @@ def make(directory: Path, shape: str, lock: Lock, seed: int) -> None:
 def rate_of(processes: int, folder: Path, lock: Lock, count: int) -> float:
     """Checkpoints per second of that many processes that relock their share one after the other."""
     context = multiprocessing.get_context("spawn")
-    ready, results = context.Barrier(processes), context.SimpleQueue()
+    ready = context.Barrier(processes)
+    results: Any = context.SimpleQueue()
     lock.save(folder / "lock.safetensors")
     started = [
         context.Process(target=relock_share, args=(folder, rank, processes, count, ready, results))
@@ -114,7 +122,7 @@ def rate_of(processes: int, folder: Path, lock: Lock, count: int) -> float:
     for process in started:
         process.join()
     shutil.rmtree(folder / "alone")
-    return count / (max(end for _, end in spans) - min(start for start, _ in spans))
+    return float(count / (max(end for _, end in spans) - min(start for start, _ in spans)))
 
 
 def relock_share(folder: Path, rank: int, processes: int, count: int, ready: Any, results: Any) -> None:

@@ -20,9 +20,10 @@ import fastlock
 from bench.lib.printed import PrintedTable
 from bench.lib.smollm2 import load_smollm2
 from fastlock.recipes import extraction
+from fastlock.recipes.head_scores import statistics as statistics_of
 
 RUNS = 3
-SOLVERS = {
+SOLVERS: dict[str, dict[str, Any]] = {
     "scikit-learn's default (lbfgs, tol 1e-4)": {"max_iter": 1000},
     "scikit-learn to the end (newton-cholesky, tol 1e-10)": {"solver": "newton-cholesky", "tol": 1e-10},
 }
@@ -56,19 +57,18 @@ def timed(model: Any, tokenizer: Any) -> tuple[float, float]:
 
 def compare(model: Any, tokenizer: Any) -> None:
     """The scores of the same activations by scikit-learn."""
-    with mock.patch.object(extraction, "statistics", wraps=extraction.statistics) as spied:
-        found: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
 
-        def keep(activations: Any, safe: Any, train: Any, *others: Any) -> Any:
-            found.update(x=activations.read(slice(None), slice(None)).astype(np.float64), safe=safe, train=train)
-            return mock.DEFAULT
+    def keep(activations: Any, safe: Any, train: Any, *others: Any) -> Any:
+        kept.update(x=activations.read(slice(None), slice(None)).astype(np.float64), safe=safe, train=train)
+        return statistics_of(activations, safe, train, *others)
 
-        spied.side_effect = keep
+    with mock.patch.object(extraction, "statistics", keep):
         scores = extraction.rank_heads(model, tokenizer, fastlock.shipped_pairs()).scores
     solvers = PrintedTable(["solver", "seconds", "heads with another score", "at most", "the same of the best 24"])
     for name, options in SOLVERS.items():
         start = time.perf_counter()
-        other = np.array([[score(x, found["safe"], found["train"], options) for x in layer] for layer in found["x"]])
+        other = np.array([[score(x, kept["safe"], kept["train"], options) for x in layer] for layer in kept["x"]])
         seconds, differing = time.perf_counter() - start, int((other != scores).sum())
         same = len(best(other) & best(scores))
         most = f"{np.abs(other - scores).max():.3f}"

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 import fastlock
@@ -22,7 +21,7 @@ from fastlock.locks.lock import Displacement
 class Batch:
     """The models of one call, flat: one entry a site, model by model and layer by layer."""
 
-    def __init__(self, zoo: Zoo, members: list[int], shells: list[nn.Module]) -> None:
+    def __init__(self, zoo: Zoo, members: list[int], shells: list[Any]) -> None:
         self.zoo = zoo
         self.shells = shells
         self.weights = [weight for i in members for weight in zoo.models[i]]

@@ -83,7 +83,7 @@ def sparse_checkpoint(
     filled = {PROJECTION.format(layer): layer for layer in layers}
     numbers = _numbers(s, seed)
     shards = _shards(s)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, tensors in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(tensors, name)
@@ -147,7 +147,8 @@ def _sizes(tensors: dict[str, tuple[int, ...]]) -> list[int]:
 def _numbers(s: Shape, seed: int) -> memoryview:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.empty(s.projection, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-    return memoryview(numbers.view(-1).view(torch.uint8).numpy())
+    array: Any = numbers.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _write_shard(

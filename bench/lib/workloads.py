@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ class Zoo:
         """Bytes of the biases written for one model."""
         return self.shape.locked_layers * self.shape.hidden * self.dtype.itemsize
 
-    def shell(self, weights: list[torch.Tensor]) -> nn.Module:
+    def shell(self, weights: list[torch.Tensor]) -> Any:
         """A model as a real LlamaForCausalLM; only what relocking may read is there, the rest is on meta."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,7 +100,8 @@ class Zoo:
             head_dim=shape.head_dim,
         )
         with torch.device("meta"):
-            model = LlamaForCausalLM(config).to(self.dtype)
+            model: Any = LlamaForCausalLM(config)
+            model.to(self.dtype)
         for layer, weight in zip(self.displacements, weights, strict=True):
             model.model.layers[layer].self_attn.o_proj.weight = nn.Parameter(weight, requires_grad=False)
         return model
@@ -156,18 +158,21 @@ def random_lock(shape: Shape) -> Lock:
 def errors(
     columns: Sequence[HeadColumns],
     values: Sequence[torch.Tensor],
-    folds: Sequence[torch.Tensor],
+    folds: Sequence[torch.Tensor | None],
     biases: Sequence[torch.Tensor | None],
 ) -> dict[str, float]:
     """How far folds are from the exact ones, in float64.
 
     Returns:
-        bounds: the largest error, in units of `reference.error_bound`: right if at most 1; infinite for NaN.
+        bounds: the largest error, in units of `reference.error_bound`: right if at most 1; infinite for NaN, and
+            where there is none.
         relative: the norm of all errors over the norm of all exact folds.
     """
     worst, error_norm, norm = 0.0, 0.0, 0.0
     for of_site, value, fold, bias in zip(columns, values, folds, biases, strict=True):
         exact = reference.exact_fold(of_site, value, bias)
+        if fold is None:
+            return {"bounds": math.inf, "relative": math.inf}
         error = (fold.detach().to(exact) - exact).abs()
         ratio = (error / reference.error_bound(of_site, value, bias)).nan_to_num(nan=math.inf)
         worst = max(worst, float(ratio.max()))

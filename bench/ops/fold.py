@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -180,6 +181,6 @@ def device_times(path: Path, batches: list[Batch], device: torch.device, warm: b
         batch.reset()
         if warm:
             path.run(batch)
-        times.append(machine.between_events(lambda batch=batch: path.run(batch), busy))
+        times.append(machine.between_events(partial(path.run, batch), busy))
     times = [seconds for seconds in times if not math.isnan(seconds)]
     return times if len(times) >= DEVICE_ROUNDS // 2 else []

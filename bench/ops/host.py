@@ -53,7 +53,7 @@ def test_a_planned_relock(models: int, record_property: Callable[..., None]) -> 
     layers = list(lock.displacement(STRENGTH))
     # Only addresses are read, so one row of every weight is enough, and any number of zoos fits.
     weights = [torch.randn(1, SHAPE.num_heads * SHAPE.head_dim).bfloat16() for _ in range(models * len(layers))]
-    zoo = [dict(zip(layers, weights[i * len(layers) :], strict=False)) for i in range(models)]
+    zoo: list[Any] = [dict(zip(layers, weights[i * len(layers) :], strict=False)) for i in range(models)]
     record("bare projections", models, fastlock.Plan(zoo, anywhere(lock), STRENGTH), record_property)
     if models == 1:
         whole = [
@@ -70,14 +70,11 @@ def anywhere(lock: fastlock.Lock) -> fastlock.Lock:
 
 def record(what: str, models: int, plan: fastlock.Plan, record_property: Callable[..., None]) -> None:
     plan.relock()
-    found: dict[str, Any] = {"what": what, "models": models, "sites": sum(map(len, plan.biases))}
-    for name, run in {
-        "relock": plan.relock,
-        "looking up": plan._built.moved,
-        "launch": plan._built._plan._groups[0][1].start,
-    }.items():
-        found[name] = interval_of_median([seconds_of(run) for _ in range(ROUNDS)])
-    record_property("row", found)
+    inside: Any = plan._built
+    parts = {"relock": plan.relock, "looking up": inside.moved, "launch": inside._plan._groups[0][1].start}
+    row: dict[str, Any] = {"what": what, "models": models, "sites": sum(map(len, plan.biases))}
+    row |= {name: interval_of_median([seconds_of(run) for _ in range(ROUNDS)]) for name, run in parts.items()}
+    record_property("row", row)
 
 
 def seconds_of(run: Callable[[], Any]) -> float:

@@ -6,12 +6,14 @@ cold; the ways take turns. What it computed is held against float64. On a CPU: w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -82,12 +84,17 @@ def test_rows(
             name: error_in_bounds(case.inputs[0], case.d, y) for name, y in results.items() if "linear" not in name
         }
         times = take_turns(ways, case.inputs)
-    measured = {}
+    measured: dict[str, dict[str, Any]] = {}
     for name, seconds in times.items():
         ratios = [mine / plain for mine, plain in zip(seconds, times["linear"], strict=True)]
         measured[name] = {"tile": names.get(name, ""), "seconds": interval_of_median(seconds)}
         measured[name] |= {"ratio": interval_of_median(ratios), "error_in_bounds": error.get(name)}
-    row = {"size": size, "rows": rows, "dtype": str(DTYPE).removeprefix("torch."), "device": str(machine.device())}
+    row: dict[str, Any] = {
+        "size": size,
+        "rows": rows,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "device": str(machine.device()),
+    }
     row |= {"hidden": SIZES[size], "weights": len(case.inputs), "rounds": ROUNDS, "ways": measured}
     record_property("row", row)
     assert all(bounds <= 1 for name, bounds in error.items() if name != "hook")
@@ -112,10 +119,11 @@ def make_case(weights: torch.Tensor, rows: int) -> Case:
     lock = torch.tensor([-1 if i % 4 == 3 else i % LOCKS for i in range(requests)], dtype=torch.int32, device=device)
     strength = torch.full((requests,), 6.0, device=device)
     x = torch.randn(rows, width, device=device).to(DTYPE)
-    tables = [table.to(device) for table in (heads, slots, values)]
+    heads, slots, values = (table.to(device) for table in (heads, slots, values))
     folds = [(d[:LOCKS].double() @ weight.double().t()).float() for weight in weights]
     inputs = [
-        Inputs(x, weight, None, *tables, fold, lock, strength) for weight, fold in zip(weights, folds, strict=True)
+        Inputs(x, weight, None, heads, slots, values, fold, lock, strength)
+        for weight, fold in zip(weights, folds, strict=True)
     ]
     return Case(inputs, d.to(DTYPE))
 
@@ -145,7 +153,9 @@ def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
 
 def by_op(inputs: Inputs) -> torch.Tensor:
     """As LockedLinear computes it."""
-    return op(*(getattr(inputs, name) for name in inputs.__dataclass_fields__))
+    arguments = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))
+    y: torch.Tensor = op(*arguments)
+    return y
 
 
 def by_hook(inputs: Inputs, d: torch.Tensor) -> torch.Tensor:

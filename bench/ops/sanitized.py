@@ -18,6 +18,7 @@ import torch
 
 from bench.lib import machine
 from bench.lib.workloads import errors
+from bench.ops import rows
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold.reference import HeadColumns
@@ -37,8 +38,8 @@ def site(dtype: torch.dtype, head_dim: int, transposed: bool, hidden: int) -> tu
 def worst_of_rows() -> float:
     """The largest error of the projections with a lock per row, by a way of each kind; no tile divides the rows."""
     worst = 0.0
-    for rows in (1, 136):
-        case = rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(rows.DTYPE), rows)
+    for count in (1, 136):
+        case = rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(rows.DTYPE), count)
         (inputs,) = case.inputs
         ways = locked_linear.ways_for(inputs) if rows.ON_GPU else [tiles.BY_TORCH]
         for way in {way.kind: way for way in ways}.values():

@@ -149,7 +149,7 @@ def _step(of: _Lessons, d: torch.Tensor, kept: torch.Tensor, batch_size: int, or
             with _displaced(of.sites, d * kept):
                 after = _predictions(of.model, batch)[0].log_softmax(-1)
             loss = weight * nn.functional.kl_div(after, before, reduction="batchmean", log_target=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     if not torch.tensor(total).isfinite():
         raise FastlockError(

@@ -157,9 +157,9 @@ def seconds(way: Way, many: Sequence[Inputs], repeats: int = 3) -> float:
         return math.inf
     times: list[float] = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # The device waits while the host queues all runs, so that the host's pace is not in the time.
-        torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(HOLD_CYCLES)
         start.record()
         for inputs in many:
             run(way, inputs)
