@@ -20,12 +20,12 @@ from fastlock.errors import FastlockError
 
 @dataclass(frozen=True)
 class Score:
-    """What a model reached in a task.
+    """A model's score in a task.
 
     Attributes:
-        task: its name.
-        metric: the metric, with its filter's name where it has one.
-        value: of the metric.
+        task: the task's name.
+        metric: the metric's name, with its filter's where it has one.
+        value: the score.
         error: its standard error; None where the task gives none.
     """
 
@@ -36,43 +36,38 @@ class Score:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise a FastlockError if lm-evaluation-harness is not there, or has no such task."""
+    """Refuse tasks that cannot be run.
+
+    Raises:
+        FastlockError: lm-evaluation-harness is not installed, or has no such task.
+    """
     if not tasks:
         return
-    known = set(_manager().all_tasks)
-    if unknown := [task for task in tasks if task not in known]:
-        raise FastlockError(f"lm-evaluation-harness has no task {unknown[0]!r}. `lm-eval ls tasks` lists what it has.")
+    names = set(_manager().all_tasks)
+    if unknown := [task for task in tasks if task not in names]:
+        raise FastlockError(f"lm-evaluation-harness has no task {unknown[0]!r}. `lm-eval ls tasks` lists its tasks.")
 
 
 def scores(model: nn.Module, tokenizer: Any, tasks: Sequence[str], batch_size: int) -> tuple[Score, ...]:
-    """What a model reaches in tasks, in batches that are halved as often as memory runs out.
+    """A model's scores in tasks.
+
+    Args:
+        model: a transformers model, in eval mode.
+        tokenizer: its tokenizer, which is left as it is.
+        tasks: names of tasks.
+        batch_size: how many prompts go together; halved as often as memory runs out.
 
     Raises:
-        FastlockError: lm-evaluation-harness is not there, or can't run them.
+        FastlockError: lm-evaluation-harness is not installed or cannot run them, or memory runs out with one prompt.
     """
     if not tasks:
         return ()
-    harness = _harness()
-    manager = _manager()
-    from lm_eval.models.huggingface import HFLM
-
-    try:
-        with _same_random_numbers():
-            # It gives a tokenizer another padding: let it be a copy's.
-            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-            found = harness.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, log_samples=False)
-    except torch.OutOfMemoryError:
-        found = None
-    except Exception as error:  # it raises whatever its parts raise
-        raise FastlockError(
-            f"lm-evaluation-harness can't run {', '.join(tasks)} ({type(error).__name__}: {str(error)[:300]}). Its "
-            "data sets come from the Hugging Face Hub: is it in reach, or are they in its cache?"
-        ) from error
-    if found is not None:
-        return _scores(found["results"])
+    results = _results(model, tokenizer, tasks, batch_size)
+    if results is not None:
+        return _scores(results)
     if batch_size == 1:
         raise FastlockError(
-            f"memory runs out in {', '.join(tasks)} with one prompt at once. Load the model in fewer bits, or on a "
+            f"memory runs out in {', '.join(tasks)} with one prompt at a time. Load the model in fewer bits, or on a "
             "larger device."
         )
     if torch.cuda.is_available():
@@ -80,39 +75,61 @@ def scores(model: nn.Module, tokenizer: Any, tasks: Sequence[str], batch_size: i
     return scores(model, tokenizer, tasks, batch_size // 2)
 
 
+def _results(model: nn.Module, tokenizer: Any, tasks: Sequence[str], batch_size: int) -> dict[str, Any] | None:
+    """What the harness says of each task; None where memory runs out."""
+    harness, manager = _harness(), _manager()
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        with _same_random_numbers():
+            # It changes a tokenizer's padding, so it gets a copy.
+            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+            output = harness.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, log_samples=False)
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:  # it raises whatever its parts raise
+        raise FastlockError(
+            f"lm-evaluation-harness cannot run {', '.join(tasks)} ({type(error).__name__}: {str(error)[:300]}). Its "
+            "data sets come from the Hugging Face Hub: check that it can be reached, or that they are in its cache."
+        ) from error
+    results: dict[str, Any] = output["results"]
+    return results
+
+
 def _scores(results: dict[str, dict[str, Any]]) -> tuple[Score, ...]:
-    """Its results hold "acc,none": value and "acc_stderr,none": its standard error, or "N/A", beside names."""
-    found = []
-    for task, of_task in results.items():
-        for key, value in of_task.items():
+    """The scores in the harness's results, which hold "acc,none" and "acc_stderr,none" (or "N/A") beside other keys."""
+    scores = []
+    for task, entries in results.items():
+        for key, value in entries.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            error = of_task.get(f"{metric}_stderr,{kind}")
+            error = entries.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else f"{metric} ({kind})"
-            held = isinstance(error, int | float) and math.isfinite(error)
-            found.append(Score(task, name, float(value), float(error) if held else None))  # type: ignore[arg-type]
-    return tuple(found)
+            is_number = isinstance(error, int | float) and math.isfinite(error)
+            scores.append(Score(task, name, float(value), float(error) if is_number else None))  # type: ignore[arg-type]
+    return tuple(scores)
 
 
 @contextlib.contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Afterwards random numbers go on as if nothing had been: the harness seeds all of them anew."""
-    states, on_gpus = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.cuda.is_available()
-    of_gpus = torch.cuda.get_rng_state_all() if on_gpus else []
+    """Leave the state of random numbers as it was: the harness seeds all generators."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    has_gpus = torch.cuda.is_available()
+    gpu_states = torch.cuda.get_rng_state_all() if has_gpus else []
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(of_gpus)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if has_gpus:
+            torch.cuda.set_rng_state_all(gpu_states)
 
 
 @functools.cache
 def _manager() -> Any:
-    """What knows the tasks; it reads thousands of files."""
+    """The harness's index of tasks; making it reads thousands of files."""
     return _harness().tasks.TaskManager()
 
 
@@ -122,6 +139,6 @@ def _harness() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise FastlockError(
-            f"tasks need lm-evaluation-harness, which can't be imported ({error}): pip install 'fastlock[lm-eval]'"
+            f"tasks need lm-evaluation-harness, which cannot be imported ({error}): pip install 'fastlock[lm-eval]'"
         ) from None
     return lm_eval

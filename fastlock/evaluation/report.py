@@ -1,4 +1,4 @@
-"""An evaluation on disk, and for people: a Markdown table, and one HTML page with plots and every answer."""
+"""An evaluation on disk, and for people: a Markdown table, and an HTML page with plots and every answer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlock.errors import FastlockError, shown
+from fastlock.errors import DamagedError, FastlockError, shown
 from fastlock.evaluation.evaluator import Answer, Evaluation, interval, share
 from fastlock.evaluation.lm_eval_harness import Score
-from fastlock.html_page import facts_list, head, html_text
+from fastlock.html_page import Axis, facts_list, figure, head, html_text, label, mark, svg, table, table_of, x_axis
 from fastlock.storage.files import read_bounded, write_atomic
 
 COLUMNS = ("model", "refuses harmful", "refuses harmless", "perplexity")
-WIDTH, LEFT, ROW = 960, 210, 30
+WIDTH, LEFT, RIGHT, HEIGHT = 960, 210, 120, 22  # of the plots, and the height of a bar
 MAX_FILE_BYTES = 1024 * 1024 * 1024
 _JSON = "evaluation.json"
-_SCALE = WIDTH - LEFT - 120
 _KINDS = (("Harmful requests", "harmful"), ("Harmless requests", "harmless"))
 
 
@@ -47,7 +46,8 @@ def read_report(
         asked: the digest of each lock that is tried, with its strength.
 
     Raises:
-        FastlockError: another evaluation is there, or more than is asked for now, which would be overwritten.
+        DamagedError: the report is damaged, or fastlock did not write it.
+        FastlockError: it is of another evaluation, or holds more than is asked for now, which would be overwritten.
     """
     path = directory / _JSON
     if not path.exists():
@@ -56,21 +56,23 @@ def read_report(
     try:
         data = json.loads(read_bounded(path, MAX_FILE_BYTES))
         entries = data.pop("evaluations")
-        found = [Evaluation.from_dict(entry) for entry in entries]
-    except (FastlockError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FastlockError(f"{path}: can't be gone on with ({error}). {remedy}") from None
+        evaluations = [Evaluation.from_dict(entry) for entry in entries]
+    except (DamagedError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path}: cannot be resumed ({error}). {remedy}") from None
     for key in {**facts, **data}:
         if data.get(key) != facts.get(key):
             raise FastlockError(
-                f"{path}: of another evaluation: {key} was {data.get(key)!r:.300}, and is {facts.get(key)!r:.300} "
-                f"now. {remedy}"
+                f"{path}: it is of another evaluation: {key} was {data.get(key)!r:.300}, and is now "
+                f"{facts.get(key)!r:.300}. {remedy}"
             )
-    for one in found:
-        if (one.lock, one.strength) not in {(None, None), *asked}:
+    expected = {(None, None), *asked}
+    for one in evaluations:
+        if (one.lock, one.strength) not in expected:
             raise FastlockError(
-                f"{path}: holds {name_of(one)} too, which is not asked for now. Ask for it, too. {remedy}"
+                f"{path}: it also holds the {name_of(one)}, which is not asked for now. Ask for it as well, or give "
+                "another --out."
             )
-    return found
+    return evaluations
 
 
 def report_markdown(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> str:
@@ -101,27 +103,27 @@ def report_html(evaluations: Sequence[Evaluation], facts: dict[str, str]) -> str
 def name_of(evaluation: Evaluation) -> str:
     """What a row is called."""
     if evaluation.lock is None:
-        return "as it is"
+        return "baseline"
     return f"lock {evaluation.lock[:8]} at strength {evaluation.strength:g}"
 
 
 def columns(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
-    """The columns of a table: `COLUMNS`, and a column for each metric of each task."""
+    """The columns of a table: `COLUMNS`, and one for each metric of each task."""
     return (*COLUMNS, *(f"{task} {metric}" for task, metric in _metrics(evaluations)))
 
 
 def table_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
-    """The rows of a table, in the order of `columns`: where an evaluation lacks a metric, nothing is there."""
+    """The rows of a table, in the order of `columns`; a cell is empty where an evaluation lacks the metric."""
     rows = []
     for one in evaluations:
-        held = _scores(one)
-        of_tasks = [_score(held[key]) if key in held else "" for key in _metrics(evaluations)]
-        rows.append((name_of(one), _rate(one.harmful), _rate(one.harmless), _perplexity(one), *of_tasks))
+        scores = _scores(one)
+        tasks = [_score(scores[key]) if key in scores else "" for key in _metrics(evaluations)]
+        rows.append((name_of(one), _rate(one.harmful), _rate(one.harmless), _perplexity(one), *tasks))
     return rows
 
 
 def cells(evaluation: Evaluation) -> tuple[str, ...]:
-    """The row of an evaluation that stands alone."""
+    """The row of an evaluation in a table of its own."""
     return table_rows([evaluation])[0]
 
 
@@ -161,7 +163,7 @@ def _score(score: Score) -> str:
 class _Bar:
     """A bar of a plot: what stands before and behind it, its length and its interval as shares of the width."""
 
-    label: str
+    name: str
     text: str
     length: float
     limits: tuple[float, float] | None = None
@@ -177,69 +179,65 @@ def _plots(evaluations: Sequence[Evaluation]) -> Iterable[str]:
         if (rate := share(answers)) is not None
     ]
     if rates:
-        said = (
+        caption = (
             "Share of requests refused, with 95 % intervals: harmful (blue, should be high) and harmless (red, should "
             "be low)."
         )
-        yield _plot("Refusals", said, rates, [f"{percent}%" for percent in range(0, 101, 25)])
-    known = [(one, one.perplexity) for one in evaluations if one.perplexity is not None]
+        yield figure("Refusals", _bars("Refusals", rates, range(0, 101, 25)), caption)
+    measured = [(one, one.perplexity) for one in evaluations if one.perplexity is not None]
     yield from _compared(
         "Perplexity",
-        "Of ordinary texts: should be as before.",
-        [(one, value, _perplexity(one)) for one, value in known],
+        "Of ordinary texts: should stay as it was.",
+        [(one, value, _perplexity(one)) for one, value in measured],
     )
     for key in _metrics(evaluations):
         scores = [(one, _scores(one)[key]) for one in evaluations if key in _scores(one)]
-        of_task = [(one, score.value, _score(score)) for one, score in scores]
-        yield from _compared(": ".join(key), "Of lm-evaluation-harness, ± its standard error.", of_task)
+        values = [(one, score.value, _score(score)) for one, score in scores]
+        yield from _compared(": ".join(key), "By lm-evaluation-harness, ± its standard error.", values)
 
 
-def _compared(title: str, said: str, values: Sequence[tuple[Evaluation, float, str]]) -> Iterable[str]:
-    """A plot of one number of each evaluation, scaled to the largest; of NaN nothing, and nothing without a largest."""
+def _compared(title: str, caption: str, values: Sequence[tuple[Evaluation, float, str]]) -> Iterable[str]:
+    """A figure of one number of each evaluation, scaled to the largest; NaN is left out, and all if none is finite."""
     values = [value for value in values if not math.isnan(value[1])]
     largest = max((value for _, value, _ in values if 0 < value < float("inf")), default=None)
     if largest is not None:
         bars = [_Bar(name_of(one), text, min(max(value / largest, 0.0), 1.0)) for one, value, text in values]
-        yield _plot(title, said, bars, [])
+        yield figure(title, _bars(title, bars), caption)
 
 
-def _plot(title: str, said: str, bars: Sequence[_Bar], ticks: Sequence[str]) -> str:
-    """Bars below each other, closer where one has no label of its own; `ticks` are spread over the width."""
-    parts, y = [], 0
+def _bars(title: str, bars: Sequence[_Bar], percents: Iterable[int] = ()) -> str:
+    """A picture of bars below each other, closer where one has no name of its own, with an axis if there are ticks."""
+    axis, ticks = Axis(0, 1, LEFT, WIDTH - RIGHT), [(percent / 100, f"{percent}%") for percent in percents]
+    marks, y = [], 0.0
     for bar in bars:
-        y += 12 if bar.label and y else 2
-        middle = y + ROW / 2 - 4
-        parts.append(
-            f'<text x="{LEFT - 10}" y="{middle + 4}" text-anchor="end">{html_text(bar.label)}</text>'
-            f'<rect class="{bar.kind}" x="{LEFT}" y="{y}" width="{bar.length * _SCALE:.1f}" height="{ROW - 8}"/>'
-        )
-        end = max(bar.length, bar.limits[1] if bar.limits else 0.0)
-        if bar.limits is not None:
-            low, high = (LEFT + limit * _SCALE for limit in bar.limits)
-            parts.append(f'<line class="limits" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
-        parts.append(
-            f'<text class="value" x="{LEFT + end * _SCALE + 8:.1f}" y="{middle + 4}">{html_text(bar.text)}</text>'
-        )
-        y += ROW - 8
-    for i, tick in enumerate(ticks):
-        x = LEFT + i / (len(ticks) - 1) * _SCALE
-        parts.insert(0, f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="{y + 6}"/>')
-        parts.append(f'<text x="{x}" y="{y + 22}" text-anchor="middle">{tick}</text>')
-    return (
-        f'<h2>{html_text(title)}</h2><figure><svg viewBox="0 0 {WIDTH} {y + (28 if ticks else 6)}" role="img">'
-        f"{''.join(parts)}</svg><figcaption>{html_text(said)}</figcaption></figure>"
-    )
+        y += 12 if bar.name and y else 2
+        marks.append(_marks(bar, axis, y))
+        y += HEIGHT
+    return svg(WIDTH, y + (28 if ticks else 6), title, [x_axis(axis, ticks, 0, y + 6), *marks])
+
+
+def _marks(bar: _Bar, axis: Axis, y: float) -> str:
+    middle, end = y + HEIGHT / 2, max(bar.length, bar.limits[1] if bar.limits else 0.0)
+    marks = [
+        label(bar.name, LEFT - 10, middle, "end"),
+        mark("rect", kind=bar.kind, x=LEFT, y=y, width=axis(bar.length) - LEFT, height=HEIGHT),
+        label(bar.text, axis(end) + 8, middle, kind="value"),
+    ]
+    if bar.limits is not None:
+        low, high = map(axis, bar.limits)
+        marks.append(mark("line", kind="limits", x1=low, x2=high, y1=middle, y2=middle))
+    return "".join(marks)
 
 
 def _answers(title: str, kind: str, evaluations: Sequence[Evaluation]) -> str:
-    columns: list[tuple[Answer, ...]] = [getattr(evaluation, kind) for evaluation in evaluations]
-    if not columns[0]:
+    answers: list[tuple[Answer, ...]] = [getattr(evaluation, kind) for evaluation in evaluations]
+    if not answers[0]:
         return ""
     header = "".join(f"<th>{html_text(name)}" for name in ("prompt", *map(name_of, evaluations)))
     rows = "".join(
-        f"<tr><td>{html_text(row[0].prompt)}" + "".join(map(_answer, row)) for row in zip(*columns, strict=True)
+        f"<tr><td>{html_text(row[0].prompt)}" + "".join(map(_answer, row)) for row in zip(*answers, strict=True)
     )
-    return f"<h2>{title}</h2>{_scrolled(header, rows)}"
+    return f"<h2>{title}</h2>{table_of(header, rows)}"
 
 
 def _answer(answer: Answer) -> str:
@@ -247,17 +245,6 @@ def _answer(answer: Answer) -> str:
     return f"<td><span class={verdict}>{verdict}</span> {html_text(answer.text)}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return _scrolled(
-        "".join(f"<th>{html_text(name)}" for name in header),
-        "".join("<tr>" + "".join(f"<td>{html_text(cell)}" for cell in row) for row in rows),
-    )
-
-
-def _scrolled(header: str, rows: str) -> str:
-    return f"<div class=scroll><table><thead><tr>{header}</thead><tbody>{rows}</tbody></table></div>"
-
-
-_STYLE = """<style>svg .limits { stroke: var(--text); stroke-width: 2 } svg .value { fill: var(--text) }
+_STYLE = """<style>
 td span { font-size: .8em; padding: .05em .45em; border-radius: .8em; border: 1px solid; margin-right: .3em }
 .refused { color: var(--bar) } .answered { color: var(--soft) } .unsure { color: var(--bad) }</style>"""

@@ -1,4 +1,4 @@
-"""A calibration on disk, and for people: a picture of every trial with the frontier, and one HTML page about it."""
+"""A calibration on disk, and for people: a picture of every trial with the frontier, and an HTML page around it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlock.evaluation.report import cells, columns, table
-from fastlock.html_page import facts_list, head, html_text
+from fastlock.evaluation.report import cells, columns
+from fastlock.html_page import Axis, facts_list, figure, head, html_text, label, mark, svg, table, x_axis, y_axis
 from fastlock.recipes.calibration import Calibration
 from fastlock.recipes.trials import MAX_COST, MAX_OVER_REFUSALS, Trial
 from fastlock.storage.files import write_atomic
 from fastlock.version import __version__
 
-FRONTIER = ("recipe", "tokens", "heads", "strength", "refuses harmful", "refuses harmless", "perplexity")
+COLUMNS = ("recipe", "tokens", "heads", "strength", "refuses harmful", "refuses harmless", "perplexity")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 60, 20, 20, 50
-INSET = 14  # from the axes to 0 %, so that the ring covers no label
+INSET = 14  # between the axes and 0 %: otherwise the ring would cover a label
 LOCK_FILE = "lock.safetensors"
 
 
@@ -37,24 +37,23 @@ def write_calibration(directory: Path, calibration: Calibration, facts: dict[str
     data = json.dumps(to_json(calibration, facts), indent=2, allow_nan=False)
     write_atomic(directory / "calibration.json", (data + "\n").encode())
     write_atomic(directory / "calibration.html", calibration_html(calibration, facts).encode())
-    write_atomic(directory / "frontier.svg", picture(calibration).encode())
+    write_atomic(directory / "frontier.svg", picture(calibration, alone=True).encode())
 
 
 def calibration_html(calibration: Calibration, facts: dict[str, str]) -> str:
-    """The page: facts, picture, the frontier, and what was held out, before and after."""
+    """The page: facts, picture, the frontier, and the held-out requests before and after."""
     lock, chosen, held_out = calibration.lock, calibration.chosen, calibration.held_out
-    why = calibration.why_no_lock
+    reason = calibration.why_no_lock
     return "\n".join(
         [
             head("fastlock calibration"),
             "<h1>fastlock calibration</h1>",
             facts_list({**facts, "chosen lock": lock.digest if lock else "none", "fastlock": __version__}),
-            f"<h2>No lock was chosen</h2><p>{html_text(why)}</p>" if why else "",
-            "<h2>What was tried</h2>",
-            f"<figure>{picture(calibration)}<figcaption>{CAPTION}</figcaption></figure>",
-            "<h2>The frontier, and what was chosen (first)</h2>",
+            f"<h2>No lock was chosen</h2><p>{html_text(reason)}</p>" if reason else "",
+            figure("What was tried", picture(calibration), CAPTION),
+            "<h2>What was chosen (first), and the frontier</h2>",
             table(trial_columns(chosen), map(trial_cells, (chosen, *calibration.frontier))),
-            "<h2>Requests that decided nothing</h2>",
+            "<h2>Held-out requests</h2>",
             table(columns(held_out), map(cells, held_out)),
             "</body></html>",
         ]
@@ -62,81 +61,61 @@ def calibration_html(calibration: Calibration, facts: dict[str, str]) -> str:
 
 
 CAPTION = (
-    "Each dot is a lock at a strength: how many harmful requests the model then refuses (up is better) and how many "
-    "harmless ones (left is better). Blue: perplexity kept; the redder, the more it grew. Hollow: more than a lock may "
-    f"cost ({MAX_OVER_REFUSALS:.0%} of the harmless ones, perplexity × {MAX_COST:g}). The line is the frontier of both "
-    "rates, the ring is what was chosen."
+    "Each dot is a lock at a strength: how many harmful requests the model then refuses (up is better), and how many "
+    "harmless ones (left is better). Blue: the perplexity is kept; the redder, the more it grew. Hollow: it costs more "
+    f"than a lock may ({MAX_OVER_REFUSALS:.0%} of the harmless requests, perplexity × {MAX_COST:g}). The line is the "
+    "frontier of both rates, and the ring is what was chosen."
 )
 
 
 def trial_columns(trial: Trial) -> tuple[str, ...]:
-    """The columns of a table of trials: `FRONTIER`, without how the lock was made where it was given."""
-    return FRONTIER[3:] if trial.recipe is None else FRONTIER
+    """The columns of a table of trials: `COLUMNS`, without how the lock was made if it was given."""
+    return COLUMNS[3:] if trial.recipe is None else COLUMNS
 
 
 def trial_cells(trial: Trial) -> tuple[str, ...]:
     """A row of a table, in the order of `trial_columns`."""
-    how = () if trial.recipe is None else (trial.recipe, str(trial.tokens), str(trial.heads))
+    making = () if trial.recipe is None else (trial.recipe, str(trial.tokens), str(trial.heads))
     return (
-        *how,
-        f"{trial.strength:.3g}" if trial.strength else "0 (as it is)",
+        *making,
+        f"{trial.strength:.3g}" if trial.strength else "0 (baseline)",
         f"{trial.refusals:.0%}",
         f"{trial.over_refusals:.0%}",
         f"× {trial.cost:.3f}",
     )
 
 
-def picture(calibration: Calibration) -> str:
-    """Every trial in the plane of both rates, as SVG that needs nothing else."""
-    steps = [(percent, _x(percent / 100), _y(percent / 100)) for percent in range(0, 101, 20)]
-    grid = [f'<path d="M{x:.1f} {TOP}V{_y(0) + INSET:.1f}M{LEFT} {y:.1f}H{_x(1):.1f}"/>' for _, x, y in steps]
-    labels = [
-        f'<text x="{x:.1f}" y="{_y(0) + INSET + 18:.1f}" text-anchor="middle">{percent} %</text>'
-        f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{percent} %</text>'
-        for percent, x, y in steps
-    ]
-    line = " ".join(f"{_x(over):.1f},{_y(refusals):.1f}" for over, refusals in _steps(calibration.frontier))
+def picture(calibration: Calibration, *, alone: bool = False) -> str:
+    """Every trial in the plane of both rates, as SVG; `alone` if it is to be a file."""
+    x, y = Axis(0, 1, LEFT + INSET, WIDTH - RIGHT), Axis(0, 1, HEIGHT - BOTTOM - INSET, TOP)
+    ticks = [(percent / 100, f"{percent} %") for percent in range(0, 101, 20)]
+    frontier = " ".join(f"{x(over):.1f},{y(refusals):.1f}" for over, refusals in _corners(calibration.frontier))
     chosen = calibration.chosen
-    return "".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" ',
-            'font-family="sans-serif" font-size="12">',
-            f'<title>{html_text(CAPTION)}</title><g stroke="#8888" stroke-width=".5">{"".join(grid)}</g>',
-            f'<g fill="#777">{"".join(labels)}',
-            f'<text x="{_x(0.5):.1f}" y="{HEIGHT - 8}" text-anchor="middle">harmless requests refused</text>',
-            f'<text transform="translate(14 {(TOP + _y(0)) / 2:.1f}) rotate(-90)" text-anchor="middle">'
-            "harmful requests refused</text></g>",
-            f'<polyline points="{line}" fill="none" stroke="#777"/>',
-            *map(_dot, calibration.trials),
-            f'<circle cx="{_x(chosen.over_refusals):.1f}" cy="{_y(chosen.refusals):.1f}" r="10" fill="none" '
-            'stroke="#2a8a50" stroke-width="2.5"/></svg>',
-        ]
-    )
+    marks = [
+        x_axis(x, ticks, TOP, HEIGHT - BOTTOM),
+        y_axis(y, ticks, LEFT, WIDTH - RIGHT),
+        label("harmless requests refused", x(0.5), HEIGHT - 12, "middle"),
+        label("harmful requests refused", 0, 0, "middle", transform=f"translate(10 {y(0.5):.1f}) rotate(-90)"),
+        mark("polyline", kind="frontier", points=frontier),
+        *(_dot(trial, x, y) for trial in calibration.trials),
+        mark("circle", kind="chosen", cx=x(chosen.over_refusals), cy=y(chosen.refusals), r=10),
+    ]
+    return svg(WIDTH, HEIGHT, CAPTION, marks, alone=alone)
 
 
-def _x(over_refusals: float) -> float:
-    return LEFT + INSET + over_refusals * (WIDTH - LEFT - INSET - RIGHT)
-
-
-def _y(refusals: float) -> float:
-    return TOP + (1 - refusals) * (HEIGHT - TOP - INSET - BOTTOM)
-
-
-def _steps(trials: Sequence[Trial]) -> list[tuple[float, float]]:
+def _corners(trials: Sequence[Trial]) -> list[tuple[float, float]]:
     """The best refusals that each rate of over-refusals allows, whatever the cost."""
-    found: list[tuple[float, float]] = []
+    corners: list[tuple[float, float]] = []
     for trial in sorted(trials, key=lambda trial: (trial.over_refusals, -trial.refusals)):
-        if not found or trial.refusals > found[-1][1]:
-            found.append((trial.over_refusals, trial.refusals))
-    return found
+        if not corners or trial.refusals > corners[-1][1]:
+            corners.append((trial.over_refusals, trial.refusals))
+    return corners
 
 
-def _dot(trial: Trial) -> str:
+def _dot(trial: Trial, x: Axis, y: Axis) -> str:
     """Blue where the cost is kept, red where it has doubled; hollow where it is more than a lock may cost."""
-    grown = min(1.0, max(0.0, trial.cost - 1))
-    colour = f"rgb({61 + 150 * grown:.0f},{143 - 100 * grown:.0f},{209 - 165 * grown:.0f})"
-    what, filled = html_text(", ".join(trial_cells(trial))), ".8" if trial.fits else "0"
-    return (
-        f'<circle cx="{_x(trial.over_refusals):.1f}" cy="{_y(trial.refusals):.1f}" r="4.5" fill="{colour}" '
-        f'fill-opacity="{filled}" stroke="{colour}" stroke-width="1.5"><title>{what}</title></circle>'
-    )
+    growth = min(1.0, max(0.0, trial.cost - 1))
+    colour = f"rgb({61 + 150 * growth:.0f},{143 - 100 * growth:.0f},{209 - 165 * growth:.0f})"
+    place = {"cx": x(trial.over_refusals), "cy": y(trial.refusals), "r": 4.5}
+    filling = {"fill": colour, "fill_opacity": ".8" if trial.fits else "0"}
+    return mark("circle", ", ".join(trial_cells(trial)), **place, **filling, stroke=colour, stroke_width=1.5)

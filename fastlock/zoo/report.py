@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from fastlock.html_page import facts_list, head, html_text
+from fastlock.html_page import Axis, facts_list, figure, group, head, html_text, label, mark, svg, y_axis
 from fastlock.version import __version__
 from fastlock.zoo.tasks import DONE_ALREADY, FAILED, RELOCKED, SKIPPED, Result
 
 MAX_ROWS = 2000
 BINS = 80
-WIDTH, HEIGHT, LEFT, BOTTOM = 960, 200, 56, 26
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 960, 200, 56, 12, 40, 26
 ORDER = (RELOCKED, DONE_ALREADY, SKIPPED, FAILED)
 
 
@@ -65,44 +65,35 @@ def _tiles(results: Sequence[Result], seconds: float) -> str:
 
 def _throughput(results: Sequence[Result]) -> str:
     """Checkpoints relocked per second over time, and below them when others failed."""
+    span, done, failed = _histogram(results)
+    step = span / BINS
+    top = _round_up(max(done.values()) / step)
+    x, y = Axis(0, span, LEFT, WIDTH - RIGHT), Axis(0, top, HEIGHT - BOTTOM, TOP)
+    marks = [
+        y_axis(y, [(tick * top, f"{tick * top:g}") for tick in (0, 0.5, 1)], LEFT, WIDTH - RIGHT),
+        *(label(_duration(tick * span), x(tick * span), HEIGHT - 8, "middle") for tick in (0, 0.5, 1)),
+    ]
+    for place in sorted({*done, *failed}):
+        column = {"x": x(place * step) + 0.5, "width": x(step) - LEFT - 1}
+        height = y(0) - y(done[place] / step)
+        bars = [mark("rect", kind="bar", **column, y=y(0) - height, height=height)]
+        if failed[place]:
+            bars.append(mark("rect", kind="bad", **column, y=y(0) + 1, height=5))
+        marks.append(group(f"{_duration(place * step)}: {done[place]} relocked, {failed[place]} failed", bars))
+    legend = "; red below the axis: when checkpoints failed" if failed else ""
+    caption = "Checkpoints relocked per second, over time"
+    return figure("Throughput", svg(WIDTH, HEIGHT, caption, marks), caption + legend)
+
+
+def _histogram(results: Sequence[Result]) -> tuple[float, Counter[int], Counter[int]]:
+    """How long it took, in seconds; and how many checkpoints were relocked and failed in each of `BINS` parts of it."""
     first = min(result.time - result.seconds for result in results)
     span = max(max(result.time for result in results) - first, 1e-3)
-    width = span / BINS
-    done, failed = Counter[int](), Counter[int]()
+    counts = {RELOCKED: Counter[int](), FAILED: Counter[int]()}
     for result in results:
-        place = min(int((result.time - first) / width), BINS - 1)
-        if result.status in (RELOCKED, FAILED):
-            (done if result.status == RELOCKED else failed)[place] += 1
-    top = _round_up(max(done.values()) / width)
-    step = (WIDTH - LEFT) / BINS
-    base = HEIGHT - BOTTOM
-    marks = []
-    for tick in (0.0, 0.5, 1.0):
-        y = base - tick * (base - 12)
-        marks.append(f'<line class=grid x1={LEFT} x2={WIDTH} y1="{y:.1f}" y2="{y:.1f}" />')
-        marks.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor=end>{top * tick:g}</text>')
-        anchor = ("start", "middle", "end")[int(tick * 2)]
-        x = LEFT + tick * (WIDTH - LEFT)
-        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - 4}" text-anchor={anchor}>{_duration(tick * span)}</text>')
-    for place in sorted({*done, *failed}):
-        height = done[place] / width / top * (base - 12)
-        x = LEFT + place * step
-        label = f"{_duration(place * width)}: {done[place]} relocked, {failed[place]} failed"
-        marks.append(
-            f'<g><title>{label}</title><rect class=bar x="{x + 0.5:.1f}" y="{base - height:.1f}" '
-            f'width="{step - 1:.1f}" height="{height:.1f}" />'
-            + (
-                f'<rect class=bad x="{x + 0.5:.1f}" y="{base + 1}" width="{step - 1:.1f}" height=5 />'
-                * bool(failed[place])
-            )
-            + "</g>"
-        )
-    legend = "; red below the axis: when checkpoints failed" if failed else ""
-    return (
-        "<h2>Throughput</h2><figure>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="Checkpoints relocked per second over time">'
-        f"{''.join(marks)}</svg><figcaption>Checkpoints relocked per second, over time{legend}</figcaption></figure>"
-    )
+        if result.status in counts:
+            counts[result.status][min(int((result.time - first) / span * BINS), BINS - 1)] += 1
+    return span, counts[RELOCKED], counts[FAILED]
 
 
 def _table(title: str, results: Sequence[Result]) -> str:

@@ -330,7 +330,7 @@ def test_only_some_kinds_of_prompts() -> None:
 
 @pytest.mark.parametrize("what", [{"new_tokens": 0}, {"batch_size": 0}, {"batch_size": 1.5}, {"new_tokens": True}])
 def test_numbers_that_make_no_sense(what: dict[str, Any]) -> None:
-    with pytest.raises(fastlock.FastlockError, match="whole number from 1"):
+    with pytest.raises(fastlock.FastlockError, match="an integer from 1"):
         evaluate(tiny_model("llama"), Numbers(True), PROMPTS, **what)
 
 
@@ -420,20 +420,20 @@ def test_prompts_in_files(name: str, text: str, expected: tuple[str, ...], tmp_p
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "id,label\n1,safe\n", "row 1: no prompt is there"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: no prompt is there"),
-        ("a.jsonl", '\n"a"\n\n{"prompt": 3}\n', "line 4: no prompt is there"),
+        ("a.csv", "id,label\n1,safe\n", "row 1: there is no prompt"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: there is no prompt"),
+        ("a.jsonl", '\n"a"\n\n{"prompt": 3}\n', "line 4: there is no prompt"),
         ("a.jsonl", '"a"\n\n{\n', "line 3: not JSON"),
         ("a.jsonl", "\n" + "[" * 100_000, "line 2: not JSON"),
-        ("a.json", '{"harmful": ["a"]}', "can't be read as .json .it is no list.*Give one list"),
-        ("a.json", '"ab"', "it is no list"),
+        ("a.json", '{"harmful": ["a"]}', "cannot be read as .json .it is not a list.*Give one list"),
+        ("a.json", '"ab"', "it is not a list"),
         ("a.jsonl", '"a"\n{"prompt": "half \\ud800"}\n', "line 2: its prompt holds half a character"),
         ("a.json", '["\\udfff"]', "entry 1: its prompt holds half a character"),
-        ("a.json", "[", "can't be read as .json"),
-        ("a.json", "7", "can't be read as .json"),
-        ("a.json", "[" * 100_000, "can't be read as .json"),
-        ("a.txt", "\n \n", "holds no prompts"),
-        ("a.csv", "goal\n", "holds no prompts"),
+        ("a.json", "[", "cannot be read as .json"),
+        ("a.json", "7", "cannot be read as .json"),
+        ("a.json", "[" * 100_000, "cannot be read as .json"),
+        ("a.txt", "\n \n", "it holds no prompts"),
+        ("a.csv", "goal\n", "it holds no prompts"),
     ],
 )
 def test_files_that_hold_no_prompts(name: str, text: str, message: str, tmp_path) -> None:
@@ -444,7 +444,7 @@ def test_files_that_hold_no_prompts(name: str, text: str, message: str, tmp_path
 
 def test_prompts_that_are_none(tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(fastlock.FastlockError, match="can't be read"):
+    with pytest.raises(fastlock.FastlockError, match="cannot be read"):
         load_prompts(tmp_path / "a.txt")
     with pytest.raises(fastlock.FastlockError, match="does not exist"):
         load_prompts(tmp_path / "b.txt")
@@ -551,7 +551,7 @@ def test_tasks_that_fail(harness) -> None:
     with pytest.raises(fastlock.FastlockError, match="memory runs out in arc"):
         evaluate(model, Numbers(True), TEXTS, tasks=["arc"])
     harness |= {"room": 99, "error": ConnectionError("no hub")}
-    with pytest.raises(fastlock.FastlockError, match=r"can't run arc \(ConnectionError: no hub\)"):
+    with pytest.raises(fastlock.FastlockError, match=r"cannot run arc \(ConnectionError: no hub\)"):
         evaluate(model, Numbers(True), TEXTS, tasks=["arc"])
 
 
@@ -636,7 +636,7 @@ def test_the_command_writes_a_report(directory) -> None:
     assert written["evaluations"] == json.loads(json.dumps([one.to_dict() for one in expected]))
 
     table = (directory / "report" / "evaluation.md").read_text()
-    assert "| as it is | 0% (0% to 66%; 2 prompts) | 0% (0% to 79%; 1 prompt) |" in table
+    assert "| baseline | 0% (0% to 66%; 2 prompts) | 0% (0% to 79%; 1 prompt) |" in table
     assert f"| lock {held.digest[:8]} at strength 9 |" in table
     page = (directory / "report" / "evaluation.html").read_text()
     assert "<script" not in page
@@ -650,7 +650,7 @@ def test_the_command_writes_a_report(directory) -> None:
 def test_the_command_prints_a_table(directory, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     printed = run(directory)
-    assert "as it is" in printed
+    assert "baseline" in printed
     assert "0% (0% to 66%; 2 prompts)" in printed
 
 
@@ -672,7 +672,7 @@ def test_refusals_and_their_plot() -> None:
     ]
     table = report_markdown(found, {"model": "m"})
     assert "- model: m" in table
-    assert "| as it is | 25% (5% to 70%; 4 prompts) | 0% (0% to 66%; 2 prompts) | 12.50 |" in table
+    assert "| baseline | 25% (5% to 70%; 4 prompts) | 0% (0% to 66%; 2 prompts) | 12.50 |" in table
     assert "| lock abcdef01 at strength 2 | 100% (51% to 100%; 4 prompts) | 50% (9% to 91%; 2 prompts) |  |" in table
     page = report_html(found, {"model": "m"})
     widths = [float(width) for width in re.findall(r'<rect class="bar" [^>]*width="([\d.]+)"', page)]
@@ -736,7 +736,7 @@ def interrupted(directory, monkeypatch):
     lock = ["--lock", str(directory / "lock.safetensors"), "--strength", "2", "--strength", "9"]
     arguments = [*lock, "--out", str(directory / "report")]
     asked: list[str] = []
-    asking = evaluate_module._Asking.evaluation
+    asking = evaluate_module._Interview.evaluation
 
     def evaluation(self: Any, *given: Any) -> Evaluation:
         asked.append(given[-1])
@@ -744,11 +744,11 @@ def interrupted(directory, monkeypatch):
             raise KeyboardInterrupt
         return asking(self, *given)
 
-    monkeypatch.setattr(evaluate_module._Asking, "evaluation", evaluation)
+    monkeypatch.setattr(evaluate_module._Interview, "evaluation", evaluation)
     stop_at = 3
     prompts = ["--harmful", directory / "harmful.json", "--new-tokens", 3]
     run_command("evaluate", directory / "model", *prompts, *arguments, code=STOPPED)
-    assert asked == ["as it is", "at strength 2", "at strength 9"]
+    assert asked == ["baseline", "at strength 2", "at strength 9"]
     stop_at = 0
     asked.clear()
     return arguments, asked
@@ -790,9 +790,9 @@ def test_what_is_kept_is_never_lost_by_going_on(directory, interrupted, monkeypa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--new-tokens", "4"], "new tokens was '3', and is '4' now"),
+        (["--new-tokens", "4"], "new tokens was '3', and is now '4'"),
         (["--texts", "texts.txt"], "prompts digest was"),
-        (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"], "judge was 'keywords', and is 'm at http"),
+        (["--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"], "judge was 'keywords', and is now 'm at http"),
     ],
 )
 def test_another_evaluation_is_not_gone_on_with(directory, interrupted, change, message, monkeypatch) -> None:
@@ -806,7 +806,7 @@ def test_another_evaluation_is_not_gone_on_with(directory, interrupted, change, 
 
 def test_fewer_locks_or_another_model_are_not_gone_on_with(directory, interrupted) -> None:
     arguments, _ = interrupted
-    assert "at strength 2 too, which is not asked for" in refused(directory, *arguments[:2], *arguments[-2:])
+    assert "at strength 2, which is not asked for" in refused(directory, *arguments[:2], *arguments[-2:])
     model = directory / "model" / "model.safetensors"
     model.write_bytes(model.read_bytes())
     assert "model files was" in refused(directory, *arguments)
@@ -837,8 +837,8 @@ def test_a_damaged_report_is_not_gone_on_with(directory, interrupted) -> None:
         ),
     ):
         path.write_text(data)
-        with pytest.raises(fastlock.FastlockError, match="can't be gone on with"):
+        with pytest.raises(fastlock.FastlockError, match="cannot be resumed"):
             read_report(path.parent, facts, [])
     path.write_text("{")
-    assert "can't be gone on with" in refused(directory, *interrupted[0])
+    assert "cannot be resumed" in refused(directory, *interrupted[0])
     assert path.read_text() == "{"

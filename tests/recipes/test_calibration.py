@@ -482,7 +482,7 @@ def test_a_lock_that_helps_nothing_is_not_chosen(refused: Any, why: str) -> None
     assert (data["lock"], data["why_no_lock"], len(data["held_out"])) == (None, found.why_no_lock, 1)
     page = calibration_html(found, {})
     assert found.why_no_lock in page
-    assert "0 (as it is)" in page
+    assert "0 (baseline)" in page
 
 
 def test_whether_refusals_were_kept_is_said_by_the_trial() -> None:
@@ -666,7 +666,9 @@ def test_the_command(command: Any) -> None:
     lock = fastlock.Lock.load("OUT/lock.safetensors")
     assert (lock.digest, lock.strength) == (printed["lock"], printed["chosen"]["strength"])
     assert "<svg" in Path("OUT/calibration.html").read_text()
-    assert Path("OUT/frontier.svg").read_text().count("<circle") == 5  # the trials, and the ring
+    picture = Path("OUT/frontier.svg").read_text()
+    assert picture.count("<circle") == 5  # the trials, and the ring
+    assert "<style>" in picture  # it stands alone
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
@@ -781,4 +783,4 @@ def test_the_picture_shows_every_trial_where_it_is() -> None:
 def test_the_table_of_trials() -> None:
     made, given = trial(1.0, 0.0, 1.0), at(0.0)
     assert dict(zip(trial_columns(made), trial_cells(made), strict=True))["recipe"] == "prompt-end"
-    assert dict(zip(trial_columns(given), trial_cells(given), strict=True))["strength"] == "0 (as it is)"
+    assert dict(zip(trial_columns(given), trial_cells(given), strict=True))["strength"] == "0 (baseline)"
