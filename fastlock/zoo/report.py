@@ -76,9 +76,9 @@ def _throughput(results: Sequence[Result]) -> str:
     for place in sorted({*done, *failed}):
         column = {"x": x(place * step) + 0.5, "width": x(step) - LEFT - 1}
         height = y(0) - y(done[place] / step)
-        bars = [mark("rect", kind="bar", **column, y=y(0) - height, height=height)]
+        bars = [mark("rect", "", kind="bar", **column, y=y(0) - height, height=height)]
         if failed[place]:
-            bars.append(mark("rect", kind="bad", **column, y=y(0) + 1, height=5))
+            bars.append(mark("rect", "", kind="bad", **column, y=y(0) + 1, height=5))
         marks.append(group(f"{_duration(place * step)}: {done[place]} relocked, {failed[place]} failed", bars))
     legend = "; red below the axis: when checkpoints failed" if failed else ""
     caption = "Checkpoints relocked per second, over time"
