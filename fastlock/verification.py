@@ -13,18 +13,10 @@ from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
-from fastlock.checkpoints.relocked import (
-    changed_addition,
-    config_digest,
-    index_changed,
-    original_biases_on_disk,
-    receipt_in,
-    stored_biases,
-)
-from fastlock.checkpoints.tensor_index import INDEX
+from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock
-from fastlock.locks.receipt import Receipt, SavedReceipt, biases_digest
+from fastlock.locks.receipt import Receipt, SavedReceipt
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.models.sites import sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
@@ -90,13 +82,22 @@ class _Evidence:
 def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification:
     """Whether this lock is in place: every fold recomputed in float64 from the weights that are there, and compared.
 
-    A bias counts as right within one unit in the last place of its dtype and the rounding of a float32 sum
-    (`reference.error_bound`). Of a directory, headers, configs and the locked columns are read, and it must carry the
-    biases to the stacks that its receipt names. A lock without a receipt is recognised too, where the layers have no
-    biases of their own.
+    A bias counts as right within one unit in the last place of its dtype, plus the rounding of a float32 sum. Of a
+    directory, only configs, headers and the locked columns are read, and it must carry the biases to the stacks that
+    its receipt names. A lock without a receipt is recognised too, if the layers have no biases of their own.
+
+    Args:
+        model_or_directory: a model in memory, or a checkpoint's directory or URL.
+        lock: the lock.
+
+    Returns:
+        What was found; it is true exactly when the lock is in place.
 
     Raises:
-        FastlockError: the lock does not fit, or the checkpoint is damaged.
+        UnsupportedError: the fold is not exact in this family, or the weights are quantised or in another format.
+        DamagedError: the checkpoint is damaged or hostile, or its receipt cannot be true.
+        MismatchError: the lock is of another geometry.
+        FastlockError: the checkpoint cannot be read.
     """
     check_lock(lock)
     if isinstance(model_or_directory, nn.Module):
@@ -118,7 +119,7 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
 
     def problem(known: Receipt) -> str | None:
         if is_loaded(model) and not unchanged(model, known):
-            return "the biases do not match the receipt's digest"
+            return "the locked biases are not those that fastlock wrote"
         return None
 
     return _judge(evidence, lock, receipt, originals, problem)
@@ -133,7 +134,7 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
     evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer]), sites)
 
     def problem(_: Receipt) -> str | None:
-        return None if saved is None else _problem_on_disk(checkpoint, saved)
+        return None if saved is None else _lost(checkpoint, saved) or change_since(checkpoint, saved)
 
     def originals(_: Receipt) -> dict[int, torch.Tensor | None]:
         return {} if saved is None else original_biases_on_disk(checkpoint, saved)
@@ -144,22 +145,14 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
 
 
 def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:
-    return why_lost(checkpoint.kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
+    return why_lost(checkpoint.model_type, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
 
 
-def _problem_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
-    receipt, carrier = saved.receipt, saved.carrier
-    for stack in carrier.stacks or ["transformers"]:
-        if (lost := _why_lost(checkpoint, stack[:40])) is not None:
-            return lost
-    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
-        return "the biases do not match the receipt's digest"
-    if (name := changed_addition(checkpoint, receipt)) is not None:
-        return f"{name}, which relocking wrote as zeros, holds other numbers"
-    if carrier.config_digest not in (None, config_digest(checkpoint.raw)):
-        return "config.json was changed since it was relocked"
-    if index_changed(checkpoint, carrier):
-        return f"{INDEX} was changed since it was relocked"
+def _lost(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
+    """Why one of the stacks that the receipt names would drop the biases; None where all use them."""
+    for stack in saved.carrier.stacks or ["transformers"]:
+        if (reason := _why_lost(checkpoint, stack[:40])) is not None:
+            return reason
     return None
 
 
@@ -195,8 +188,8 @@ def _judge(
     if altered:
         reason = f"{len(altered)} of {len(layers)} layers hold a bias that their own weights do not give"
         return Verification("altered", receipt.strength, layers, altered, reason)
-    if (found := problem(receipt)) is not None:
-        return Verification("altered", receipt.strength, layers, layers, found)
+    if (change := problem(receipt)) is not None:
+        return Verification("altered", receipt.strength, layers, layers, change)
     return Verification("locked", receipt.strength, layers, (), f"all {len(layers)} layers hold their fold")
 
 

@@ -136,7 +136,7 @@ def family_of_config(config: Any, name: str) -> Family:
     """
     model_type = config.model_type
     if model_type in REFUSED:
-        raise UnsupportedError(f"{name} ({model_type}) {REFUSED[model_type]}. It cannot be relocked exactly.")
+        raise refused_family(model_type, name)
     if model_type not in FAMILIES:
         raise UnsupportedError(
             f"{name}: fastlock does not know the family {model_type}. Nobody has checked that its output projection "
@@ -148,6 +148,11 @@ def family_of_config(config: Any, name: str) -> Family:
             "Load it with slow_but_exact=False, then relock."
         )
     return FAMILIES[model_type]
+
+
+def refused_family(model_type: str, name: str) -> UnsupportedError:
+    """The error for a family of `REFUSED`; `name` says whose it is."""
+    return UnsupportedError(f"{name} ({model_type}) {REFUSED[model_type]}. It cannot be relocked exactly.")
 
 
 def head_geometry(config: Any) -> tuple[int, int]:

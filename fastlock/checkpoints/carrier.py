@@ -12,7 +12,7 @@ from fastlock.architectures.families import ATTENTION
 from fastlock.architectures.llama_form import LLAMA_FORM, llama_config
 from fastlock.architectures.serving_stacks import STACKS, acts, architecture, named_architecture, native_flag, needs
 from fastlock.checkpoints.checkpoint import Checkpoint
-from fastlock.errors import FastlockError
+from fastlock.errors import UnsupportedError
 
 _LLAMA_TENSOR = re.compile(
     r"(model\.embed_tokens|model\.norm|lm_head)\.weight|model\.layers\.\d+\.("
@@ -29,7 +29,7 @@ class Carrier:
         flag: the config key that switches the biases on; "" where they always are.
         was: whether it was on before.
         config: the new config.json, without a receipt; its architecture is another one where a stack needs that.
-        switched: the modules of a layer that then need a bias, zeros included; "lm_head" is the model's.
+        switched: the modules of a layer that then need a bias, which may be zeros; "lm_head" is the model's.
     """
 
     form: str
@@ -43,27 +43,27 @@ def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
     """The carrier that acts in every one of these stacks: the family's own bias, else the Llama form.
 
     Raises:
-        FastlockError: there is none; it names the stack that would lose the lock, and what would work.
+        UnsupportedError: there is none; it names the stack that would lose the lock, and what would work.
     """
-    kind, asked = checkpoint.kind, set(stacks)
-    native = acts(kind)
+    model_type, asked = checkpoint.model_type, set(stacks)
+    native = acts(model_type)
     if "transformers" in native and asked <= native:
         return _native(checkpoint, stacks, checkpoint.family.bias_flag or "")
-    if kind in LLAMA_FORM and asked <= acts("llama"):
-        architecture = (checkpoint.raw.get("architectures") or [LLAMA_FORM[kind]])[0]
+    if model_type in LLAMA_FORM and asked <= acts("llama"):
+        architecture = (checkpoint.raw.get("architectures") or [LLAMA_FORM[model_type]])[0]
         try:
             return _as_llama(checkpoint, str(architecture))
-        except FastlockError:
+        except UnsupportedError:
             if not asked <= native:
                 raise
     if asked <= native:
-        flags = {native_flag(kind, stack) for stack in stacks}
+        flags = {native_flag(model_type, stack) for stack in stacks}
         if len(flags) == 1:
             return _native(checkpoint, stacks, flags.pop() or "")
     losing = ", ".join(stack for stack in stacks if stack not in native)
-    raise FastlockError(
-        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {kind} checkpoint, in silence. "
-        f"{_what_works(native)} Nothing was written."
+    raise UnsupportedError(
+        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {model_type} checkpoint, "
+        f"without an error. {_what_works(native)} Nothing was written."
     )
 
 
@@ -78,7 +78,7 @@ def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carri
     text = config if checkpoint.text_key is None else config.setdefault(checkpoint.text_key, {})
     was = not flag or bool(getattr(checkpoint.text_config, flag, False))
     switched = checkpoint.family.switched if flag and flag == checkpoint.family.bias_flag else ()
-    switched += tuple(name for stack in stacks for name in needs(checkpoint.kind, stack))
+    switched += tuple(name for stack in stacks for name in needs(checkpoint.model_type, stack))
     if flag:
         text[flag] = True
     if (needed := _architecture(checkpoint, stacks)) is not None:
@@ -89,22 +89,23 @@ def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carri
 
 def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None:
     """The architecture that config.json must name for all of these stacks, None where it need not be changed."""
-    needed = next((name for stack in stacks if (name := architecture(checkpoint.kind, stack)) is not None), None)
+    needed = next((name for stack in stacks if (name := architecture(checkpoint.model_type, stack)) is not None), None)
     if needed is None:
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.kind]
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.model_type]
     if named_architecture(checkpoint.raw) not in (None, own, needed):
-        raise FastlockError(
-            f"{checkpoint.where}: vllm's own code would lose the lock in a {checkpoint.kind} checkpoint, in silence, "
-            f"and {needed}, which keeps it, is for {own} alone. What works: --for transformers. Nothing was written."
+        raise UnsupportedError(
+            f"{checkpoint.where}: vllm's own code would lose the lock in a {checkpoint.model_type} checkpoint, without "
+            f"an error, and {needed}, which keeps it, is for {own} alone. What works: --for transformers. Nothing was "
+            "written."
         )
     if others := set(stacks) - {"transformers", "vllm"}:
-        raise FastlockError(
-            f"{checkpoint.where}: vllm keeps the lock in a {checkpoint.kind} checkpoint where config.json names "
-            f"{needed}, which {' and '.join(sorted(others))} would not take: relock it twice, once for each. Nothing "
-            "was written."
+        raise UnsupportedError(
+            f"{checkpoint.where}: vllm keeps the lock in a {checkpoint.model_type} checkpoint only if config.json "
+            f"names {needed}, which {' and '.join(sorted(others))} would not take. Relock it twice, once for each. "
+            "Nothing was written."
         )
     return needed
 
@@ -113,13 +114,13 @@ def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
     works = "What works: relock in memory after loading (fastlock.relock). Nothing was written."
     llama = llama_config(checkpoint.config, architecture, works)
     if foreign := [name for name in checkpoint.shards.tensors if not _LLAMA_TENSOR.fullmatch(name)]:
-        raise FastlockError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
+        raise UnsupportedError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
     config = json.loads(llama.to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
-    return Carrier("llama", "attention_bias", checkpoint.kind == "qwen2", config, ATTENTION)
+    return Carrier("llama", "attention_bias", checkpoint.model_type == "qwen2", config, ATTENTION)
 
 
 def _drop_remote_code(config: dict[str, Any]) -> None:
-    """Code of the checkpoint's own may have no place for the bias; without it, transformers' own class is used."""
+    """The checkpoint's own code may have no place for the bias; without it, transformers' own class is used."""
     mapped = config.get("auto_map")
     if isinstance(mapped, dict):
         kept = {key: value for key, value in mapped.items() if key.startswith("AutoTokenizer")}

@@ -17,15 +17,18 @@ import torch
 
 from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.checkpoints.config import read_config, transformers_config
-from fastlock.checkpoints.tensor_index import Stored, read_shards
-from fastlock.errors import FastlockError
+from fastlock.checkpoints.tensor_index import StoredTensor, read_shards
+from fastlock.dtypes import FOLDABLE
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError, shown
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
+from fastlock.storage.files import DOWNLOAD_AGAIN
 
 MAX_THREADS = 8
 T = TypeVar("T")
 # Rows are mapped in blocks of this size, which bounds the memory that a large projection takes.
 _BLOCK_BYTES = 32 * 1024 * 1024
+_QUANTISED = "Quantised checkpoints cannot be relocked yet: relock the unquantised one, then quantise."
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class StoredSite:
 
     layer: int
     name: str
-    weight: Stored
-    bias: Stored | None
+    weight: StoredTensor
+    bias: StoredTensor | None
     num_heads: int
     head_dim: int
     transposed: bool
@@ -56,9 +59,13 @@ class StoredSite:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its weight."""
-        dtype = self.weight.torch_dtype
-        assert dtype is not None
+        """The dtype of its weight.
+
+        Raises:
+            UnsupportedError: fastlock does not fold it.
+        """
+        if (dtype := self.weight.torch_dtype) is None:
+            raise _not_folded(f"{shown(self.name)}.weight", self.weight)
         return dtype
 
 
@@ -93,8 +100,14 @@ class Checkpoint:
     def __init__(self, files: dict[str, Any], where: str) -> None:
         """Read config, index and headers.
 
+        Args:
+            files: by name.
+            where: the directory, for messages.
+
         Raises:
-            FastlockError: they are damaged, hostile or disagree, or the family is refused or unknown.
+            UnsupportedError: the family is refused or unknown, or the weights are quantised or in another format.
+            DamagedError: the files are damaged, hostile or disagree.
+            FastlockError: there is no checkpoint.
         """
         self.where = where
         self.files = files
@@ -110,29 +123,28 @@ class Checkpoint:
         self.sites = self._find_sites()
 
     @property
-    def kind(self) -> str:
+    def model_type(self) -> str:
         """The family's name."""
-        kind: str = self.text_config.model_type
-        return kind
+        model_type: str = self.text_config.model_type
+        return model_type
 
     def sites_for(self, lock: Lock) -> list[StoredSite]:
         """The sites that the lock shifts, layers ascending.
 
         Raises:
-            FastlockError: the lock is of another geometry, or a weight is not of a dtype that can be folded.
+            MismatchError: the lock is of another geometry.
+            UnsupportedError: a weight is not of a dtype that can be folded.
+            DamagedError: a bias does not fit its weight.
         """
         check_lock_fits(lock, len(self.sites), self.text_config, self.where)
         locked = [self.sites[layer] for layer in sorted(set(lock.layers.tolist()))]
         for site in locked:
             if site.weight.torch_dtype is None:
-                raise FastlockError(
-                    f"{self.where}: {site.name}.weight is {site.weight.dtype[:20]}; fastlock folds F16, BF16, F32 and "
-                    "F64. Quantised checkpoints can't be relocked yet: relock the unquantised one, then quantise."
-                )
+                raise _not_folded(f"{self.where}: {shown(site.name)}.weight", site.weight)
             if site.bias is not None and (site.bias.dtype, site.bias.shape) != (site.weight.dtype, (site.hidden_size,)):
-                raise FastlockError(
-                    f"{self.where}: {site.name}.bias is {site.bias.dtype[:20]} {list(site.bias.shape)}, but should be "
-                    f"{site.weight.dtype} [{site.hidden_size}]. Get the checkpoint again."
+                raise DamagedError(
+                    f"{self.where}: {shown(site.name)}.bias is {site.bias.dtype[:20]!a} {list(site.bias.shape)}, but "
+                    f"should be {site.weight.dtype!a} [{site.hidden_size}]. {DOWNLOAD_AGAIN}"
                 )
         return locked
 
@@ -163,66 +175,77 @@ class Checkpoint:
         matrix = torch.from_numpy(columns).view(site.dtype)
         return StoredColumns(HeadColumns.side_by_side(matrix, site.head_dim), hashlib.sha256(columns.data).digest())
 
-    def read_vector(self, stored: Stored) -> torch.Tensor:
-        """A whole tensor of one dimension, in the dtype of the file."""
-        data = bytearray(self.files[stored.file].read(stored.start, stored.length))
-        assert stored.torch_dtype is not None
-        return torch.frombuffer(data, dtype=stored.torch_dtype)
+    def read_vector(self, tensor: StoredTensor) -> torch.Tensor:
+        """A whole tensor of one dimension, in the dtype of the file.
 
-    def modules(self, names: Sequence[str]) -> dict[str, Stored]:
-        """The weights of modules of every layer ("self_attn.q_proj"), by module path; those that the file has."""
+        Raises:
+            UnsupportedError: fastlock does not fold that dtype.
+        """
+        if (dtype := tensor.torch_dtype) is None:
+            raise _not_folded(f"{self.where}: a bias in {shown(tensor.file)}", tensor)
+        data = bytearray(self.files[tensor.file].read(tensor.start, tensor.length))
+        return torch.frombuffer(data, dtype=dtype)
+
+    def modules(self, names: Sequence[str]) -> dict[str, StoredTensor]:
+        """The weights of modules of every layer ("self_attn.q_proj"), by module path, as far as the files have them."""
         prefix = self.sites[0].name.removesuffix(f"0.{self.family.projection}")
-        found: dict[str, Stored] = {}
+        weights: dict[str, StoredTensor] = {}
         for site in self.sites:
             for name in names:
                 path = f"{prefix}{site.layer}.{name}"
                 if f"{path}.weight" in self.shards.tensors:
-                    found[path] = self.shards.tensors[f"{path}.weight"]
-        return found
+                    weights[path] = self.shards.tensors[f"{path}.weight"]
+        return weights
 
     def check_unchanged(self) -> None:
-        """Raise if a file was changed since it was first looked at."""
+        """Raise a DamagedError if a file was changed since it was first looked at."""
         for file in self.files.values():
             file.check_unchanged()
 
     def _find_sites(self) -> list[StoredSite]:
         family, tensors = self.family, self.shards.tensors
+        num_heads, head_dim = head_geometry(self.text_config)
+        expected = (self.text_config.hidden_size, num_heads * head_dim)
+        sites = []
+        for layer, name in enumerate(self._projections()):
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            if weight.shape != (expected[::-1] if family.transposed else expected):
+                raise self._unfit(
+                    f"{shown(name)}.weight is {list(weight.shape)}, but its config says {num_heads} heads of "
+                    f"{head_dim} and a hidden size of {expected[0]}. They do not belong together."
+                )
+            sites.append(StoredSite(layer, name, weight, bias, num_heads, head_dim, family.transposed))
+        return sites
+
+    def _projections(self) -> list[str]:
+        """The names of the output projections in the files, layers ascending."""
+        family = self.family
         pattern = re.compile(
             rf"((?:.*\.)?{family.layers}\.)(\d{{1,5}})\.{re.escape(family.projection)}\.weight", re.DOTALL
         )
         by_prefix: dict[str, dict[int, str]] = {}
-        for name in tensors:
+        for name in self.shards.tensors:
             if match := pattern.fullmatch(name):
                 by_prefix.setdefault(match[1], {})[int(match[2])] = name.removesuffix(".weight")
         layers: int = self.text_config.num_hidden_layers
-        found = [names for names in by_prefix.values() if names.keys() == set(range(layers))]
-        if len(found) != 1:
-            raise FastlockError(
-                f"{self.where}: its config says {layers} layers, and its files hold {len(found)} such lists of layers "
-                f"with {family.projection} ({self.kind}). They do not belong together, or the checkpoint is a variant "
-                "that fastlock does not know (quantised, or an adapter?)."
+        complete = [names for names in by_prefix.values() if names.keys() == set(range(layers))]
+        if len(complete) != 1:
+            raise self._unfit(
+                f"its config says {layers} layers, and its files hold {len(complete)} such lists of layers with "
+                f"{family.projection} ({self.model_type}). They do not belong together, or fastlock does not know this "
+                "variant."
             )
-        num_heads, head_dim = head_geometry(self.text_config)
-        sites = [
-            StoredSite(
-                layer,
-                name,
-                tensors[f"{name}.weight"],
-                tensors.get(f"{name}.bias"),
-                num_heads,
-                head_dim,
-                family.transposed,
-            )
-            for layer, name in sorted(found[0].items())
-        ]
-        expected = (self.text_config.hidden_size, num_heads * head_dim)
-        for site in sites:
-            if site.weight.shape != (expected[::-1] if family.transposed else expected):
-                raise FastlockError(
-                    f"{self.where}: {site.name}.weight is {list(site.weight.shape)}, but its config says {num_heads} "
-                    f"heads of {head_dim} and a hidden size of {expected[0]}. They do not belong together."
-                )
-        return sites
+        return [complete[0][layer] for layer in range(layers)]
+
+    def _unfit(self, problem: str) -> FastlockError:
+        """The error for files that do not look as the config says: a quantised checkpoint's never do."""
+        if self.raw.get("quantization_config") is not None:
+            return UnsupportedError(f"{self.where}: is quantised, as its config says. {_QUANTISED}")
+        return DamagedError(f"{self.where}: {problem}")
+
+
+def _not_folded(name: str, tensor: StoredTensor) -> UnsupportedError:
+    return UnsupportedError(f"{name} is {tensor.dtype[:20]!a}; fastlock folds {FOLDABLE}. {_QUANTISED}")
 
 
 def in_threads(function: Callable[[StoredSite], T], sites: Sequence[StoredSite]) -> list[T]:

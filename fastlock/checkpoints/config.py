@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastlock.architectures.families import FAMILIES, REFUSED, head_geometry
+from fastlock.architectures.families import FAMILIES, REFUSED, head_geometry, refused_family
 from fastlock.checkpoints.plain_config import plain_config
-from fastlock.errors import FastlockError
-from fastlock.storage.files import CONFIG, File, parse_object, read_all
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
+from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN, File, holds_no_config, parse_object, read_all
 
 MAX_LAYERS = 10_000
-
 MAX_SIZE = 2**20
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -21,39 +20,57 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
     """The parsed config.json.
 
     Raises:
-        FastlockError: there is none, or it is no JSON object.
+        DamagedError: it is not a JSON object.
+        FastlockError: there is none.
     """
     if CONFIG not in files:
-        raise FastlockError(f"{where}: holds no {CONFIG}. Give a checkpoint's directory ({CONFIG}, *.safetensors).")
+        raise holds_no_config(where)
     return parse_object(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
 
 
 def transformers_config(raw: dict[str, Any], where: str) -> Any:
-    """What transformers makes of a config.json, of known families only, and never running code of the checkpoint's."""
+    """What transformers makes of a config.json, of known families only, and never running the checkpoint's own code.
+
+    Args:
+        raw: the parsed config.json.
+        where: the checkpoint, for messages.
+
+    Raises:
+        UnsupportedError: its family is refused, or neither fastlock nor transformers knows it.
+        DamagedError: transformers cannot read it, or its numbers are not sound.
+    """
     if (plain := plain_config(raw)) is not None:
         return plain
     from transformers import AutoConfig
 
-    kind = raw.get("model_type")
-    if not isinstance(kind, str):
-        raise FastlockError(f"{where}: its {CONFIG} names no model_type. Get the checkpoint again.")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise DamagedError(f"{where}: its {CONFIG} has no model_type. {DOWNLOAD_AGAIN}")
     _check_layer_counts(raw, where)
     keys = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
     try:
-        config = AutoConfig.for_model(kind, **keys)
+        config = AutoConfig.for_model(model_type, **keys)
         text = config.get_text_config()
         numbers = [text.num_hidden_layers, text.num_attention_heads, text.hidden_size, *head_geometry(text)]
     except Exception as error:  # transformers raises whatever its parts raise
-        if kind in REFUSED:
-            raise FastlockError(f"{where} ({kind}) {REFUSED[kind]}. It can't be relocked exactly.") from None
-        known = "" if kind in FAMILIES else f" Known families: {', '.join(sorted(FAMILIES))}."
-        raise FastlockError(
-            f"{where}: transformers can't read its {CONFIG} of model_type {kind[:80]!a} ({type(error).__name__}: "
-            f"{str(error)[:300]}). Get the checkpoint again, or upgrade transformers.{known}"
-        ) from None
+        raise _not_read(model_type, where, error) from None
     if any(type(number) is not int or not 0 < number <= MAX_SIZE for number in numbers):
-        raise FastlockError(f"{where}: its {CONFIG} gives no sound number of layers, heads and hidden units.")
+        raise DamagedError(
+            f"{where}: its {CONFIG} gives no sound number of layers, heads and hidden units. {DOWNLOAD_AGAIN}"
+        )
     return config
+
+
+def _not_read(model_type: str, where: str, error: Exception) -> FastlockError:
+    if model_type in REFUSED:
+        return refused_family(model_type, where)
+    problem = (
+        f"{where}: transformers cannot read its {CONFIG} of model_type {model_type[:80]!a} ({type(error).__name__}: "
+        f"{str(error)[:300]}). Download the checkpoint again, or upgrade transformers."
+    )
+    if model_type in FAMILIES:
+        return DamagedError(problem)
+    return UnsupportedError(f"{problem} Known families: {', '.join(sorted(FAMILIES))}.")
 
 
 def _check_layer_counts(raw: Any, where: str) -> None:
@@ -64,5 +81,7 @@ def _check_layer_counts(raw: Any, where: str) -> None:
     elif isinstance(raw, dict):
         for key, value in raw.items():
             if key in _LAYER_COUNTS and type(value) in (int, float) and value > MAX_LAYERS:
-                raise FastlockError(f"{where}: its {CONFIG} says {str(value)[:40]} layers, which no model has.")
+                raise DamagedError(
+                    f"{where}: its {CONFIG} says {str(value)[:40]} layers, and no model has so many. {DOWNLOAD_AGAIN}"
+                )
             _check_layer_counts(value, where)

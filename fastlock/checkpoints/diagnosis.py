@@ -11,7 +11,7 @@ from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks, 
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
-from fastlock.errors import FastlockError
+from fastlock.errors import UnsupportedError
 from fastlock.locks.receipt import Receipt
 from fastlock.storage.places import as_place, files_in
 
@@ -36,12 +36,21 @@ class Finding:
 
 
 def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_STACKS) -> list[Finding]:
-    """What each stack makes of a checkpoint's lock; of one without, how it would be carried there.
+    """What each stack makes of a checkpoint's lock; if it has none, how it would be carried there.
 
-    No weights are read: whether the biases are right is `verify`'s question.
+    No weights are read: whether the biases are right is for `verify` to say.
+
+    Args:
+        directory: the checkpoint's directory or URL.
+        stacks: the serving stacks to look at, of "transformers", "vllm", "sglang" and "llama.cpp".
+
+    Returns:
+        A finding for each stack.
 
     Raises:
-        FastlockError: the checkpoint is damaged, of a family without an exact fold, or a stack is unknown.
+        UnsupportedError: the checkpoint is of a family without an exact fold, or in another format.
+        DamagedError: the checkpoint is damaged.
+        FastlockError: a stack is unknown, or the checkpoint cannot be read.
     """
     files, where = files_in(as_place(directory)), str(directory)
     saved = receipt_in(files, where)
@@ -55,20 +64,21 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_ST
 def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
     try:
         form = choose_carrier(checkpoint, (stack,)).form
-    except FastlockError as error:
-        return Finding(stack, False, f"not relocked, and can't be for {stack}: {error}")
+    except UnsupportedError as error:
+        return Finding(stack, False, f"not relocked, and cannot be for {stack}: {error}")
     return Finding(stack, False, f"not relocked; for {stack} the lock would be carried in {form} form")
 
 
 def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
-    kind = checkpoint.kind
-    if (reason := why_lost(kind, stack, checkpoint.text_config, named_architecture(checkpoint.raw))) is not None:
-        return Finding(stack, False, reason)
+    model_type = checkpoint.model_type
+    lost = why_lost(model_type, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
+    if lost is not None:
+        return Finding(stack, False, lost)
     if any(bias is None for bias in stored_biases(checkpoint, receipt)):
         return Finding(stack, False, "the files lack a locked layer's bias: run `fastlock verify`")
     lacking = [
         f"{path}.bias"
-        for path in checkpoint.modules(needs(kind, stack))
+        for path in checkpoint.modules(needs(model_type, stack))
         if f"{path}.bias" not in checkpoint.shards.tensors
     ]
     if lacking:

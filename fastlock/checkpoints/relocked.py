@@ -16,7 +16,7 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.config import read_config
 from fastlock.checkpoints.model_card import CARD, without_section
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, shown
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
 from fastlock.storage.files import CONFIG, File, InMemoryFile, read_all
 from fastlock.storage.local import LocalFile
@@ -33,8 +33,8 @@ ASIDE = "fastlock/original/"
 
 MAX_COPIED_BYTES = 2**20
 
-# Out of the way, but not lost: weights in other formats and variants, which are without the lock and which some stacks
-# prefer; and signatures, which are of the original (a new one written over the link would overwrite the source's).
+# Out of the way, but not lost: weights in other formats and variants, which lack the lock and which some stacks prefer;
+# and signatures, which are of the original (a new one written over the link would overwrite the source's).
 _SET_ASIDE = (
     "*.bin *.bin.index.json *.bin.index.*.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx *.ot "
     "consolidated*.safetensors consolidated.safetensors.index.json "
@@ -43,14 +43,17 @@ _SET_ASIDE = (
 
 Files = dict[str, LocalFile | RemoteFile | InMemoryFile]
 
-Making = NewDirectory | RemoteDirectory
+# Where a checkpoint is written.
+Target = NewDirectory | RemoteDirectory
 
 
 def read_receipt(directory: str | os.PathLike[str]) -> Receipt | None:
     """The receipt in a checkpoint's config.json, None where it has none; no weights are read.
 
     Raises:
-        FastlockError: there is no config.json, or the receipt in it is damaged.
+        UnsupportedError: the receipt in it is of a newer format.
+        DamagedError: the receipt in it is damaged.
+        FastlockError: there is no config.json.
     """
     place = as_place(directory)
     config = file_at(below(place, CONFIG))
@@ -64,10 +67,10 @@ def was_relocked_here(files: Mapping[str, Any]) -> bool:
 
 
 def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> Files:
-    """The files of a relocked directory as they were before; those of any other as they are.
+    """The files of a relocked directory as they were before; those of any other directory as they are.
 
     Raises:
-        FastlockError: it was changed since it was relocked.
+        DamagedError: it was changed since it was relocked.
     """
     if not was_relocked_here(files):
         return dict(files)
@@ -89,11 +92,12 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> F
 
 
 def _of_relocking(name: str) -> bool:
-    """Whether a file of a relocked directory is no file of the original: new, changed, or a signature of the new."""
+    """Whether a file of a relocked directory was not in the original: new, changed, or a signature of the new."""
     return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith(ASIDE) or name.endswith(".sig")
 
 
-def carry(new: Making, name: str, file: LocalFile | RemoteFile | InMemoryFile, copy: bool) -> None:
+def carry(new: Target, name: str, file: LocalFile | RemoteFile | InMemoryFile, copy: bool) -> None:
+    """Put a file into a new directory under a name: linked, or copied if that is asked for or it has patches."""
     if isinstance(file, InMemoryFile):
         new.write(name, file.data)
     elif copy or file.patches:
@@ -103,15 +107,17 @@ def carry(new: Making, name: str, file: LocalFile | RemoteFile | InMemoryFile, c
 
 
 def is_small(name: str, file: File) -> bool:
-    """Whether a file that is set aside is copied and its digest noted: editing the source must not change it."""
+    """Whether a file, set aside, is copied and its digest noted: editing the source must not change it."""
     return name in (CONFIG, INDEX) or file.size <= MAX_COPIED_BYTES
 
 
-def is_copied(new: Making, name: str, file: File) -> bool:
+def is_copied(new: Target, name: str, file: File) -> bool:
+    """Whether a file, set aside in this directory, has to be copied."""
     return isinstance(new, NewDirectory) and is_small(name, file)  # on another machine, links are copies
 
 
 def digest_of(file: File, where: str) -> str:
+    """SHA-256 of a small file."""
     return hashlib.sha256(read_all(file, where)).hexdigest()
 
 
@@ -130,14 +136,8 @@ def config_digest(config: dict[str, Any]) -> str:
     return json_digest({key: value for key, value in config.items() if key != CONFIG_KEY})
 
 
-def index_changed(checkpoint: Checkpoint, carrier: CarrierNote) -> bool:
-    """Whether a relocked directory's index is another than fastlock wrote."""
-    if not was_relocked_here(checkpoint.files) or carrier.index_digest is None:
-        return False
-    return carrier.index_digest != json_digest(checkpoint.shards.index or {})
-
-
 def json_digest(data: dict[str, Any]) -> str:
+    """SHA-256 of parsed JSON, however it is laid out; docs/receipt-format.md defines it."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -145,31 +145,54 @@ def receipt_in(files: Mapping[str, File], where: str) -> SavedReceipt | None:
     """The receipt in a checkpoint's config.json, None where it has none.
 
     Raises:
-        FastlockError: there is no config.json, or the receipt in it is damaged.
+        UnsupportedError: the receipt in it is of a newer format.
+        DamagedError: the receipt in it is damaged.
+        FastlockError: there is no config.json.
     """
     raw = read_config(files, where)
     return SavedReceipt.from_dict(raw[CONFIG_KEY], f"{where}/{CONFIG}") if CONFIG_KEY in raw else None
+
+
+def change_since(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
+    """What was changed in a relocked checkpoint since fastlock wrote it, as a clause; None where nothing was.
+
+    What fastlock wrote no digest of (transformers saved the checkpoint) counts as unchanged.
+
+    Raises:
+        DamagedError: the receipt names a layer that the checkpoint lacks.
+    """
+    receipt, carrier = saved.receipt, saved.carrier
+    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+        return "the locked biases are not those that fastlock wrote"
+    if (name := _changed_addition(checkpoint, receipt)) is not None:
+        return f"{shown(name)}, which fastlock wrote as zeros, holds other numbers"
+    if carrier.config_digest not in (None, config_digest(checkpoint.raw)):
+        return f"{CONFIG} is not the one that fastlock wrote"
+    if _index_changed(checkpoint, carrier):
+        return f"{INDEX} is not the one that fastlock wrote"
+    return None
+
+
+def _index_changed(checkpoint: Checkpoint, carrier: CarrierNote) -> bool:
+    if not was_relocked_here(checkpoint.files) or carrier.index_digest is None:
+        return False
+    return carrier.index_digest != json_digest(checkpoint.shards.index or {})
 
 
 def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
     """Where in which file which original bias goes; it checks that nothing was changed since.
 
     Raises:
-        FastlockError: the biases or the config are not those that fastlock wrote.
+        DamagedError: something was.
     """
     saved = receipt_in(checkpoint.files, checkpoint.where)
     if saved is None:
-        raise _changed(checkpoint.where, f"{CONFIG} holds no receipt any more")
-    receipt, carrier = saved.receipt, saved.carrier
-    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
-        raise _changed(checkpoint.where, "the locked biases are not those that fastlock wrote")
-    if (name := changed_addition(checkpoint, receipt)) is not None:
-        raise _changed(checkpoint.where, f"{name}, which fastlock wrote as zeros, holds other numbers")
-    if carrier.config_digest != config_digest(checkpoint.raw):
-        raise _changed(checkpoint.where, f"{CONFIG} is not the one that fastlock wrote")
-    if index_changed(checkpoint, carrier):
-        raise _changed(checkpoint.where, f"{INDEX} is not the one that fastlock wrote")
-    _check_set_aside(checkpoint, carrier)
+        raise _changed(checkpoint.where, f"{CONFIG} no longer holds a receipt")
+    if (change := change_since(checkpoint, saved)) is not None:
+        raise _changed(checkpoint.where, change)
+    if saved.carrier.config_digest is None:
+        raise _changed(checkpoint.where, f"its receipt lacks the digest of {CONFIG}")
+    _check_set_aside(checkpoint, saved.carrier)
     patches: dict[str, list[tuple[int, bytes]]] = {}
     for layer, original in original_biases_on_disk(checkpoint, saved).items():
         stored = checkpoint.sites[layer].bias
@@ -181,11 +204,11 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
 def _check_set_aside(checkpoint: Checkpoint, carrier: CarrierNote) -> None:
     """Raise if a small file that was set aside is not what it was."""
     for name, digest in (carrier.set_aside or {}).items():
-        file, where = checkpoint.files.get(ASIDE + name), f"{checkpoint.where}/{ASIDE}{name}"
+        file, where = checkpoint.files.get(ASIDE + name), f"{checkpoint.where}/{ASIDE}{shown(name)}"
         if file is None or digest_of(file, where) != digest:
-            raise FastlockError(
-                f"{where}: is not what was set aside when it was relocked, so that it can't "
-                "be put back. Start from the original checkpoint."
+            raise DamagedError(
+                f"{where}: is not what was set aside when the checkpoint was relocked, which therefore cannot be put "
+                "back. Start from the original checkpoint."
             )
 
 
@@ -193,29 +216,32 @@ def original_biases_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> dict
     """The bias that each locked layer had before, None where it had none, out of the receipt.
 
     Raises:
-        FastlockError: the receipt does not hold them, or can't be true.
+        DamagedError: the receipt does not hold them, or cannot be true.
     """
-    originals: dict[int, torch.Tensor | None] = {}
-    for locked, bias in zip(saved.receipt.sites, stored_biases(checkpoint, saved.receipt), strict=True):
-        originals[locked.layer] = None
-        if locked.had_bias:
-            original = None if bias is None else _decoded(saved.carrier, locked.layer, bias.dtype)
-            if original is None or bias is None or original.shape != bias.shape:
-                raise FastlockError(
-                    f"{checkpoint.where}: the receipt does not hold the original bias of layer {locked.layer}, so "
-                    "that it can't be put back. Get the checkpoint again, or start from the original one."
-                )
-            if original.count_nonzero() and saved.carrier.had_none:  # a negative fold would hide the lock
-                raise FastlockError(
-                    f"{checkpoint.where}: the receipt says that layer {locked.layer} had a bias before, and that its "
-                    "model had no place for one. Don't trust this checkpoint: start from the original one."
-                )
-            originals[locked.layer] = original
-    return originals
+    biases = stored_biases(checkpoint, saved.receipt)
+    return {
+        site.layer: _original_bias(checkpoint, saved.carrier, site.layer, bias) if site.had_bias else None
+        for site, bias in zip(saved.receipt.sites, biases, strict=True)
+    }
+
+
+def _original_bias(checkpoint: Checkpoint, carrier: CarrierNote, layer: int, bias: torch.Tensor | None) -> torch.Tensor:
+    original = None if bias is None else _decoded(carrier, layer, bias.dtype)
+    if original is None or bias is None or original.shape != bias.shape:
+        raise DamagedError(
+            f"{checkpoint.where}: the receipt does not hold the original bias of layer {layer}, which therefore "
+            "cannot be put back. Download the checkpoint again, or start from the original one."
+        )
+    if original.count_nonzero() and carrier.had_none:  # a negative fold would hide the lock
+        raise DamagedError(
+            f"{checkpoint.where}: the receipt says that layer {layer} had a bias before, and that its model had no "
+            "place for one. Do not trust this checkpoint: start from the original one."
+        )
+    return original
 
 
 def _decoded(carrier: CarrierNote, layer: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """A layer's original bias out of the receipt, None where it can't be one; each has the dtype of the bias there."""
+    """A layer's original bias out of the receipt, None where it cannot be one; it has the dtype of the bias there."""
     try:
         return torch.frombuffer(bytearray(carrier.original_biases[layer]), dtype=dtype)
     except (KeyError, ValueError):
@@ -226,17 +252,17 @@ def stored_biases(checkpoint: Checkpoint, receipt: Receipt) -> list[torch.Tensor
     """The biases that are at a receipt's sites now, None where there is none.
 
     Raises:
-        FastlockError: the receipt names a layer that the checkpoint lacks.
+        DamagedError: the receipt names a layer that the checkpoint lacks.
     """
-    if any(locked.layer >= len(checkpoint.sites) for locked in receipt.sites):
+    if any(site.layer >= len(checkpoint.sites) for site in receipt.sites):
         raise _changed(checkpoint.where, "its receipt names layers that it does not have")
-    stored = [checkpoint.sites[locked.layer].bias for locked in receipt.sites]
+    stored = [checkpoint.sites[site.layer].bias for site in receipt.sites]
     return [None if bias is None or bias.torch_dtype is None else checkpoint.read_vector(bias) for bias in stored]
 
 
-def changed_addition(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
+def _changed_addition(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
     """A tensor in fastlock's own shard that is neither a locked bias nor zeros, None where there is none."""
-    locked = {f"{checkpoint.sites[locked.layer].name}.bias" for locked in receipt.sites}
+    locked = {f"{checkpoint.sites[site.layer].name}.bias" for site in receipt.sites}
     for name, stored in checkpoint.shards.tensors.items():
         if stored.file == NEW_SHARD and name not in locked:
             with checkpoint.files[NEW_SHARD].view(stored.start, stored.length) as view:
@@ -245,8 +271,8 @@ def changed_addition(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
     return None
 
 
-def _changed(where: str, what: str) -> FastlockError:
-    return FastlockError(
-        f"{where}: {what}: it was changed since it was relocked, and putting the original back would lose that. "
+def _changed(where: str, change: str) -> DamagedError:
+    return DamagedError(
+        f"{where}: was changed since it was relocked ({change}), and putting the original back would lose that change. "
         "Start from the original checkpoint."
     )

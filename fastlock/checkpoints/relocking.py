@@ -1,4 +1,4 @@
-"""One checkpoint on disk: relocked or unlocked into a new directory, from its locked columns alone.
+"""A checkpoint on disk, relocked into a new directory from its locked columns alone.
 
 A relocked directory holds links to the files that did not change, one new small shard with the biases, and, under
 `fastlock/original/`, what it holds in another form now (config, index) or would bypass the lock (weights in other
@@ -24,7 +24,7 @@ from fastlock.checkpoints.relocked import (
     ASIDE,
     NEW_SHARD,
     RENAMED,
-    Making,
+    Target,
     carry,
     config_digest,
     digest_of,
@@ -35,8 +35,9 @@ from fastlock.checkpoints.relocked import (
     original_files,
 )
 from fastlock.checkpoints.resaved import check_saved, relock_saved
-from fastlock.checkpoints.tensor_index import INDEX, Stored
-from fastlock.errors import FastlockError
+from fastlock.checkpoints.tensor_index import INDEX, StoredTensor
+from fastlock.dtypes import torch_name
+from fastlock.errors import DamagedError, FastlockError, is_unicode, shown
 from fastlock.fold import Fold, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import (
@@ -50,18 +51,23 @@ from fastlock.locks.receipt import (
     raw_bytes,
     weights_digest,
 )
-from fastlock.storage.files import CONFIG, InMemoryFile, read_all
-from fastlock.storage.new_directory import (
-    check_paths,
-    create_directory,
-    locked_in_place,
-)
+from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN, InMemoryFile, read_all
+from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
 from fastlock.storage.places import files_in
 
 MAX_FEATURES = 2**24
 
 
-Folds = dict[tuple[Any, ...], tuple[bytes, bytes]]
+@dataclass(frozen=True)
+class KnownFold:
+    """A fold that was made before: the new bias, and the SHA-256 of the columns read for it, both as bytes."""
+
+    bias: bytes
+    columns_digest: bytes
+
+
+# By what decides them: the projection's place in its file, the bias that is there already, the lock, the strength.
+Folds = dict[tuple[Any, ...], KnownFold]
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,18 @@ class _Folded:
     bias: torch.Tensor
     original: torch.Tensor | None
     digest: bytes
+
+
+@dataclass(frozen=True)
+class _Relocked:
+    """A relocked checkpoint, ready to be written."""
+
+    checkpoint: Checkpoint
+    carrier: Carrier
+    receipt: Receipt
+    folded: list[_Folded]
+    stacks: tuple[str, ...]
+    copy: bool
 
 
 def relock_checkpoint(
@@ -91,33 +109,37 @@ def relock_checkpoint(
     Unchanged files are linked (shared blocks where the file system has them, else hard links, else symbolic links).
     A checkpoint that is relocked already gets this lock instead of the earlier one.
 
-    Both may be URLs of any fsspec file system ("s3://bucket/model"). Only headers and the locked layers' projections
-    are fetched then; files that stay on one file system are copied by it.
+    Both may be URLs of any fsspec file system ("s3://bucket/model"). Then only headers and the locked layers'
+    projections are fetched, and files that stay on one file system are copied by it.
 
     Args:
         source: the checkpoint's directory (a Hugging Face cache snapshot is one), which is only read.
         lock: the lock of its aligned base.
         out: the directory to make; it must not exist yet, unless `in_place`.
         strength: the paper's α, 0 or more; by default as for `fastlock.relock`.
-        stacks: the serving stacks in which the lock must act, of `fastlock.stacks.STACKS`.
+        stacks: the serving stacks in which the lock must act, of "transformers", "vllm", "sglang" and "llama.cpp".
         copy: copy the files instead of linking them.
         in_place: `out` is `source`; the new directory takes its place in one step, and `unlock_checkpoint` undoes it.
-        folds: folds of this lock and strength that were made before, by projection; looked up and added to, for
-            checkpoints that share files.
+        folds: folds that were made before; looked up and added to, for checkpoints that share files.
 
     Returns:
         What was done.
 
     Raises:
-        FastlockError: the checkpoint is damaged or of another geometry, no carrier acts in all stacks, or `out` can't
-            be written. `out` is then not there (at a URL: holds no config.json); in place, it is as it was.
+        UnsupportedError: the fold is not exact in this family, its format is not safetensors, or no form of the
+            checkpoint keeps the lock in all of the stacks.
+        DamagedError: the checkpoint is damaged, hostile, or was changed (since it was relocked, or meanwhile).
+        MismatchError: the lock is of another geometry.
+        FastlockError: an argument is wrong, or the file system or the network refuses.
+
+    After an error `out` does not exist (at a URL: it holds no config.json); in place, it is as it was. What goes wrong
+    once the result is complete, such as removing the old directory in place, is a RuntimeWarning.
     """
     check_lock(lock)
     strength, stacks = strength_for(lock, strength), check_stacks(stacks)
     source, out = check_paths(source, out, in_place)
     with locked_in_place(out, in_place):
-        files = original_files(files_in(source), str(source))
-        checkpoint = Checkpoint(files, str(source))
+        checkpoint = Checkpoint(original_files(files_in(source), str(source)), str(source))
         if CONFIG_KEY in checkpoint.raw:
             check_saved(checkpoint, choose_carrier(checkpoint, stacks))
             return relock_saved(source, lock, out, strength, in_place, stacks)
@@ -128,18 +150,18 @@ def relock_checkpoint(
         folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
         receipt = _receipt(checkpoint, lock, strength, folded)
         with create_directory(out, source, in_place) as new:
-            _write_relocked(new, checkpoint, carrier, receipt, folded, stacks, copy)
+            _write(new, _Relocked(checkpoint, carrier, receipt, folded, stacks, copy))
             checkpoint.check_unchanged()
         return receipt
 
 
 def _check_names(checkpoint: Checkpoint) -> None:
-    """Raise if files of the checkpoint's own have names that a relocked directory needs."""
+    """Raise if the checkpoint's own files have names that a relocked directory needs."""
     for name in checkpoint.files:
         stray = name == RENAMED and name not in checkpoint.shards.files
         if name.partition("/")[0] == "fastlock" or name == NEW_SHARD or stray:
             raise FastlockError(
-                f"{checkpoint.where}: holds {name[:200]!a}, and fastlock needs that name for files of its own. Move it "
+                f"{checkpoint.where}: holds {name[:200]!a}, and fastlock needs that name for its own files. Move it "
                 "away; if fastlock wrote it, start from the original checkpoint. Nothing was written."
             )
 
@@ -150,11 +172,11 @@ def _check_switched_off(checkpoint: Checkpoint, carrier: Carrier) -> None:
     modules = [] if carrier.was else [*checkpoint.modules(carrier.switched), *head]
     if carrier.form == "llama":  # the model's own class has no place for the projection's bias, whatever the flag
         modules += [site.name for site in checkpoint.sites]
-    found = sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
-    if found:
-        raise FastlockError(
-            f"{checkpoint.where}: holds biases that its config switches off ({found[0][:200]!a}, {len(found)} in all), "
-            "and relocking would switch them on. Start from the original checkpoint, or remove them. Nothing was "
+    biases = sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
+    if biases:
+        raise DamagedError(
+            f"{checkpoint.where}: holds biases that its config switches off ({biases[0][:200]!a}, {len(biases)} in "
+            "all), and relocking would switch them on. Start from the original checkpoint, or remove them. Nothing was "
             "written."
         )
 
@@ -176,67 +198,76 @@ def _fold_site(
     key = (checkpoint.files[site.weight.file].identity, site.weight.start, before, *of_lock)
     if key not in folds:
         read = checkpoint.read_columns(site, displacement.heads)
-        (bias,) = fold([Fold(read.columns, displacement.values, original, f"{checkpoint.where}: {site.name}")])
-        folds[key] = raw_bytes(bias), read.digest
-    data, digest = folds[key]
-    return _Folded(site, displacement.heads, torch.frombuffer(bytearray(data), dtype=site.dtype), original, digest)
+        (bias,) = fold([Fold(read.columns, displacement.values, original, f"{checkpoint.where}: {shown(site.name)}")])
+        folds[key] = KnownFold(raw_bytes(bias), read.digest)
+    known = folds[key]
+    bias = torch.frombuffer(bytearray(known.bias), dtype=site.dtype)
+    return _Folded(site, displacement.heads, bias, original, known.columns_digest)
 
 
 def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_Folded]) -> Receipt:
     return Receipt(
         lock_digest=lock.digest,
         strength=strength,
-        model_type=checkpoint.kind,
-        dtype=str(folded[0].site.dtype).removeprefix("torch."),
+        model_type=checkpoint.model_type,
+        dtype=torch_name(folded[0].site.dtype),
         sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded),
         digests=KnownDigests(weights_digest(f.digest for f in folded), biases_digest(f.bias for f in folded)),
     )
 
 
-def _write_relocked(
-    new: Making,
-    checkpoint: Checkpoint,
-    carrier: Carrier,
-    receipt: Receipt,
-    folded: list[_Folded],
-    stacks: tuple[str, ...],
-    copy: bool,
-) -> None:
-    added = _added_biases(checkpoint, carrier, folded)
-    own = checkpoint.shards.files
-    set_aside: dict[str, str] = {}
-    index_digest: str | None = None
-    patches: dict[str, list[tuple[int, bytes]]] = {}
-    for f in folded:
-        if f.site.bias is not None:
-            patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
-    for name, file in checkpoint.files.items():
-        new_name = name_when_relocked(name, bool(added), own)
-        if name != CARD:
-            changed = file.patched(patches[name]) if not isinstance(file, InMemoryFile) and name in patches else file
-            aside = new_name.startswith(ASIDE) and is_copied(new, name, file)
-            carry(new, new_name, changed, copy or aside)
-        if new_name.startswith(ASIDE) and is_small(name, file):
-            set_aside[name] = digest_of(file, f"{checkpoint.where}/{name}")
-    if added:
-        index = _new_index(checkpoint, added)
-        index_digest = json_digest(index)
-        new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
-        new.write(INDEX, _json(index))
+def _write(new: Target, relocked: _Relocked) -> None:
+    """Write the whole directory, its config.json last."""
+    checkpoint, folded = relocked.checkpoint, relocked.folded
+    added = _added_biases(checkpoint, relocked.carrier, folded)
+    set_aside = _carry_files(new, relocked, with_new_shard=bool(added))
+    index_digest = _write_new_shard(new, checkpoint, added) if added else None
     card = checkpoint.files.get(CARD)
-    new.write(CARD, with_section(None if card is None else read_all(card, CARD), receipt, stacks))
+    new.write(CARD, with_section(None if card is None else read_all(card, CARD), relocked.receipt, relocked.stacks))
+    carrier = relocked.carrier
     note = CarrierNote(
         form=carrier.form,
         flag=carrier.flag,
         was=carrier.was,
         original_biases={f.site.layer: raw_bytes(f.original) for f in folded if f.original is not None},
-        stacks=stacks,
+        stacks=relocked.stacks,
         original_config=checkpoint.raw if carrier.form == "llama" else None,
         config_digest=config_digest(carrier.config),
         index_digest=index_digest,
         set_aside=set_aside,
     )
-    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: SavedReceipt(receipt, note).to_dict()}))
+    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: SavedReceipt(relocked.receipt, note).to_dict()}))
+
+
+def _carry_files(new: Target, relocked: _Relocked, with_new_shard: bool) -> dict[str, str]:
+    """Put every file of the checkpoint in its place, with the new biases in those that held the old ones.
+
+    Returns:
+        The digests of the small files that were set aside, by name.
+    """
+    checkpoint, own = relocked.checkpoint, relocked.checkpoint.shards.files
+    patches: dict[str, list[tuple[int, bytes]]] = {}
+    for f in relocked.folded:
+        if f.site.bias is not None:
+            patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
+    set_aside: dict[str, str] = {}
+    for name, file in checkpoint.files.items():
+        new_name = name_when_relocked(name, with_new_shard, own)
+        aside = new_name.startswith(ASIDE)
+        if name != CARD:
+            changed = file.patched(patches[name]) if not isinstance(file, InMemoryFile) and name in patches else file
+            carry(new, new_name, changed, relocked.copy or (aside and is_copied(new, name, file)))
+        if aside and is_small(name, file):
+            set_aside[name] = digest_of(file, f"{checkpoint.where}/{name}")
+    return set_aside
+
+
+def _write_new_shard(new: Target, checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> str:
+    """Write the shard with the biases that the checkpoint lacks, and the index that names it; the index's digest."""
+    index = _new_index(checkpoint, added)
+    new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
+    new.write(INDEX, _json(index))
+    return json_digest(index)
 
 
 def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded]) -> dict[str, torch.Tensor]:
@@ -246,7 +277,7 @@ def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded
     """
     tensors, dtype = checkpoint.shards.tensors, folded[0].site.dtype
     added = {f"{f.site.name}.bias": f.bias for f in folded if f.site.bias is None}
-    lengths = {path: _out_features(stored, checkpoint) for path, stored in checkpoint.modules(carrier.switched).items()}
+    lengths = {path: _out_features(weight, checkpoint) for path, weight in checkpoint.modules(carrier.switched).items()}
     if "lm_head" in carrier.switched:
         lengths["lm_head"] = checkpoint.text_config.vocab_size
     for path, length in lengths.items():
@@ -255,11 +286,12 @@ def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded
     return added
 
 
-def _out_features(stored: Stored, checkpoint: Checkpoint) -> int:
-    length = stored.shape[0] if len(stored.shape) == 2 else 0
-    if not 0 < length <= min(stored.length, MAX_FEATURES):
-        raise FastlockError(
-            f"{checkpoint.where}: a projection in {stored.file} has the shape {list(stored.shape)}. Get it again."
+def _out_features(weight: StoredTensor, checkpoint: Checkpoint) -> int:
+    length = weight.shape[0] if len(weight.shape) == 2 else 0
+    if not 0 < length <= min(weight.length, MAX_FEATURES):
+        raise DamagedError(
+            f"{checkpoint.where}: a projection in {shown(weight.file)} has the shape {list(weight.shape)}. "
+            f"{DOWNLOAD_AGAIN}"
         )
     return length
 
@@ -268,8 +300,8 @@ def _new_index(checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> dict[s
     tensors = checkpoint.shards.tensors
     own = checkpoint.shards.files
     shard = {file: name_when_relocked(file, True, own) for file in own}
-    weight_map = {name: shard[stored.file] for name, stored in tensors.items()}
-    size = sum(stored.length for stored in tensors.values()) + sum(bias.nbytes for bias in added.values())
+    weight_map = {name: shard[tensor.file] for name, tensor in tensors.items()}
+    size = sum(tensor.length for tensor in tensors.values()) + sum(bias.nbytes for bias in added.values())
     index = checkpoint.shards.index or {}
     metadata = index.get("metadata")
     return index | {
@@ -279,8 +311,8 @@ def _new_index(checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> dict[s
 
 
 def _json(data: dict[str, Any]) -> bytes:
-    """JSON as UTF-8; lone surrogates, which UTF-8 can't hold, are escaped, and all else outside ASCII with them."""
-    try:
-        return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:
-        return (json.dumps(data, indent=2) + "\n").encode()
+    """JSON as UTF-8; if there is a lone surrogate, which UTF-8 cannot hold, all but ASCII is escaped."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if not is_unicode(text):
+        text = json.dumps(data, indent=2)
+    return (text + "\n").encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,9 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.model_card import CARD, with_section, without_section
 from fastlock.checkpoints.relocked import ASIDE, carry, is_copied, name_when_relocked, receipt_in
 from fastlock.checkpoints.tensor_index import INDEX, read_shards
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, UnsupportedError
 from fastlock.locks.lock import Lock
-from fastlock.locks.receipt import Receipt
+from fastlock.locks.receipt import KnownDigests, Receipt
 from fastlock.models.loading import load_model
 from fastlock.models.relocking import relock, unlock
 from fastlock.models.saving import in_class
@@ -31,23 +32,32 @@ if TYPE_CHECKING:
 
 
 def out_of_llama_form(model: PreTrainedModel, original: Any, source: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model in the class that it had before it was saved as a Llama."""
+    """The model in the class that it had before it was saved as a Llama.
+
+    Args:
+        model: the Llama, unlocked.
+        original: the config.json that the model had before, as its receipt says.
+        source: the checkpoint's directory, for messages.
+
+    Raises:
+        DamagedError: that config does not fit the model.
+    """
     from transformers import AutoConfig, MistralForCausalLM, Qwen2ForCausalLM
 
     classes: dict[str, Callable[[Any], PreTrainedModel]] = {"mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
     try:
-        kind = original["model_type"]
+        model_type = original["model_type"]
         config = AutoConfig.for_model(**original)
         state = {
             name: tensor
             for name, tensor in model.state_dict().items()
             if not (name.endswith(".self_attn.o_proj.bias") and not tensor.count_nonzero())
         }
-        restored = in_class(classes[kind], config, state)
+        restored = in_class(classes[model_type], config, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FastlockError(
-            f"{source}: the receipt does not say rightly what the model was before ({error}). "
-            "Start from the original checkpoint."
+        raise DamagedError(
+            f"{source}: what the receipt says of the original model cannot be true ({type(error).__name__}: "
+            f"{str(error)[:200]}). Start from the original checkpoint."
         ) from None
     restored.generation_config = model.generation_config
     return restored
@@ -56,16 +66,27 @@ def out_of_llama_form(model: PreTrainedModel, original: Any, source: str | os.Pa
 def relock_saved(
     source: Place, lock: Lock, out: Place, strength: float, in_place: bool, stacks: tuple[str, ...]
 ) -> Receipt:
-    """Relock a checkpoint that transformers saved from a relocked model: its biases are among its other weights."""
+    """Relock a checkpoint that transformers saved from a relocked model.
+
+    Raises:
+        UnsupportedError: it is at a URL.
+        FastlockError: it cannot be loaded, was changed since it was relocked, or the lock does not fit.
+    """
     source, out = _both_here(source, out)
     model = load_model(source)
     receipt = relock(model, lock, strength)
-    receipt.to_dict()  # takes its digests while the model is there
+    receipt = replace(receipt, digests=KnownDigests(receipt.weights_digest, receipt.biases_digest))
     _save(model, source, out, in_place, receipt, stacks)
     return receipt
 
 
 def unlock_saved(source: Place, out: Place, in_place: bool) -> None:
+    """Unlock a checkpoint that transformers saved from a relocked model.
+
+    Raises:
+        UnsupportedError: it is at a URL.
+        FastlockError: it is not relocked, cannot be loaded, or was changed since.
+    """
     source, out = _both_here(source, out)
     model = load_model(source)
     saved = receipt_in(local_files(source), str(source))
@@ -76,21 +97,21 @@ def unlock_saved(source: Place, out: Place, in_place: bool) -> None:
 
 
 def check_saved(checkpoint: Checkpoint, carrier: Carrier) -> None:
-    """Raise if transformers, which will save it, would not write what the carrier needs."""
+    """Raise an UnsupportedError if transformers, which will save it, would not write what the carrier needs."""
     needed = named_architecture(carrier.config)
     if named_architecture(checkpoint.raw) != needed:
-        raise FastlockError(
-            f"{checkpoint.where}: was saved by transformers from a relocked model; vllm keeps the lock only where "
-            f"{CONFIG} names {needed}, which transformers does not write. `fastlock unlock` it first, and relock the "
-            "result; or relock it --for transformers. Nothing was written."
+        raise UnsupportedError(
+            f"{checkpoint.where}: was saved by transformers from a relocked model; vllm keeps the lock only if "
+            f"{CONFIG} names {needed}, which transformers does not write. `fastlock unlock` it first and relock the "
+            "result, or relock it --for transformers. Nothing was written."
         )
 
 
 def _both_here(source: Place, out: Place) -> tuple[Path, Path]:
     if isinstance(source, str) or isinstance(out, str):
-        raise FastlockError(
-            f"{source}: was saved by transformers from a relocked model, so that all of it has to be loaded and "
-            "written anew. Download it, do this on local directories, and upload the result."
+        raise UnsupportedError(
+            f"{source}: was saved by transformers from a relocked model, and has to be loaded and written anew as a "
+            "whole. Download it, do this on local directories, and upload the result."
         )
     return source, out
 
@@ -103,7 +124,7 @@ def _save(
     Args:
         model: relocked or unlocked.
         source, out, in_place: as for `relock_checkpoint`.
-        receipt: what was done; None where it was unlocked, and what was set aside comes back.
+        receipt: what was done; None if it was unlocked, and what was set aside comes back.
         stacks: for the model card.
     """
     files = local_files(source)

@@ -21,7 +21,11 @@ def unlock_checkpoint(
         source, out, copy, in_place: as for `relock_checkpoint`.
 
     Raises:
-        FastlockError: it is not relocked, or was changed since; `out` is then not there (in place: as it was).
+        DamagedError: the checkpoint is damaged, or was changed since it was relocked.
+        UnsupportedError: transformers saved it from a relocked model, and one of the two places is a URL.
+        FastlockError: it is not relocked, or `out` cannot be written.
+
+    After an error `out` does not exist (at a URL: it holds no config.json); in place, it is as it was.
     """
     source, out = check_paths(source, out, in_place)
     with locked_in_place(out, in_place):
@@ -32,6 +36,7 @@ def unlock_checkpoint(
         originals = original_files(files, str(source))
         with create_directory(out, source, in_place) as new:
             for name, file in originals.items():
-                carry(new, name, file, copy or (ASIDE + name in files and is_copied(new, name, file)))
+                was_set_aside = ASIDE + name in files
+                carry(new, name, file, copy or (was_set_aside and is_copied(new, name, file)))
             for file in originals.values():
                 file.check_unchanged()

@@ -14,6 +14,8 @@ from fastlock.errors import DamagedError, FastlockError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 CONFIG = "config.json"  # what makes a directory a checkpoint
+
+DOWNLOAD_AGAIN = "Download the checkpoint again."
 _GIVE_A_CHECKPOINT = f"Give a checkpoint's directory ({CONFIG}, *.safetensors) or its URL."
 
 Patches = Sequence[tuple[int, bytes]]  # offsets in a file, and other bytes that it is to have there
@@ -105,7 +107,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def parse_json(data: bytes | str, where: str, remedy: str = "Download the checkpoint again.") -> Any:
+def parse_json(data: bytes | str, where: str, remedy: str = DOWNLOAD_AGAIN) -> Any:
     """Anything that JSON can say, out of a file that may be hostile.
 
     Raises:
@@ -117,7 +119,7 @@ def parse_json(data: bytes | str, where: str, remedy: str = "Download the checkp
         raise _not_json(where, error, remedy) from None
 
 
-def parse_object(data: bytes, where: str, remedy: str = "Download the checkpoint again.") -> dict[str, Any]:
+def parse_object(data: bytes, where: str, remedy: str = DOWNLOAD_AGAIN) -> dict[str, Any]:
     """A JSON object out of a file that may be hostile.
 
     Raises:

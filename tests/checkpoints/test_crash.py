@@ -343,7 +343,7 @@ def test_a_source_that_changes(when: str, how: str, tmp_path, monkeypatch) -> No
         return original(*args)
 
     monkeypatch.setattr(owner, name, hook)
-    with pytest.raises(fastlock.FastlockError, match="changed while it was being read"):
+    with pytest.raises(fastlock.DamagedError, match="changed while it was being read"):
         fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out")
     assert changed
     assert not (tmp_path / "out").exists()

@@ -15,16 +15,15 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import fastlock
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocked import NEW_SHARD, read_receipt
-from fastlock.cli.main import app
 from fastlock.storage.files import with_patches
 from fastlock.storage.remote import MARKER
-from fastlock.zoo.find import find_checkpoints
+from fastlock.zoo.find import find_sources
 from fastlock.zoo.run import relock_zoo, verify_zoo
+from tests.helpers.command import run_command
 from tests.helpers.families import random_lock, tiny_model
 from tests.helpers.s3 import BUCKET, ENVIRONMENT, Bucket, Server
 
@@ -164,19 +163,14 @@ def test_the_command_takes_urls(s3, tmp_path) -> None:
     lock.save(tmp_path / "lock.safetensors")
     bucket.upload(source, "in/m")
     lock_of = ["--lock", str(tmp_path / "lock.safetensors")]
-
-    def run(*arguments: str) -> str:
-        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
     relocked = ["relock", f"{S3}/in/m/", *lock_of, "--out", f"{S3}/out/m", "--for", "transformers", "--json"]
-    assert json.loads(run(*relocked))["out"] == f"{S3}/out/m"
+    assert json.loads(run_command(*relocked).out)["out"] == f"{S3}/out/m"
     assert bucket.contents("out/m") == locked
-    assert json.loads(run("inspect", f"{S3}/out/m", "--json"))["receipt"]["lock_digest"] == lock.digest
-    assert json.loads(run("verify", f"{S3}/out/m", *lock_of, "--json"))["state"] == "locked"
-    assert "uses the biases" in run("doctor", f"{S3}/out/m")
-    run("unlock", f"{S3}/out/m", "--out", f"{S3}/out/back")
+    inspected = json.loads(run_command("inspect", f"{S3}/out/m", "--json").out)
+    assert inspected["receipt"]["lock_digest"] == lock.digest
+    assert json.loads(run_command("verify", f"{S3}/out/m", *lock_of, "--json").out)["state"] == "locked"
+    assert "uses the biases" in run_command("doctor", f"{S3}/out/m").out
+    run_command("unlock", f"{S3}/out/m", "--out", f"{S3}/out/back")
     assert bucket.contents("out/back") == contents(source)
 
 
@@ -299,7 +293,7 @@ def test_a_source_that_changes_while_it_is_read(to: str, s3, tmp_path) -> None:
 
     server.hook = change
     out = f"{S3}/out/m" if to == "there" else tmp_path / "out"
-    with pytest.raises(fastlock.FastlockError, match="was changed while it was being read"):
+    with pytest.raises(fastlock.DamagedError, match="was changed while it was being read"):
         fastlock.relock_checkpoint(f"{S3}/in/m", lock, out, **TRANSFORMERS)
     assert done
     assert bucket.contents("out/m") == {}
@@ -317,7 +311,7 @@ def test_a_source_that_changes_while_it_is_copied(s3, tmp_path) -> None:
             bucket.put("in/m/model.safetensors", (source / "model.safetensors").read_bytes()[:-1] + b"x")
 
     server.hook = change
-    with pytest.raises(fastlock.FastlockError, match="was changed while it was being read"):
+    with pytest.raises(fastlock.DamagedError, match="was changed while it was being read"):
         fastlock.relock_checkpoint(f"{S3}/in/m", lock, f"{S3}/out/m", **TRANSFORMERS)
     assert "config.json" not in bucket.contents("out/m")
 
@@ -330,7 +324,7 @@ def test_names_that_lead_out_of_it(name: str, s3, tmp_path) -> None:
     bucket.put(f"in/m/{name}", b"x")
     assert name in bucket.contents("in/m")
     before = contents(tmp_path)
-    with pytest.raises(fastlock.FastlockError, match="leads out of it"):
+    with pytest.raises(fastlock.DamagedError, match="leads out of it"):
         fastlock.relock_checkpoint(f"{S3}/in/m", lock, tmp_path / "deep" / "out", **TRANSFORMERS)
     assert contents(tmp_path) == before
     bucket.remove("in")
@@ -378,9 +372,9 @@ def test_what_has_to_be_loaded_is_not_relocked_there(s3, tmp_path) -> None:
     fastlock.relock(model, lock)
     model.save_pretrained(tmp_path / "saved")
     bucket.upload(tmp_path / "saved", "in/m")
-    with pytest.raises(fastlock.FastlockError, match="Download it"):
+    with pytest.raises(fastlock.UnsupportedError, match="Download it"):
         fastlock.relock_checkpoint(f"{S3}/in/m", lock, f"{S3}/out/m", **TRANSFORMERS)
-    with pytest.raises(fastlock.FastlockError, match="Download it"):
+    with pytest.raises(fastlock.UnsupportedError, match="Download it"):
         fastlock.unlock_checkpoint(f"{S3}/in/m", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -453,18 +447,18 @@ def test_sources_of_a_zoo_there(s3, tmp_path) -> None:
     _, bucket = s3
     lock, source, _ = prepared(tmp_path)
     zoo_of(bucket, source, ["x/final", "y/final", "y/other"])
-    found = find_checkpoints([f"{S3}/zoo/*/final", source])
-    assert [(c.source, c.name) for c in found][-1] == (str(source), "source")
-    assert {c.source for c in found} >= {f"{S3}/zoo/x/final", f"{S3}/zoo/y/final"}
+    found = find_sources([f"{S3}/zoo/*/final", source])
+    assert [(c.directory, c.name) for c in found][-1] == (str(source), "source")
+    assert {c.directory for c in found} >= {f"{S3}/zoo/x/final", f"{S3}/zoo/y/final"}
     with pytest.raises(fastlock.FastlockError, match="both would be named final"):
         relock_zoo([f"{S3}/zoo/*/final"], lock, tmp_path / "out", workers=1)
     (tmp_path / "list.txt").write_text(f"{S3}/zoo/x/final\nsource  \n# no\n")
-    found = find_checkpoints([tmp_path / "list.txt", f"{S3}/zoo/x/final/"])
-    assert [c.source for c in found] == [f"{S3}/zoo/x/final", str(source)]
-    names = [c.name for c in find_checkpoints([f"{S3}/zoo"], f"{S3}/zoo/y")]
+    found = find_sources([tmp_path / "list.txt", f"{S3}/zoo/x/final/"])
+    assert [c.directory for c in found] == [f"{S3}/zoo/x/final", str(source)]
+    names = [c.name for c in find_sources([f"{S3}/zoo"], f"{S3}/zoo/y")]
     assert names == ["x/final"]
     with pytest.raises(fastlock.FastlockError, match="no checkpoint is there"):
-        find_checkpoints([f"{S3}/nothing"])
+        find_sources([f"{S3}/nothing"])
 
 
 # Killed
