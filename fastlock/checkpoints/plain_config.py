@@ -65,10 +65,11 @@ def _is_token(value: Any) -> bool:
 
 def _is_rope(value: Any) -> bool:
     """The plain rotary embedding, or that of Llama 3.1."""
-    if type(value) is not dict or not all(map(_is_number, (value[key] for key in value.keys() - {"rope_type"}))):
+    if type(value) is not dict or type(value.get("rope_type")) is not str:
         return False
-    keys = _ROPE.get(value.get("rope_type")) if isinstance(value.get("rope_type"), str) else None
-    return keys is not None and value.keys() - {"rope_type", "rope_theta"} == keys
+    numbers = {key: number for key, number in value.items() if key != "rope_type"}
+    keys = _ROPE.get(value["rope_type"])
+    return all(map(_is_number, numbers.values())) and numbers.keys() - {"rope_theta"} == keys
 
 
 def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:

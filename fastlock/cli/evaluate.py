@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastlock.evaluation.evaluator import Evaluation
-    from fastlock.evaluation.judges import Judge
+    from fastlock.evaluation.judging import Judge
     from fastlock.evaluation.prompts import Prompts
 
 
