@@ -1,4 +1,4 @@
-"""The fold: b = W d + c for many sites at once, by whatever is right for the device they are on; once, or as a plan."""
+"""The fold, b = W d + c, of many sites at once, by whatever suits the device they are on; once, or as a plan."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError
 from fastlock.kernels.fold import reference
-from fastlock.kernels.fold.launch import build_table, launch  # no Triton is imported; here, as importing takes time
+from fastlock.kernels.fold.launch import build_table, launch  # this imports no Triton
 from fastlock.kernels.fold.reference import HeadColumns
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What one site's fold takes.
+    """What the fold of one site takes.
 
     Attributes:
         columns: the locked heads' columns of W, float16, bfloat16, float32 or float64.
-        values: d, the displacement of each of these heads, [len(heads), head_dim] float64 on the CPU.
+        values: d, the displacement at each of these heads, [len(heads), head_dim] float64 on the CPU.
         bias: c, [hidden] of the columns' dtype and device, or None; detached.
         name: of the site, for messages.
     """
@@ -38,13 +38,14 @@ class Fold:
 
 
 def fold(folds: Sequence[Fold]) -> list[torch.Tensor]:
-    """The new bias of each site, once. As `FoldPlan` says.
+    """The new bias of each site, once; `FoldPlan` says how.
 
     Returns:
         b of each site, [hidden], of the columns' dtype and device.
 
     Raises:
-        FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large.
+        DamagedError: a fold is not finite, as weights or bias hold NaN or infinities.
+        FastlockError: a fold is not finite, as the strength is too large for the dtype.
     """
     plan = FoldPlan(folds)
     plan.run()
@@ -52,18 +53,18 @@ def fold(folds: Sequence[Fold]) -> list[torch.Tensor]:
 
 
 class FoldPlan:
-    """The folds of many sites, b = W d + c, made ready once and run as often as wanted.
+    """The folds of many sites, b = W d + c, prepared once and run as often as wanted.
 
-    Only the locked head columns of W are read. One kernel launch for all sites of one CUDA device, dtype, layout and
-    head_dim (a model, or a zoo: one launch), which accumulates in float32, in an order that does not change from run
-    to run; the reference elsewhere, in float64. Both round once. Sites that read the same memory with the same
-    displacement are folded once, and have one result.
+    Only the locked head columns of W are read. On a CUDA device, all sites of one dtype, layout and head_dim take one
+    kernel launch (so do a model, or a zoo). It accumulates in float32, in an order that does not change from run to
+    run. Elsewhere the reference folds in float64. Both round once. Sites that read the same memory with the same
+    displacement are folded once, and share one result.
 
-    It holds addresses: it is good for as long as weights and biases stay where they are; their numbers may change.
+    A plan holds addresses: it is valid while weights and biases stay where they are. Their numbers may change.
 
     Attributes:
-        results: b of each site, [hidden], of the columns' dtype and device; what they hold is the last run's.
-        by_torch: whether some are written by torch, which counts that (`Tensor._version`); the kernel's are not.
+        results: b of each site, [hidden], of the columns' dtype and device, as the last run left it.
+        by_torch: whether torch writes some of them, and counts that (`Tensor._version`); it does not count the kernel.
     """
 
     def __init__(self, folds: Sequence[Fold]) -> None:
@@ -75,22 +76,23 @@ class FoldPlan:
             self._groups = [
                 (members, _way(folds[members[0]])([folds[i] for i in members])) for members in groups.values()
             ]
-        made = {i: b for members, group in self._groups for i, b in zip(members, group.results, strict=True)}
-        self.results = [made[first] for first in self._firsts]
+        results = {i: b for members, group in self._groups for i, b in zip(members, group.results, strict=True)}
+        self.results = [results[first] for first in self._firsts]
         self.by_torch = any(isinstance(group, _ByReference) for _, group in self._groups)
 
     def run(self) -> None:
         """Fold from the numbers that are there now, and wait until it is done.
 
         Raises:
-            FastlockError: a fold is not finite: the weights hold NaN or infinities, or the strength is too large. The
-                results then hold what came out.
+            DamagedError: a fold is not finite, as weights or bias hold NaN or infinities.
+            FastlockError: a fold is not finite, as the strength is too large for the dtype. In both cases the results
+                hold what came out.
         """
         self.start()
         self.finish()
 
     def start(self) -> None:
-        """Begin to fold: on a CUDA device, what is launched afterwards on the current stream finds the results."""
+        """Begin to fold: on a CUDA device, what is launched on the current stream from now on finds the results."""
         try:
             for _, group in self._groups:
                 group.start()
@@ -101,29 +103,29 @@ class FoldPlan:
     def finish(self) -> None:
         """Wait for what `start` began. Raises as `run` does."""
         try:
-            problems = [problem for _, group in self._groups if (problem := group.finish()) is not None]
+            errors = [error for _, group in self._groups if (error := group.finish()) is not None]
         except BaseException:
             self._settle()
             raise
-        if problems:
-            raise FastlockError(problems[0])
+        if errors:
+            raise errors[0]
 
     def _settle(self) -> None:
-        """Wait for whatever was begun, and forget what it found."""
+        """Wait for whatever was begun, and ignore what went wrong in it."""
         for _, group in self._groups:
             with contextlib.suppress(Exception):
                 group.finish()
 
     def displace(self, folds: Sequence[Fold]) -> bool:
-        """The folds of the same sites with other displacements, for the runs that follow: only these are sent.
+        """Use other displacements of the same sites from now on: only these are sent to the device.
 
         Returns:
-            Whether this plan can do them; if not (sites that shared a result differ now, or head_dim does), nothing was
+            Whether this plan can; if not (sites that shared a result differ now, or head_dim does), nothing was
             changed.
 
         Raises:
-            FastlockError, RuntimeError: memory ran out, say. Then some sites have their new displacements, and others
-                not; they can be given their earlier ones.
+            FastlockError, RuntimeError: memory ran out, say. Then some sites have their new displacements and others
+                do not; another call can give them their earlier ones.
         """
         if any(folds[i].values is not folds[first].values for i, first in enumerate(self._firsts)):
             return False
@@ -138,7 +140,7 @@ class _ByKernel:
     """The folds of one device, dtype, layout and head_dim, by one launch."""
 
     def __init__(self, folds: Sequence[Fold]) -> None:
-        # The kernel reads contiguous biases only: of others a copy, made anew for each run.
+        # The kernel reads contiguous biases only. Of any other it reads a copy, which each run refreshes.
         self._copied = [
             (f.bias, f.bias.contiguous()) for f in folds if f.bias is not None and not f.bias.is_contiguous()
         ]
@@ -161,8 +163,8 @@ class _ByKernel:
             copy.copy_(bias)
         launch(self._table)
 
-    def finish(self) -> str | None:
-        """Wait, and say what is wrong with the first fold that is not finite."""
+    def finish(self) -> FastlockError | None:
+        """Wait, and give the error of the first fold that is not finite."""
         device = self.results[0].device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -194,8 +196,8 @@ class _ByReference:
             for f, b in zip(self._folds, self.results, strict=True):
                 b.copy_(reference.fold(f.columns, f.values, f.bias))
 
-    def finish(self) -> str | None:
-        """Say what is wrong with the first fold that is not finite."""
+    def finish(self) -> FastlockError | None:
+        """Give the error of the first fold that is not finite."""
         return next(
             (_not_finite(f) for f, bad in zip(self._folds, _bad(self.results), strict=True) if bad),
             None,
@@ -223,7 +225,7 @@ def _result_of(f: Fold) -> torch.Tensor:
 
 
 def _firsts_alike(folds: Sequence[Fold]) -> list[int]:
-    """For each fold the number of the first that reads the same memory with the same displacement: its own, mostly."""
+    """For each fold, the number of the first that reads the same memory with the same displacement: mostly its own."""
     firsts: dict[tuple[object, ...], int] = {}
     return [
         firsts.setdefault(
@@ -239,14 +241,26 @@ def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
 
 def _bad(folds: Sequence[torch.Tensor]) -> list[bool]:
     """Which of the folds are not finite."""
-    # One sum for all: of finite numbers it can't overflow in float64, but for float64 itself.
+    # One sum for all. In float64 the sum of finite numbers cannot overflow, unless they are float64 themselves.
     if math.isfinite(torch.cat(list(folds)).cpu().sum(dtype=torch.float64).item()):
         return [False] * len(folds)
     return [not bool(b.isfinite().all()) for b in folds]
 
 
-def _not_finite(f: Fold) -> str:
-    return (
-        f"{f.name}: its fold is not finite in {f.columns.matrix.dtype}. Either its locked columns hold NaN or infinite "
-        "weights (check the checkpoint), or the strength is too large for the dtype (lower it)."
+def _not_finite(f: Fold) -> FastlockError:
+    """The error of a fold that is not finite."""
+    matrix = f.columns.matrix
+    columns = [matrix[:, start : start + f.head_dim] for start in f.columns.starts]
+    if not all(bool(of_head.isfinite().all()) for of_head in columns):
+        return DamagedError(
+            f"{f.name}: its fold is not finite: its locked columns hold NaN or infinite weights. Check the model, or "
+            "download the checkpoint again."
+        )
+    if f.bias is not None and not f.bias.isfinite().all():
+        return DamagedError(
+            f"{f.name}: its fold is not finite: its bias holds NaN or infinite numbers. Check the model, or download "
+            "the checkpoint again."
+        )
+    return FastlockError(
+        f"{f.name}: its fold is not finite in {matrix.dtype}: the strength is too large for this dtype. Lower it."
     )

@@ -1,4 +1,4 @@
-"""Relocking the same models again and again: everything is looked up, checked and packed once, by a plan.
+"""Plans, which relock the same models again and again: everything is looked up, checked and packed once.
 
 For servers that load one fine-tune after another into the same memory, and for a zoo that stays in memory.
 """
@@ -30,22 +30,22 @@ from fastlock.models.relocking import (
     put_in,
     receipt_for,
 )
-from fastlock.models.sites import Projections
+from fastlock.models.sites import BareProjections
 from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, RECEIPT, set_receipt, with_digests_of
 
 
 class Plan:
-    """The relocking of some models, made ready once and done as often as wanted.
+    """The relocking of some models, prepared once and done as often as wanted.
 
         plan = fastlock.Plan(models, lock, strength=6.0)
         plan.relock()               # as relock_many
         ...                         # other fine-tunes are copied into the same memory
         plan.relock()               # folds what is there now: one launch, into the same biases
-        plan.relock(strength=4.0)   # sends the displacements anew, and nothing else
+        plan.relock(strength=4.0)   # sends only the new displacements
 
     The first `relock` checks everything, as `fastlock.relock_many` does. The next ones write to the biases where they
-    are, so that captured CUDA graphs go on reading them, and notice what was replaced or moved since (a weight, a
-    module, a device, the lock taken out): then everything is checked and built again, as at first.
+    are, and captured CUDA graphs go on reading them. They notice what was replaced or moved since (a weight, a module,
+    a device, the lock removed): then everything is checked and built again, as at first.
 
     Attributes:
         biases: of each model the bias of each locked layer, [hidden] of the weight's dtype and device, as the last
@@ -54,7 +54,7 @@ class Plan:
 
     def __init__(
         self,
-        models: Sequence[nn.Module | Projections],
+        models: Sequence[nn.Module | BareProjections],
         lock: Lock | Sequence[Lock],
         strength: float | Sequence[float | None] | None = None,
     ) -> None:
@@ -63,13 +63,14 @@ class Plan:
         Args:
             models: transformers models, of any families and on any devices; or, of a model that is not in memory, its
                 output projections alone: {layer: W} or {layer: (W, c)}, W [hidden, num_heads * head_dim] and c
-                [hidden]. Their biases are then in `biases`. That such a W takes plain concatenated head outputs (no
-                gate, no norm between) can't be checked: docs/models.md says of which families it is true.
-            lock: one lock for all, or one each.
-            strength: one for all, or one each; None as for `fastlock.relock`.
+                [hidden], in float16, bfloat16, float32 or float64. Their biases are then in `biases`. Nobody can check
+                that such a W takes plain concatenated head outputs (no gate, no norm between): docs/models.md says for
+                which families that is true.
+            lock: one lock for all, or a list with one each.
+            strength: one for all, or a list with one each; None as for `fastlock.relock`.
 
         Raises:
-            FastlockError: there are more or fewer locks or strengths than models, or one can't be used.
+            FastlockError: there are more or fewer locks or strengths than models, or one cannot be used.
         """
         check_list(models)
         self._models = list(models)
@@ -80,18 +81,18 @@ class Plan:
 
     @property
     def biases(self) -> list[dict[int, torch.Tensor]]:
-        """See the class."""
+        """The bias of each locked layer of each model, as the last `relock` left it."""
         return [] if self._built is None else self._built.biases()
 
     @property
     def receipts(self) -> list[Receipt | None]:
-        """What was done, a receipt per model; None for bare output projections. Made when asked for, to save time.
+        """What was done: a receipt per model, None for bare output projections. Made when asked for, to save time.
 
         Raises:
             FastlockError: nothing was relocked yet; or a model was changed since, as far as torch counts that.
         """
         if self._built is None:
-            raise FastlockError("nothing was relocked yet, so that there are no receipts: call relock() first.")
+            raise FastlockError("nothing was relocked yet, and there are no receipts. Call relock() first.")
         return self._built.receipts()
 
     def relock(
@@ -102,15 +103,15 @@ class Plan:
         """Relock all models from the weights that they have now, and wait until it is done.
 
         Args:
-            lock: another lock for all, or one each; None for the last ones.
-            strength: another strength for all, or one each; None for the last ones, and with another lock for those
-                that it was calibrated at.
+            lock: another lock for all, or a list with one each; None for the last ones.
+            strength: another strength for all, or a list with one each; None for the last ones. With another lock, None
+                stands for that lock's own strength, as for `fastlock.relock`.
 
         Raises:
-            FastlockError: as for `fastlock.relock`. After any error all models are as they were, and the next call is
-                as if this one had not been.
+            FastlockError, and its kinds: as for `fastlock.relock`. After any error all models are as they were, and
+                the next call works as if this one had never been made.
         """
-        if os.getpid() != self._process:  # in a forked process: who held the lock is not there
+        if os.getpid() != self._process:  # in a forked process, the thread that held the lock is not there
             self._one_at_a_time, self._process = threading.Lock(), os.getpid()
         with self._one_at_a_time:
             locks, strengths = self._locks, self._strengths
@@ -123,7 +124,7 @@ class Plan:
                 ]
                 strengths = self._checked(locks, wanted)
             if self._built is not None and self._built.moved():
-                self._built = None  # which lets go of the weights that it read
+                self._built = None  # lets go of the weights that it read
             if self._built is None or not self._again(self._built, locks, strengths):
                 self._built = _Built(self._models, locks, strengths)
             self._locks, self._strengths = locks, strengths
@@ -142,21 +143,21 @@ class Plan:
         return [strength_for(lock, strength) for lock, strength in zip(locks, strengths, strict=True)]
 
     def __getstate__(self) -> Any:
-        raise FastlockError("a plan holds addresses in memory, and can't be copied or pickled. Make a new one.")
+        raise FastlockError("a plan holds addresses in memory, and cannot be copied or pickled. Make a new one.")
 
 
 class _Built:
     """Models as they were relocked, and how to see whether they still are.
 
     Attributes:
-        sound: whether what is known here is so. It is not where an error came while an error was mended.
+        sound: whether what is noted here is true. It is not after an error that came while another was being mended.
 
     Raises:
-        FastlockError: as for `fastlock.relock`; then nothing was changed.
+        FastlockError, and its kinds: as for `fastlock.relock`; then nothing was changed.
     """
 
     def __init__(
-        self, models: Sequence[nn.Module | Projections], locks: Sequence[Lock], strengths: Sequence[float]
+        self, models: Sequence[nn.Module | BareProjections], locks: Sequence[Lock], strengths: Sequence[float]
     ) -> None:
         self._models, self._locks, self._strengths = models, locks, strengths
         with changing() as undo:
@@ -165,8 +166,8 @@ class _Built:
             self._plan.run()
             put_in(self._members, self._plan.results, undo)
             modules = [site.module for member in self._members for site in member.sites]
-            # A copy of each result, to put back after an error: of a model's, the buffer that it has anyway. And
-            # memory for the next one, which changes places with it, so that there is always one that is whole.
+            # A copy of each result, to put back after an error: for a model, the buffer that it has anyway. And memory
+            # for the next copy, which changes places with it: one of the two is always whole.
             self._kept = [
                 getattr(module, PLACED_BIAS) if isinstance(module, nn.Module) else result.clone()
                 for module, result in zip(modules, self._plan.results, strict=True)
@@ -190,8 +191,8 @@ class _Built:
     def receipts(self) -> list[Receipt | None]:
         if self.moved() or self._versions != self._versions_read():
             raise FastlockError(
-                "a model was changed since it was relocked, so that a receipt of now would not be of what was done. "
-                "Call relock() again."
+                "a model was changed since it was relocked: a receipt made now would not say what was done. Call "
+                "relock() again."
             )
         return [
             None if member.model is None else with_digests_of(member.model.__dict__[RECEIPT], member.sites)
@@ -218,10 +219,10 @@ class _Built:
         )
 
     def again(self, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
-        """Relock with these into the biases that are there; False where that can't be, and nothing was done.
+        """Relock with these into the biases that are there; False where that is not possible, and nothing was done.
 
         Raises:
-            FastlockError: as for `fastlock.relock`; the biases are then as before.
+            FastlockError, and its kinds: as for `fastlock.relock`; the biases are then as before.
         """
         if locks is self._locks and strengths is self._strengths:
             self._run()
@@ -248,7 +249,7 @@ class _Built:
         return True
 
     def _with(self, locks: Sequence[Lock], strengths: Sequence[float]) -> list[Member]:
-        """The members with other locks, which are checked, and strengths."""
+        """The members with other locks and strengths; locks that are new are checked."""
         if any(lock is not before for lock, before in zip(locks, self._locks, strict=True)):
             with changing() as undo:
                 return prepare(self._models, locks, strengths, undo)
@@ -262,7 +263,7 @@ class _Built:
     def _run(self) -> None:
         try:
             self._plan.start()
-            versions = self._versions_read()  # this, and the copy, while the device folds
+            versions = self._versions_read()  # like the copy, while the device folds
             _copy(self._plan.results, self._spare)
             self._plan.finish()
             self._place(self._spare)
@@ -274,14 +275,14 @@ class _Built:
             self._note_what_we_wrote()
 
     def _mend(self, mend: Callable[[], object]) -> None:
-        """Mend what an error left; where that fails too, this is not sound any more."""
+        """Mend what an error left; if that fails too, this is not sound any more."""
         was_sound, self.sound = self.sound, False
         with contextlib.suppress(Exception):
             mend()
             self.sound = was_sound
 
     def _put_back(self) -> None:
-        """The biases as they were before this run, for every stream that may read them."""
+        """Put back the biases as they were before this run, for every stream that may read them."""
         _copy(self._kept, self._plan.results)
         for device in {result.device for result in self._plan.results if result.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
@@ -289,7 +290,7 @@ class _Built:
         self._note_what_we_wrote()
 
     def _place(self, copies: list[torch.Tensor]) -> None:
-        """Let each module have its copy of what the lock put there."""
+        """Give each module its copy of what the lock put there."""
         for buffers, copy in zip(self._buffers, copies, strict=True):
             buffers[PLACED_BIAS] = copy
 
@@ -301,7 +302,7 @@ class _Built:
 
 
 def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """Copy each to its target, by one launch where torch can."""
+    """Copy each source to its target, by one launch where torch can."""
     if targets:
         torch._foreach_copy_(targets, sources)
 
@@ -326,26 +327,26 @@ def _read(module: Any) -> list[torch.Tensor]:
 
 
 def _links(
-    models: Sequence[nn.Module | Projections], members: Sequence[Member]
+    models: Sequence[nn.Module | BareProjections], members: Sequence[Member]
 ) -> list[tuple[dict[Any, Any], Any, Any]]:
     """What leads to the tensors, and the marks of the lock: (where a name is looked up, the name, what it means)."""
-    found: dict[tuple[int, Any], tuple[dict[Any, Any], Any, Any]] = {}
+    links: dict[tuple[int, Any], tuple[dict[Any, Any], Any, Any]] = {}
 
     def note(names: dict[Any, Any], name: Any) -> Any:
-        found[id(names), name] = names, name, names.get(name)
+        links[id(names), name] = names, name, names.get(name)
         return names.get(name)
 
-    for given, member in zip(models, members, strict=True):
-        if isinstance(given, dict):
+    for model, member in zip(models, members, strict=True):
+        if isinstance(model, dict):
             for site in member.sites:
-                note(given, site.layer)
+                note(model, site.layer)
             continue
-        model: Any = member.model
-        note(model.__dict__, RECEIPT)
+        inner: Any = member.model
+        note(inner.__dict__, RECEIPT)
         for site in member.sites:
-            module = model
+            module = inner
             for name in site.name.split("."):
                 module = note(module._modules, name)
             note(module._parameters, "weight")
             note(module._parameters, "bias")
-    return list(found.values())
+    return list(links.values())

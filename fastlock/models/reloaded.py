@@ -1,7 +1,7 @@
 """A relocked model that came back from disk: what its config says of the lock, and taking it over.
 
 A relocked checkpoint holds its receipt in config.json, under "fastlock". Taking a loaded model over brings it to
-the state that `relock` leaves a model in, so that relocking, unlocking and saving need to know one state only.
+the state in which `relock` leaves a model: relocking, unlocking and saving need to know that state only.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
+from fastlock.dtypes import BY_TORCH_NAME
+from fastlock.errors import DamagedError, FastlockError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest
 from fastlock.models.saving import PartOfRelocked, Relocked, swapped_class, unlocked_class
-from fastlock.models.sites import DTYPES, Site, check_foldable, family_of, text_config
+from fastlock.models.sites import Site, check_foldable, family_of, text_config
 from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, keep, locked_sites, set_receipt
 
 
@@ -27,7 +28,12 @@ def is_loaded(model: nn.Module) -> bool:
 
 
 def receipt_of(model: nn.Module) -> Receipt | None:
-    """The receipt of a relocked model, whether relocked in this process or before it was saved; else None."""
+    """The receipt of a model that was relocked in this process or before it was saved; None for any other.
+
+    Raises:
+        UnsupportedError: the receipt in its config is of a newer format.
+        DamagedError: it is damaged.
+    """
     if not is_loaded(model):
         receipt: Receipt | None = model.__dict__.get(RECEIPT)
         return receipt
@@ -43,7 +49,7 @@ def check_unlocked(model: nn.Module, why: str, *, name: str = "", or_else: str =
         or_else: a further sentence on what to do, with a space in front.
 
     Raises:
-        FastlockError: it is.
+        FastlockError: it is relocked.
     """
     if receipt_of(model) is not None:
         raise FastlockError(
@@ -56,7 +62,7 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
     """The bias that each locked site had before, None where it had none; the model is not changed.
 
     Raises:
-        FastlockError: the receipt of a loaded checkpoint does not hold them.
+        DamagedError: the receipt of a loaded checkpoint does not hold them.
     """
     sites = locked_sites(model, receipt)
     if RECEIPT in model.__dict__:
@@ -69,37 +75,38 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
 
 
 def take_over(model: nn.Module, undo: ExitStack) -> None:
-    """Bring a loaded relocked model to the state that `relock` leaves; nothing to do for any other.
+    """Bring a loaded relocked model to the state in which `relock` leaves one; do nothing to any other.
 
     Raises:
-        FastlockError: the checkpoint is damaged, or its biases were changed after fastlock wrote them.
+        DamagedError: the checkpoint is damaged, or its biases were changed since fastlock wrote them.
+        UnsupportedError: its receipt is of a newer format.
     """
     if not is_loaded(model):
         return
     receipt = _saved(model).receipt
-    here = locked_sites(model, receipt)
-    for site in here:
+    sites = locked_sites(model, receipt)
+    for site in sites:
         check_foldable(site)
-    receipt = receipt.renamed([site.name for site in here])  # in the files they may have had other names
+    receipt = receipt.renamed([site.name for site in sites])  # in the files they may have had other names
     if not unchanged(model, receipt):
-        raise FastlockError(
-            f"{_where(model)}: the locked biases are not those that fastlock wrote (trained since, or loaded in part); "
-            "replacing them would lose that change. Start from the original checkpoint."
+        raise DamagedError(
+            f"{_where(model)}: the locked biases are not those that fastlock wrote (trained since, or loaded in part). "
+            "Replacing them would lose that change. Start from the original checkpoint."
         )
     originals, carrier = original_biases(model, receipt), _carrier(model)
     if not _drop_added_biases(model, receipt, carrier, undo):
         originals = {name: torch.zeros_like(_bias(model, name)) if o is None else o for name, o in originals.items()}
     for name, original in originals.items():
         keep(model.get_submodule(name), original, _bias(model, name).detach().clone(), undo)
-    sites = tuple(replace(site, had_bias=originals[site.name] is not None) for site in receipt.sites)
+    noted = tuple(replace(site, had_bias=originals[site.name] is not None) for site in receipt.sites)
     data = getattr(model.config, CONFIG_KEY)
     delattr(model.config, CONFIG_KEY)
     undo.callback(setattr, model.config, CONFIG_KEY, data)
-    mark(model, replace(receipt, sites=sites, original_config=carrier.original_config), undo)
+    mark(model, replace(receipt, sites=noted, original_config=carrier.original_config), undo)
 
 
 def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
-    """Note on the model that it is relocked (or, with None, that it is not), and let its saving go by that."""
+    """Note on the model that it is relocked (or, with None, that it is not), and let it be saved accordingly."""
     known = receipt or model.__dict__[RECEIPT]
     undo.callback(set_receipt, model, model.__dict__.get(RECEIPT))
     set_receipt(model, receipt)
@@ -118,7 +125,7 @@ def _swap(module: nn.Module, gained: type | None, undo: ExitStack) -> None:
 
 
 def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: CarrierNote, undo: ExitStack) -> bool:
-    """Take away the zero biases that the carrier added beside the locked ones; False where they must stay.
+    """Remove the zero biases that the carrier added beside the locked ones; False where they must stay.
 
     They stay where the config's flag was on before (a Qwen2 in Llama form), and where training has filled them.
     """
@@ -145,7 +152,7 @@ def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: CarrierNote,
 
 def unchanged(model: nn.Module, receipt: Receipt) -> bool:
     """Whether the locked biases are those that fastlock wrote, as far as the dtype they were loaded in can tell."""
-    written = DTYPES.get(receipt.dtype)
+    written = BY_TORCH_NAME.get(receipt.dtype)
     biases = [site.bias for site in locked_sites(model, receipt)]
     if written is None or any(bias is None for bias in biases):
         return False
@@ -156,13 +163,13 @@ def unchanged(model: nn.Module, receipt: Receipt) -> bool:
 
 def _decoded(model: nn.Module, data: bytes | None, site: Site, dtype: str) -> torch.Tensor:
     try:
-        original = torch.frombuffer(bytearray(data or b""), dtype=DTYPES[dtype])
+        original = torch.frombuffer(bytearray(data or b""), dtype=BY_TORCH_NAME[dtype])
         if site.bias is None or original.shape != site.bias.shape:
             raise ValueError(f"{len(original)} numbers")
     except (ValueError, TypeError, KeyError) as error:
-        raise FastlockError(
-            f"{_where(model)}: the receipt does not hold the original bias of {site.name} ({error}), so that it can't "
-            "be put back. Get the checkpoint again, or start from the original one."
+        raise DamagedError(
+            f"{_where(model)}: the receipt does not hold the original bias of {site.name} ({error}), which therefore "
+            "cannot be put back. Download the checkpoint again, or start from the original one."
         ) from None
     return original.to(site.weight)
 
@@ -172,10 +179,10 @@ def _saved(model: nn.Module) -> SavedReceipt:
 
 
 def _carrier(model: nn.Module) -> CarrierNote:
-    """How the checkpoint carries the lock, as far as it can be true of this model."""
+    """How the checkpoint says that it carries the lock, if that can be true of this model."""
     carrier = _saved(model).carrier
     if carrier.flag != family_of(model).bias_flag:
-        raise FastlockError(f"{_where(model)}: the receipt is damaged (carrier). Get the checkpoint again.")
+        raise DamagedError(f"{_where(model)}: the receipt is damaged (carrier). Download the checkpoint again.")
     return carrier
 
 

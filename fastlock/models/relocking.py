@@ -1,4 +1,4 @@
-"""Models in memory: relock, unlock, relocked(), many at once."""
+"""Relocking models in memory, and unlocking them: one, many at once, or for the time of a `with` block."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.fold import Fold, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt
 from fastlock.models.reloaded import mark, receipt_of, take_over
-from fastlock.models.sites import Projections, Site, bare_sites, sites_for, text_config, unwrapped
+from fastlock.models.sites import BareProjections, Site, bare_sites, sites_for, text_config, unwrapped
 from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, with_digests_of
 
 _T = TypeVar("_T")
@@ -31,13 +31,14 @@ _HOLDERS: Any = WeakIdKeyDictionary()
 def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Receipt:
     """Fold the lock through the model's own output projections and put the biases in place.
 
-    The model then computes what it would with `strength * scale * direction` added to each locked head's output, at
-    every position (arXiv 2410.10343). A model that is relocked already, now or before it was saved, gets this lock
-    instead of the earlier one. No gradients are needed; biases that the lock adds do not require any, and those that
-    were there keep their `requires_grad` and their identity.
+    The model then computes what it would with d = `strength * scale * direction` added to each locked head's output,
+    at every position (arXiv 2410.10343): (x + d) Wᵀ + c = x Wᵀ + (c + W d). A model that is relocked already, now or
+    before it was saved, gets this lock instead of the earlier one. No gradients are needed. Biases that the lock adds
+    do not require any; those that were there keep their `requires_grad` and their identity.
 
     Args:
-        model: a transformers model, on any device; `torch.compile`d is fine.
+        model: a transformers model, on any device, in float16, bfloat16, float32 or float64; it may be
+            `torch.compile`d.
         lock: the lock, extracted from this model's aligned base.
         strength: the paper's α, 0 or more; by default the one that the lock was calibrated at, or else the paper's 6.
 
@@ -45,8 +46,12 @@ def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Recei
         What was done.
 
     Raises:
-        FastlockError: the lock does not fit, the fold would not be exact in this family, or the weights can't be
-            read. The model is as it was.
+        MismatchError: the lock does not fit.
+        UnsupportedError: the fold would not be exact in this family, or its weights cannot be folded.
+        DamagedError: weights hold NaN or infinities or do not belong to their config, a receipt is damaged, or a bias
+            was changed since an earlier lock was put in.
+        FastlockError: the strength cannot be applied, or is too large for the dtype. After any error the model is as
+            it was.
     """
     return _relock([model], [lock], [strength])[0]
 
@@ -56,22 +61,22 @@ def relock_many(
 ) -> list[Receipt]:
     """Relock several models, all of them or none: one kernel launch per CUDA device, dtype, layout and head_dim.
 
-    Models that share their output projections (the same memory) are folded once, and share the bias.
+    Models that share their output projections (the same memory) are folded once, and share the biases.
 
     Args:
         models: as for `relock`; their shapes and families may differ.
-        lock: one lock for all, or one each.
-        strength: one for all, or one each; None as for `relock`.
+        lock: one lock for all, or a list with one each.
+        strength: one for all, or a list with one each; None as for `relock`.
 
     Returns:
         A receipt per model, in order.
 
     Raises:
-        FastlockError: as for `relock`. All models are as they were.
+        FastlockError, and its kinds: as for `relock`. All models are as they were.
     """
     check_list(models)
     if any(isinstance(model, dict) for model in models):
-        raise FastlockError("bare output projections have no place for a bias: fold them with fastlock.Plan.")
+        raise FastlockError("bare output projections have no place for a bias. Fold them with fastlock.Plan.")
     return _relock(models, each(lock, len(models), "lock"), each(strength, len(models), "strength"))
 
 
@@ -85,8 +90,9 @@ def unlock(model: nn.Module) -> None:
     """Put back exactly what was there before relocking, bit for bit, and no bias where there was none.
 
     Raises:
-        FastlockError: the model is not relocked, or a bias was changed since (by training, say), so that putting
-            the original back would lose that change.
+        DamagedError: a bias was changed since (by training, say), and putting the original back would lose that
+            change; or the receipt of a loaded model is damaged.
+        FastlockError: the model is not relocked.
     """
     inner = unwrapped(model)
     with changing() as undo:
@@ -101,7 +107,7 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
     """The model relocked inside the `with` block; afterwards as it was before, an earlier lock included.
 
     Raises:
-        FastlockError: as for `relock`.
+        FastlockError, and its kinds: as for `relock`; after the block as for `unlock`.
     """
     inner = unwrapped(model)
     with changing() as undo:
@@ -123,9 +129,9 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
 
 @contextlib.contextmanager
 def changing() -> Iterator[ExitStack]:
-    """A stack for the undoing of each change: whatever error comes, they are all undone.
+    """A stack of callbacks that undo each change: whatever error comes, all changes are undone.
 
-    What is made inside are ordinary tensors, in inference mode too, so that the model can still be trained.
+    Tensors made inside are ordinary ones, in inference mode too: the model can still be trained.
     """
     with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
         yield undo
@@ -137,10 +143,10 @@ class Member:
     """One model of those that are relocked together.
 
     Attributes:
-        model: out of its wrappers; None for bare output projections.
+        model: out of its wrapper; None for bare output projections.
         lock: what it is relocked with.
         strength: the strength to apply.
-        displacements: of the lock at this strength, by layer; one object for all members of the same two.
+        displacements: of the lock at this strength, by layer; the same object for members of the same two.
         sites: those that the lock shifts.
     """
 
@@ -152,45 +158,49 @@ class Member:
 
 
 def check_list(models: object) -> None:
-    """That several models were given as a list."""
+    """Refuse several models that do not come as a list.
+
+    Raises:
+        FastlockError: they do not.
+    """
     if not isinstance(models, Sequence) or isinstance(models, str):
         raise FastlockError(f"models is a {type(models).__name__}; give a list of models.")
 
 
-def each(given: _T | Sequence[_T], count: int, name: str) -> list[_T]:
-    """One for each model: the one that was given for all, or those that were.
+def each(values: _T | Sequence[_T], count: int, name: str) -> list[_T]:
+    """One value for each model, from a value for all or a list, array or tensor of them.
 
     Raises:
-        FastlockError: there are more or fewer than models.
+        FastlockError: there are more or fewer values than models.
     """
-    if getattr(given, "ndim", 0):  # an array, or a tensor
-        given = cast(Any, given).tolist()
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        if len(given) != count:
-            raise FastlockError(f"{name}: {len(given)} were given for {count} models. Give one for all, or one each.")
-        return list(given)
-    return [given] * count
+    if getattr(values, "ndim", 0):  # an array, or a tensor
+        values = cast(Any, values).tolist()
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        if len(values) != count:
+            raise FastlockError(f"{name}: {len(values)} were given for {count} models. Give one for all, or one each.")
+        return list(values)
+    return [values] * count
 
 
 def displaced(locks: Sequence[Lock], strengths: Sequence[float]) -> list[Mapping[int, Displacement]]:
-    """The displacements of each; one object for all that have the same lock at the same strength."""
-    made: dict[tuple[int, float], Mapping[int, Displacement]] = {}
+    """The displacements of each lock, by layer; the same object where lock and strength are the same."""
+    displacements: dict[tuple[int, float], Mapping[int, Displacement]] = {}
     for lock, strength in zip(locks, strengths, strict=True):
-        if (id(lock), strength) not in made:
-            made[id(lock), strength] = lock.displacement(strength)
-    return [made[id(lock), strength] for lock, strength in zip(locks, strengths, strict=True)]
+        if (id(lock), strength) not in displacements:
+            displacements[id(lock), strength] = lock.displacement(strength)
+    return [displacements[id(lock), strength] for lock, strength in zip(locks, strengths, strict=True)]
 
 
 def prepare(
-    models: Sequence[nn.Module | Projections],
+    models: Sequence[nn.Module | BareProjections],
     locks: Sequence[Lock],
     strengths: Sequence[float | None],
     undo: ExitStack,
 ) -> list[Member]:
-    """All checks of all models; those that came back relocked from disk are taken over.
+    """Check everything about all models; take over those that came back relocked from disk.
 
     Raises:
-        FastlockError: as for `relock`.
+        FastlockError, and its kinds: as for `relock`.
     """
     for lock in locks:
         check_lock(lock)
@@ -198,7 +208,7 @@ def prepare(
     inner = [model if isinstance(model, dict) else unwrapped(model) for model in models]
     own = [id(model) for model in inner if isinstance(model, nn.Module)]
     if len(set(own)) < len(own):
-        raise FastlockError("one model is given twice; a model carries one lock. Remove the repetition.")
+        raise FastlockError("one model is given twice; a model carries one lock. Give each model once.")
     members = []
     for i, (model, lock, displacements) in enumerate(zip(inner, locks, displaced(locks, applied), strict=True)):
         if isinstance(model, nn.Module):
@@ -211,7 +221,7 @@ def prepare(
 
 
 def folds_of(members: Sequence[Member]) -> list[Fold]:
-    """What is to be folded, member by member and site by site."""
+    """The folds of all members, member by member and site by site."""
     return [
         Fold(site.head_columns(displacement.heads), displacement.values, original_bias(site), site.name)
         for member in members
@@ -221,45 +231,58 @@ def folds_of(members: Sequence[Member]) -> list[Fold]:
 
 
 def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack) -> list[Receipt | None]:
-    """Put the biases in, in the order of `folds_of`, in place of an earlier lock's; None for bare projections."""
+    """Put the biases in, in the order of `folds_of`, in place of an earlier lock's.
+
+    Returns:
+        A receipt per member; None for bare projections.
+    """
     receipts: list[Receipt | None] = []
     rest = iter(biases)
     for member in members:
-        mine = [next(rest) for _ in member.sites]
+        biases_of_member = [next(rest) for _ in member.sites]
         if member.model is None:
             receipts.append(None)
             continue
         receipt = receipt_for(member)
         _take_out(member.model, undo)
-        receipts.append(_place_all(member.model, receipt, member.sites, mine, undo))
+        receipts.append(_place_all(member.model, receipt, member.sites, biases_of_member, undo))
     return receipts
 
 
 def _check_not_shared(members: Sequence[Member]) -> None:
+    """Refuse a projection, or a bias, in which the lock would act in another place too, or a second lock would."""
     modules: set[int] = set()
     biases: set[int] = set()
     for member in members:
-        receipt = None if member.model is None else receipt_of(member.model)
-        mine = {id(site.module) for site in locked_sites(cast(Any, member.model), receipt)} if receipt else set()
+        holding = _modules_that_hold_its_lock(member)
         uses: Counter[int] | None = None
         for site in member.sites:
-            if id(site.module) in modules or (hasattr(site.module, PLACED_BIAS) and id(site.module) not in mine):
+            module, bias = site.module, site.bias
+            if id(module) in modules or (hasattr(module, PLACED_BIAS) and id(module) not in holding):
                 raise FastlockError(
                     f"{site.name} is part of another model too, which is relocked: a second lock would be added to the "
                     "first. Unlock that model first, or give the two models layers of their own."
                 )
-            modules.add(id(site.module))
-            if member.model is None or site.bias is None:
+            modules.add(id(module))
+            if member.model is None or bias is None:
                 continue
             uses = uses or Counter(id(p) for _, p in member.model.named_parameters(remove_duplicate=False))
-            holder = _HOLDERS.get(site.bias)
-            if id(site.bias) in biases or uses[id(site.bias)] > 1 or (holder and holder() not in (None, site.module)):
-                raise FastlockError(
-                    f"{site.name}.bias is one parameter with that of another module, which the lock would act in too; "
-                    "and it can't hold two locks. Give each a parameter of its own (nn.Parameter(bias.detach()) may "
-                    "share its memory)."
+            holder = _HOLDERS.get(bias)
+            if id(bias) in biases or uses[id(bias)] > 1 or (holder and holder() not in (None, module)):
+                raise UnsupportedError(
+                    f"{site.name}.bias is one parameter with that of another module: the lock would act there too, and "
+                    "a parameter cannot hold two locks. Give each a parameter of its own (nn.Parameter(bias.detach()) "
+                    "may share its memory)."
                 )
-            biases.add(id(site.bias))
+            biases.add(id(bias))
+
+
+def _modules_that_hold_its_lock(member: Member) -> set[int]:
+    """The ids of a member's modules that an earlier relock of this model put a lock into."""
+    receipt = None if member.model is None else receipt_of(member.model)
+    if member.model is None or receipt is None:
+        return set()
+    return {id(site.module) for site in locked_sites(member.model, receipt)}
 
 
 def original_bias(site: Site) -> torch.Tensor | None:
@@ -269,7 +292,7 @@ def original_bias(site: Site) -> torch.Tensor | None:
 
 
 def receipt_for(member: Member) -> Receipt:
-    """The receipt of a model's member, without its digests."""
+    """The receipt of a member that has a model, without its digests."""
     model: Any = member.model
     earlier = receipt_of(model)
     return Receipt(
@@ -302,10 +325,10 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
     sites = _still_locked(model, receipt)
     for site in sites:
         if site.bias is None or not torch.equal(site.bias, getattr(site.module, PLACED_BIAS)):
-            raise FastlockError(
+            raise DamagedError(
                 f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
-                "the original back would lose that change. To get the original, load the checkpoint again; to train "
-                "with a lock, unlock first and relock afterwards."
+                "the original back would lose that change. For the original, load the checkpoint again. To train, "
+                "unlock first, and relock afterwards."
             )
     for site in sites:
         _restore(site.module, undo)
@@ -316,22 +339,22 @@ def _still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
     """The sites that hold the lock; it is gone from a projection that was replaced since.
 
     Raises:
-        FastlockError: one that was replaced has a bias, which may or may not be the lock's.
+        DamagedError: a module that was put there since has a bias, which may or may not hold the lock.
     """
-    found = []
+    locked = []
     for site in locked_sites(model, receipt):
         if hasattr(site.module, PLACED_BIAS):
-            found.append(site)
+            locked.append(site)
         elif site.bias is not None:
-            raise FastlockError(
-                f"{site.name} was replaced since the model was relocked, by a module with a bias, of which can't be "
-                "told whether it holds the lock. Put the earlier one back, or load the checkpoint again."
+            raise DamagedError(
+                f"{site.name} was replaced since the model was relocked, and the new module has a bias: nobody can "
+                "tell whether it holds the lock. Put the earlier module back, or load the checkpoint again."
             )
-    return found
+    return locked
 
 
 def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
-    """Put the bias in; an original one keeps its Parameter, so that an optimizer keeps working on it."""
+    """Put the bias in; an original one keeps its Parameter, for an optimizer that holds it."""
     original = None if module.bias is None else module.bias.data
     keep(module, original, bias.detach().clone(), undo)
     if original is None:

@@ -1,4 +1,4 @@
-"""Locks per request: y = (x + s d[lock of the row]) Wᵀ + c, for servers whose tenants share one model's weights.
+"""Locks per request, y = (x + s d[lock of the row]) Wᵀ + c, for servers whose tenants share one model's weights.
 
 Nothing is put into the weights or biases: each request of a batch has the lock that it was assigned, or none.
 """
@@ -6,40 +6,38 @@ Nothing is put into the weights or biases: each request of a batch has the lock 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.kernels.fold.reference import HeadColumns, exact_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, check_strength, strength_for
-from fastlock.models.locked_linear_op import (
-    FEWEST_HELD,
-    check_lock_id,
-    locked_linear,
-)
+from fastlock.models.assignment import Assignment
+from fastlock.models.locked_linear_op import check_lock_id, locked_linear
+from fastlock.models.projections import REPLACED, StandIn, Transposed
 from fastlock.models.reloaded import check_unlocked
-from fastlock.models.sites import REPLACED, Site, sites_for, unwrapped
+from fastlock.models.sites import Site, sites_for, unwrapped
 from fastlock.models.state import PLACED_BIAS, version_of
 
 
-class LockedLinear(nn.Module):
+class LockedLinear(StandIn):
     """One attention output projection with a lock per request, in the place of the plain one.
 
-    It has the parameters of the plain one, under their names, and its hooks, so that a state_dict is the same and what
+    It has the hooks of the plain one, and its parameters under the same names: the state_dict stays the same, and what
     happens to them here happens there. Its tables are in no state_dict. `RequestLocks` makes and assigns it.
 
     Attributes:
         weight, bias: those of the plain projection.
         transposed: whether it keeps W as [num_heads * head_dim, hidden] (GPT-2's Conv1D).
         heads, slots, values, folds: as in `locked_linear`; buffers, at the same address until the device changes.
-        lock_of_row, strength_of_row: as in `locked_linear`; of `_Assigned`, and no buffers: DDP would overwrite them
-            with those of another process, and torch.compile would compile anew for each batch size.
-        packed: whether each row has an entry of its own, and not each request.
-        limits: the largest strength of each lock that this dtype can hold.
+        lock_of_row, strength_of_row: as in `locked_linear`, from the `Assignment`. They are not buffers: DDP would
+            overwrite them with those of another process, and torch.compile would compile anew for each batch size.
+        packed: whether each row has an entry of its own, rather than each request.
+        limits: the largest strength of each lock that this dtype can hold, [num_locks] float64.
     """
 
     weight: nn.Parameter
@@ -52,15 +50,16 @@ class LockedLinear(nn.Module):
     strength_of_row: torch.Tensor
     limits: torch.Tensor
 
-    def __init__(self, site: Site, displacements: Sequence[Displacement | None], assigned: _Assigned) -> None:
-        """Of a site's module, which is not changed.
+    def __init__(self, site: Site, displacements: Sequence[Displacement | None], assigned: Assignment) -> None:
+        """Stand in for a site's module, which is not changed.
 
         Args:
+            site: a plain or transposed projection.
             displacements: of each lock at strength 1; None for a lock that does not shift this layer.
             assigned: shared by all layers of the model.
 
         Raises:
-            FastlockError: a fold is not finite.
+            DamagedError: a fold is not finite.
         """
         super().__init__()
         self.name = site.name
@@ -70,7 +69,7 @@ class LockedLinear(nn.Module):
         self._parameters = site.module._parameters
         _share_hooks(site.module, self)
         self.train(site.module.training)
-        self.transposed = not isinstance(site.module, nn.Linear)
+        self.transposed = isinstance(site.projection, Transposed)
         tables = _tables(self._displacements, site.num_heads, site.head_dim)
         tables |= {"folds": torch.zeros(len(displacements), len(site.weight), device="cpu")}
         for name, table in tables.items():
@@ -80,16 +79,23 @@ class LockedLinear(nn.Module):
         self.refresh()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Y of x, [batch, ..., width]; as many requests, or packed rows, as were assigned.
+        """The projection of x with the lock of each request.
+
+        Args:
+            x: [batch, ..., width], with as many requests, or packed rows, as were assigned.
+
+        Returns:
+            y, [batch, ..., hidden] of x's dtype; under autocast of that which it casts to.
 
         Raises:
-            FastlockError: there are more or fewer.
+            FastlockError: there are more or fewer requests; or a weight was changed while a CUDA graph is captured.
+            DamagedError: a weight was changed, and its fold is not finite.
         """
         if not torch.compiler.is_compiling():
             self.refresh()
-        there = x.numel() // x.shape[-1] if self.packed else x.shape[0]
-        if self.lock_of_row.shape[0] != there:
-            self._refuse(there)
+        count = x.numel() // x.shape[-1] if self.packed else x.shape[0]
+        if self.lock_of_row.shape[0] != count:
+            self._refuse(count)
         weight: torch.Tensor = self.weight.t() if self.transposed else self.weight
         bias: torch.Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
@@ -106,27 +112,28 @@ class LockedLinear(nn.Module):
             self.strength_of_row,
         )
 
-    def _refuse(self, there: int) -> None:
-        kind = "rows of packed requests" if self.packed else "requests"
-        came = f"{there} rows" if self.packed else f"a batch of {there}"
+    def _refuse(self, count: int) -> None:
+        entries = "rows of packed requests" if self.packed else "requests"
+        batch = f"{count} rows" if self.packed else f"a batch of {count}"
         raise FastlockError(
-            f"{self.name}: {came} came, but locks were assigned to {self.lock_of_row.shape[0]} {kind}. Call assign() "
-            "before the model runs, with one for each (of a beam search, for each beam; packed=True for each row of "
-            "requests that are packed into one sequence); -1 for none."
+            f"{self.name}: {batch} came, but locks were assigned to {self.lock_of_row.shape[0]} {entries}. Call "
+            "assign() before the model runs, with the lock of each request, -1 for none. In a beam search, give one "
+            "for each beam; with packed=True, one for each row of the requests that are packed into one sequence."
         )
 
     def take_assignment(self) -> None:
-        """Read the requests' locks where they are kept for this device."""
+        """Read the requests' locks from the memory of this device."""
         self.packed = self._assigned.packed
         self.lock_of_row, self.strength_of_row = self._assigned.on(self.weight.device)
 
     def refresh(self, anew: bool = False) -> None:
-        """Fold again if the weight was replaced, moved or written to, or anyway; at the same address if it can be.
+        """Fold again if the weight was replaced, moved or written to, or if `anew`; at the same address if possible.
 
-        What goes past torch's count of writes (`weight.data`, inference mode) is not noticed.
+        Writes that torch does not count (`weight.data`, inference mode) are not noticed.
 
         Raises:
-            FastlockError: a fold is not finite; or a CUDA graph is being captured, in which nothing can be folded.
+            DamagedError: a fold is not finite.
+            FastlockError: a CUDA graph is being captured, and nothing can be folded meanwhile.
         """
         weight = self.weight
         now = (weight.data_ptr(), weight.device, weight.dtype, version_of(weight))
@@ -134,7 +141,7 @@ class LockedLinear(nn.Module):
         if same and now == self._folded and not anew:
             return
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise FastlockError(f"{self.name}.weight was changed: call assign() before you capture a CUDA graph.")
+            raise FastlockError(f"{self.name}.weight was changed. Call assign() before you capture a CUDA graph.")
         with torch.inference_mode(False), torch.no_grad():
             folds = self._folds()
             self.folds.copy_(folds)
@@ -149,10 +156,13 @@ class LockedLinear(nn.Module):
             none if d is None else exact_fold(HeadColumns.in_projection(weight, d.heads, d.head_dim), d.values).cpu()
             for d in self._displacements
         ]
-        found = torch.stack(folds).float()
-        if not found.isfinite().all():
-            raise FastlockError(f"{self.name}: a fold is not finite: its locked columns hold NaN or infinite weights.")
-        return found
+        table = torch.stack(folds).float()
+        if not table.isfinite().all():
+            raise DamagedError(
+                f"{self.name}: a fold is not finite: its locked columns hold NaN or infinite weights. Check the model, "
+                "or download the checkpoint again."
+            )
+        return table
 
     def _limits(self, folds: torch.Tensor) -> torch.Tensor:
         """The strength at which what is added to x or y is infinite in their dtype, [num_locks] float64."""
@@ -174,15 +184,16 @@ class LockedLinear(nn.Module):
 
 
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Whatever hooks one of them has or gets, the other one has too; backward hooks are of one kind in both."""
+    """Let each have whatever hooks the other has or gets; backward hooks are of one kind in both."""
     shared = {name: hooks for name, hooks in source.__dict__.items() if "_hooks" in name}
     target.__dict__.update(shared, _is_full_backward_hook=source._is_full_backward_hook)
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """As autocast casts what goes into a linear layer: all but float64."""
-    kept = tensor.dtype == torch.float64
-    return tensor if kept else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    """Cast as autocast does what goes into a linear layer: all but float64."""
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _tables(displacements: Sequence[Displacement | None], num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
@@ -199,56 +210,6 @@ def _tables(displacements: Sequence[Displacement | None], num_heads: int, head_d
     return {"heads": heads, "slots": slots, "values": torch.stack(values).float().view(-1, head_dim)}
 
 
-class _Assigned:
-    """The lock and the strength of each request, which all layers of a model read.
-
-    On each device every number of requests has its place in memory, the same one each time, so that a CUDA graph that
-    was captured with that many sees what is assigned later.
-
-    Attributes:
-        packed: whether each row has an entry of its own, and not each request.
-    """
-
-    def __init__(self) -> None:
-        self.packed = False
-        self._now: tuple[torch.Tensor, torch.Tensor] = _numbers([], [])
-        self._memory: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def assign(
-        self, locks: Sequence[int], strengths: Sequence[float], packed: bool, devices: Iterable[torch.device]
-    ) -> None:
-        """Another assignment; nothing is changed where memory runs out on one of the devices."""
-        for device in devices:
-            self._held(device, len(locks))
-        self._now, self.packed = _numbers(locks, strengths), packed
-
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`lock_of_row` and `strength_of_row` there, written anew."""
-        with torch.inference_mode(False), torch.no_grad():
-            locks, strengths = (
-                memory[: len(numbers)].copy_(numbers)
-                for memory, numbers in zip(self._held(device, len(self._now[0])), self._now, strict=True)
-            )
-        return locks, strengths
-
-    def _held(self, device: torch.device, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The memory for so many requests: of few sizes, so that it does not grow with every other number of rows."""
-        size = max(FEWEST_HELD, 1 << (count - 1).bit_length())
-        if (device, size) not in self._memory:
-            with torch.inference_mode(False):
-                locks = torch.full((size,), -1, dtype=torch.int32, device=device)
-                self._memory[device, size] = locks, torch.zeros(size, dtype=torch.float32, device=device)
-        return self._memory[device, size]
-
-
-def _numbers(locks: Sequence[int], strengths: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lock_of_row` and `strength_of_row`, on the CPU."""
-    return (
-        torch.tensor(locks, dtype=torch.int32, device="cpu"),
-        torch.tensor(strengths, dtype=torch.float32, device="cpu"),
-    )
-
-
 class RequestLocks:
     """Locks that each request of a batch may have, or not, in one model whose weights and biases stay as they are.
 
@@ -261,15 +222,16 @@ class RequestLocks:
     """
 
     def __init__(self, model: nn.Module, locks: Sequence[Lock]) -> None:
-        """Put them into a model.
+        """Put locks into a model.
 
         Args:
-            model: a transformers model, on any devices, not relocked; `torch.compile`d is fine.
+            model: a transformers model, on any devices, not relocked; it may be `torch.compile`d.
             locks: one or more; they may shift different heads and layers.
 
         Raises:
-            FastlockError: as for `fastlock.relock`; or the model is relocked, or has locks per request already. The
-                model is as it was.
+            MismatchError, UnsupportedError, DamagedError: as for `fastlock.relock`.
+            FastlockError: the model is relocked, or has locks per request already. After any error the model is as it
+                was.
         """
         inner = unwrapped(model)
         self.locks = _checked(locks)
@@ -277,20 +239,20 @@ class RequestLocks:
         sites: dict[int, Site] = {}
         displacements: dict[int, list[Displacement | None]] = {}
         for i, lock in enumerate(self.locks):
-            of_layers = lock.displacement(1.0)
+            by_layer = lock.displacement(1.0)
             for site in sites_for(inner, lock):
                 sites[site.layer] = site
-                displacements.setdefault(site.layer, [None] * len(self.locks))[i] = of_layers[site.layer]
+                displacements.setdefault(site.layer, [None] * len(self.locks))[i] = by_layer[site.layer]
         for site in sites.values():
             _check_replaceable(site)
-        self._assigned = _Assigned()
+        self._assigned = Assignment()
         with torch.inference_mode(False), torch.no_grad():
-            made = [
+            stand_ins = [
                 (site, LockedLinear(site, displacements[layer], self._assigned))
                 for layer, site in sorted(sites.items())
             ]
         self._placed: list[tuple[nn.Module, str, nn.Module, LockedLinear]] = []
-        for site, locked in made:
+        for site, locked in stand_ins:
             path, _, name = site.name.rpartition(".")
             parent = inner.get_submodule(path)
             setattr(parent, name, locked)
@@ -304,21 +266,22 @@ class RequestLocks:
         *,
         packed: bool = False,
     ) -> None:
-        """The lock of each request in the batches that follow.
+        """Give each request of the batches that follow its lock.
 
-        What is assigned to as many requests is written to the same memory each time, so that CUDA graphs see it.
+        Assignments to the same number of requests are written to the same memory: CUDA graphs see them.
 
         Args:
-            lock_of_request: for each request of the batch the number of its lock, -1 for none.
-            strengths: one for all, or one a request; None for the lock's own, as for `fastlock.relock`.
-            packed: requests are packed into one sequence, and what is given is for each of its tokens.
+            lock_of_request: for each request of the batch the number of its lock, -1 for none; [batch] ints.
+            strengths: one for all, or one per request; None for the lock's own, as for `fastlock.relock`.
+            packed: whether requests are packed into one sequence, and there is an entry for each of its tokens.
 
         Raises:
-            FastlockError: a lock that there is not, a strength that can't be applied or is too large for the model's
-                dtype, or as many strengths as requests were not given. What was assigned before is still so.
+            FastlockError: there is no such lock, a strength cannot be applied or is too large for the model's dtype,
+                or there are more or fewer strengths than requests. The earlier assignment then still holds.
+            DamagedError: a weight was changed, and its fold is not finite.
         """
         if not self._placed:
-            raise FastlockError("these locks were removed from the model; make new RequestLocks.")
+            raise FastlockError("these locks were removed from the model. Make new RequestLocks.")
         layers = [locked for *_, locked in self._placed]
         for locked in layers:
             locked.refresh()
@@ -329,16 +292,16 @@ class RequestLocks:
 
     def _applied(self, lock_of_request: Any, strengths: Any) -> tuple[list[int], list[float]]:
         """The number and the strength of each request's lock, 0 for none."""
-        given, of_each = (
-            given.tolist() if isinstance(given, torch.Tensor) else given for given in (lock_of_request, strengths)
+        requests, wanted = (
+            values.tolist() if isinstance(values, torch.Tensor) else values for values in (lock_of_request, strengths)
         )
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise FastlockError("give a list with the lock of each request, -1 for none.")
-        locks = [check_lock_id(lock, len(self.locks)) for lock in given]
-        of_each = list(of_each) if isinstance(of_each, Sequence) else [of_each] * len(locks)
-        if len(of_each) != len(locks):
-            raise FastlockError(f"{len(of_each)} strengths for {len(locks)} requests. Give one for all, or one each.")
-        checked = [None if strength is None else check_strength(strength) for strength in of_each]
+        if not isinstance(requests, Sequence) or isinstance(requests, str) or not requests:
+            raise FastlockError("lock_of_request: give a list with the lock of each request, -1 for none.")
+        locks = [check_lock_id(lock, len(self.locks)) for lock in requests]
+        wanted = list(wanted) if isinstance(wanted, Sequence) else [wanted] * len(locks)
+        if len(wanted) != len(locks):
+            raise FastlockError(f"{len(wanted)} strengths for {len(locks)} requests. Give one for all, or one each.")
+        checked = [None if strength is None else check_strength(strength) for strength in wanted]
         applied = [
             0.0 if lock == -1 else strength_for(self.locks[lock], strength)
             for lock, strength in zip(locks, checked, strict=True)
@@ -347,25 +310,31 @@ class RequestLocks:
         for lock, strength in zip(locks, applied, strict=True):
             if lock != -1 and strength > limits[lock]:
                 raise FastlockError(
-                    f"strength {strength:g} is too large for lock {lock}: the model's dtype holds no numbers as large "
-                    f"as its fold. Give {limits[lock]:.3g} at most."
+                    f"strength {strength:g} is too large for lock {lock}: the model's dtype cannot hold numbers as "
+                    f"large as its fold. Give {limits[lock]:.3g} at most."
                 )
         return locks, applied
 
     def refold(self) -> None:
-        """Fold all locks again, after weights were changed past torch's count of writes (`weight.data`)."""
+        """Fold all locks again, after writes to weights that torch does not count (`weight.data`).
+
+        Raises:
+            DamagedError: a fold is not finite.
+        """
         for _, _, _, locked in self._placed:
             locked.refresh(anew=True)
 
     def remove(self) -> None:
-        """Put the original modules back, with what happened to their parameters meanwhile.
+        """Put the original modules back; their parameters keep what happened to them meanwhile.
 
         Raises:
-            FastlockError: something else took the place of one of these; nothing was changed.
+            FastlockError: something else took the place of a `LockedLinear`. Nothing was changed.
         """
         for parent, name, _, locked in self._placed:
             if getattr(parent, name) is not locked:
-                raise FastlockError(f"{locked.name} was replaced since locks were put in; put that back first.")
+                raise FastlockError(
+                    f"{locked.name} was replaced since locks were put in. Put the LockedLinear back first."
+                )
         for parent, name, original, locked in self._placed:
             original.train(locked.training)
             original._is_full_backward_hook = locked._is_full_backward_hook
@@ -391,21 +360,21 @@ def _checked(locks: Any) -> tuple[Lock, ...]:
 
 
 def _check_replaceable(site: Site) -> None:
-    """That another module can take the place of a site's."""
+    """Refuse a site whose place another module cannot take."""
     if hasattr(site.module, PLACED_BIAS):
-        raise FastlockError(f"{site.name} is part of another model too, which is relocked. Unlock that first.")
+        raise FastlockError(f"{site.name} is part of another model too, which is relocked. Unlock that model first.")
     if "forward" in site.module.__dict__ and not hasattr(site.module, "_hf_hook"):
-        raise FastlockError(
-            f"{site.name}.forward was replaced in this module, and that would not run while locks per request are in. "
-            "Put the class's own forward back, or use a hook."
+        raise UnsupportedError(
+            f"{site.name}.forward was replaced in this module, and would not run while locks per request are in. Put "
+            "the class's own forward back, or use a hook."
         )
 
 
 def _check_free(model: nn.Module) -> None:
-    """That a model has no lock yet."""
+    """Refuse a model that has a lock already."""
     if any(isinstance(module, LockedLinear) for module in model.modules()):
         raise FastlockError(
             f"{type(model).__name__} has locks per request already: remove() them first. (If it is a copy of a model "
-            "that had some: copy that one without them.)"
+            "that had some, make the copy without them.)"
         )
     check_unlocked(model, "its lock would act in every request, beside the request's own")

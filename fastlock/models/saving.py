@@ -1,8 +1,8 @@
 """How a relocked model is saved so that the lock is still there after loading.
 
-A checkpoint brings a bias back only if the class that its config names has a place for it; transformers drops any
-other bias in silence. The carrier is the form that has the place: the family's own config flag (native), or the
-same model written as a Llama (where that is exact). Where there is neither, saving is refused.
+A checkpoint brings a bias back only if the class that its config names has a place for it; transformers silently drops
+any other bias. The carrier is the form that has the place: the family's own config flag (native), or the same model
+written as a Llama (where that is exact). Where there is neither, saving is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlock.architectures.llama_form import llama_config
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
 from fastlock.models.sites import family_of
 from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, locked_sites, with_digests_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Swapped:
-    """What a swapped class needs to survive deepcopy and pickle: it is made anew from its two bases."""
+    """What a swapped class needs to survive deepcopy and pickle: it can be rebuilt from its two bases."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_swapped, type(self).__bases__, self.__dict__
@@ -51,19 +51,24 @@ class Relocked(_Swapped):
         """`PreTrainedModel.save_pretrained`, in a form that brings the lock back when loaded: see `carried_model`.
 
         Raises:
-            FastlockError: the model's family has no place for the bias; nothing is written.
+            UnsupportedError: the model's family has no place for the bias, or tensors are offloaded.
+            FastlockError: the place is a file, or the `state_dict` is not the model's. Nothing is written.
         """
         if Path(save_directory).is_file():
-            raise FastlockError(f"{save_directory}: is a file; give a directory to save into.")
+            raise FastlockError(f"{save_directory}: is a file. Give a directory to save into.")
         model: Any = self
         carried_model(model, state_dict).save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
 class PartOfRelocked(_Swapped):
-    """What the inner models of a relocked model gain: saving one of them alone would drop the lock in silence."""
+    """What the inner models of a relocked model gain: saving one of them alone would silently drop the lock."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Refuse: the whole model is what can be saved with its lock."""
+        """Refuse: only the whole model can be saved with its lock.
+
+        Raises:
+            FastlockError: always.
+        """
         raise FastlockError(
             f"{type(self).__name__} is the inner part of a relocked model, and saving it alone would lose the lock. "
             "Save the whole model, or unlock it first. Nothing was saved."
@@ -72,7 +77,7 @@ class PartOfRelocked(_Swapped):
 
 @cache
 def swapped_class(gained: type, cls: type) -> type:
-    """A class of the same name and module with `gained` in front of `cls`."""
+    """A class of the same name and module as `cls`, with `gained` in front of it."""
     return type(cls.__name__, (gained, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
@@ -91,37 +96,23 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
     Filling it strictly is the proof that nothing is lost: every tensor of the model has a place in the class that
     the config names, and every place is filled, with zeros where the config's flag asks for further biases.
 
+    Args:
+        model: a relocked model.
+        state: its state_dict, or the same numbers gathered elsewhere; by default its own.
+
     Raises:
-        FastlockError: no class has a place for the bias.
+        UnsupportedError: no class has a place for the biases, or tensors are offloaded.
+        FastlockError: `state` lacks a bias, or has other numbers for a locked one than the model.
     """
     config, cls = _carrier_of(model)
     own = model.state_dict()
     state = own if state is None else state
-    if missing := [name for name, tensor in state.items() if tensor.device.type == "meta"]:
-        raise FastlockError(
-            f"{type(model).__name__}: {missing[0]} is offloaded, so that it can't be saved with the lock. "
-            "Load the whole model into memory to save it. Nothing was saved."
-        )
-    for site in locked_sites(model, getattr(model, RECEIPT)):
-        given = state.get(f"{site.name}.bias")
-        if given is None:
-            raise FastlockError(
-                f"the state_dict lacks {site.name}.bias, which is the lock. Nothing was saved. Give the model's own."
-            )
-        bias = site.bias
-        if bias is None or given.dtype != bias.dtype or not torch.equal(given.to(bias.device), bias):
-            raise FastlockError(
-                f"the state_dict has other numbers for {site.name}.bias than the relocked model, or another dtype, so "
-                "that the lock would be lost. Nothing was saved. Give the model's own state_dict; to save in another "
-                "dtype, convert the model, and relock it."
-            )
-    if missing := [name for name in own if name.endswith(".bias") and name not in state]:
-        raise FastlockError(f"the state_dict lacks {missing[0]}. Nothing was saved. Give the model's own.")
+    _check_state(model, own, state)
     try:
         carried = in_class(cls, config, state)
     except (RuntimeError, TypeError) as error:
-        raise FastlockError(
-            f"{type(model).__name__} can't be saved without losing something: {cls.__name__} has no exact place for "
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be saved without losing something: {cls.__name__} has no exact place for "
             f"all of its tensors ({error}). unlock(model) saves as before; relock again after loading."
         ) from None
     if model.can_generate():
@@ -129,11 +120,35 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
     return carried
 
 
+def _check_state(model: PreTrainedModel, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Refuse a state_dict that is not the model's `own`, as far as biases can tell."""
+    if offloaded := [name for name, tensor in state.items() if tensor.device.type == "meta"]:
+        raise UnsupportedError(
+            f"{type(model).__name__}: {offloaded[0]} is offloaded, and cannot be saved with the lock. Load the whole "
+            "model into memory to save it. Nothing was saved."
+        )
+    for site in locked_sites(model, getattr(model, RECEIPT)):
+        name, bias = f"{site.name}.bias", site.bias
+        saved = state.get(name)
+        if saved is None:
+            raise FastlockError(
+                f"the state_dict lacks {name}, which is the lock. Nothing was saved. Give the model's own state_dict."
+            )
+        if bias is None or saved.dtype != bias.dtype or not torch.equal(saved.to(bias.device), bias):
+            raise FastlockError(
+                f"the state_dict has other numbers for {name} than the relocked model, or another dtype: the lock "
+                "would be lost. Nothing was saved. Give the model's own state_dict; to save in another dtype, convert "
+                "the model, and relock it."
+            )
+    if missing := [name for name in own if name.endswith(".bias") and name not in state]:
+        raise FastlockError(f"the state_dict lacks {missing[0]}. Nothing was saved. Give the model's own state_dict.")
+
+
 def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A model of a class and config on the storage of `state`; biases that `state` lacks become zeros.
 
     Raises:
-        RuntimeError: a tensor has no place, or a place no tensor.
+        RuntimeError: a tensor has no place, or a place has no tensor.
     """
     state = dict(state)
     with torch.device("meta"):
@@ -145,7 +160,7 @@ def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str
             state[name] = torch.zeros(places[name].shape, dtype=dtype, device="cpu")
     model.load_state_dict(state, assign=True, strict=True)
     if all(torch.equal(state[one], state[other]) for one, other in _tied(model, state)):
-        model.tie_weights()  # else what a merged adapter made of one of them would be lost
+        model.tie_weights()  # not otherwise: what a merged adapter made of one of them would be lost
     return model
 
 
@@ -162,7 +177,7 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     receipt = with_digests_of(replace(receipt, dtype=sites[0].dtype_name), sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
-    config.__dict__.pop("quantization_config", None)  # a GGUF's, dequantised in loading: what is saved is plain
+    config.__dict__.pop("quantization_config", None)  # of a GGUF that loading dequantised: what is saved is plain
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))
     if family.bias_flag is None:
         original = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}

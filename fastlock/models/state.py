@@ -13,29 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError, FastlockError, shown
 from fastlock.locks.receipt import KnownDigests, LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
 from fastlock.models.sites import Site, family_of
 from fastlock.models.sites import sites as every_site
 
+# The attribute of a relocked model that holds its receipt.
 RECEIPT = "_fastlock"
 
-# Buffers beside a locked projection, so that they move with it: what was there before, and what the lock put there.
+# Buffers beside a locked projection, which move with it: the bias that was there before, and what the lock put there.
 ORIGINAL_BIAS = "fastlock_original_bias"
-
 PLACED_BIAS = "fastlock_placed_bias"
 
 
 def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
-    """The sites that a receipt names."""
+    """The sites that a receipt names.
+
+    Raises:
+        DamagedError: the model does not have them.
+    """
     by_layer = {site.layer: site for site in every_site(model)}
-    tail = f"{family_of(model).layers}.{{}}.{family_of(model).projection}"  # a file may have other names above it
+    tail = f"{family_of(model).layers}.{{}}.{family_of(model).projection}"  # above that, a file may have other names
     missing = [
         site for site in receipt.sites if site.layer not in by_layer or not site.name.endswith(tail.format(site.layer))
     ]
     if missing:
-        raise FastlockError(
-            f"the receipt names {missing[0].name}, which {type(model).__name__} does not have. "
+        raise DamagedError(
+            f"the receipt names {shown(missing[0].name)}, which {type(model).__name__} does not have. "
             "The receipt belongs to another model: relock the original checkpoint."
         )
     return [by_layer[site.layer] for site in receipt.sites]
@@ -57,7 +61,7 @@ def forget(module: nn.Module) -> None:
 
 
 def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
-    """Note on the model what was done, and nothing else; None takes it away."""
+    """Note on the model what was done, and nothing else; None removes the note."""
     if receipt is None:
         model.__dict__.pop(RECEIPT, None)
     else:
@@ -67,7 +71,7 @@ def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
 class SiteDigests:
     """The digests of sites as they are now, taken when they are asked for; see `locks.receipt.Digests`.
 
-    It keeps no model alive, and notices changed weights. A copy of it is what is known by then.
+    It keeps no model alive, and notices changed weights. A copy of it holds the digests that are known by then.
     """
 
     def __init__(self, locked: Sequence[LockedSite], sites: Sequence[Site]) -> None:
@@ -95,12 +99,12 @@ class SiteDigests:
         for reference, layer, name, num_heads, head_dim in self._sites:
             module = reference()
             if module is None:
-                raise FastlockError("the model of this receipt is gone; call to_dict() before dropping the model.")
+                raise FastlockError("the model of this receipt is gone. Call to_dict() before you drop the model.")
             sites.append(Site(layer, name, module, num_heads, head_dim))
         if _versions(sites) != self._versions:
             raise FastlockError(
-                "the model was changed since this receipt was made, so that digests of now would not be its own. "
-                "Relock it again for a receipt of the model as it is."
+                "the model was changed since this receipt was made: digests taken now would not be its own. Relock "
+                "the model for a receipt of its present state."
             )
         return sites
 
@@ -111,14 +115,14 @@ class SiteDigests:
 
 
 def with_digests_of(receipt: Receipt, sites: Sequence[Site]) -> Receipt:
-    """The same receipt, its digests to be taken from these sites."""
+    """The same receipt, with digests of these sites, taken when they are asked for."""
     return replace(receipt, digests=SiteDigests(receipt.sites, sites))
 
 
 def _side_by_side(site: Site, heads: Sequence[int]) -> torch.Tensor:
     """The columns of W that a lock reads, [hidden, len(heads) * head_dim]."""
-    weight, head_dim = site.weight, site.head_dim
-    return torch.cat([weight[:, head * head_dim : (head + 1) * head_dim] for head in heads], dim=1)
+    columns = site.head_columns(heads)
+    return torch.cat([columns.matrix[:, start : start + site.head_dim] for start in columns.starts], dim=1)
 
 
 def _versions(sites: Iterable[Site]) -> list[tuple[int, int]]:
@@ -127,7 +131,7 @@ def _versions(sites: Iterable[Site]) -> list[tuple[int, int]]:
 
 
 def version_of(tensor: torch.Tensor | None) -> int:
-    """How often a tensor was written to, as far as PyTorch counts it: 0 where it does not."""
+    """How often a tensor was written to, as far as PyTorch counts that: 0 where it does not."""
     try:
         return 0 if tensor is None else tensor._version
     except RuntimeError:  # made in inference mode

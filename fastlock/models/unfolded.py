@@ -1,4 +1,4 @@
-"""The relocked forward with d added and nothing folded: the truth for every test."""
+"""The forward pass with d added and nothing folded: the truth that tests compare a relocked model with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from fastlock.models.sites import sites_for
 def unfolded(model: nn.Module, lock: Lock, strength: float | None = None) -> Iterator[nn.Module]:
     """Run the model with d added to the input of each locked output projection; nothing is folded.
 
-    This is what a relocked model must equal, at every position. It touches no weight.
+    This is the intervention of arXiv 2410.10343 itself, (x + d) Wᵀ + c, which a relocked model must equal at every
+    position. No weight is touched.
+
+    Args:
+        model: a transformers model, on any device.
+        lock: the lock, extracted from this model's aligned base.
+        strength: as for `fastlock.relock`.
+
+    Raises:
+        FastlockError, and its kinds: as for `fastlock.relock`.
     """
     displacements = lock.displacement(strength_for(lock, strength))
     handles = []

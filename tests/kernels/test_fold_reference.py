@@ -1,4 +1,4 @@
-"""The truth itself: the fold's rounding, its bound, and the forward that folds nothing."""
+"""The truth itself: the fold's rounding and its bound."""
 
 from fractions import Fraction
 
@@ -7,8 +7,6 @@ import torch
 
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.reference import HeadColumns, error_bound, exact_fold, fold
-from fastlock.models.unfolded import unfolded
-from tests.helpers.families import logits, random_lock, same_state, state, tiny_model, tokens
 
 
 @pytest.mark.parametrize(
@@ -60,15 +58,3 @@ def test_the_bound_is_near_one_unit_and_grows_with_cancellation() -> None:
     assert 2**-22 < exactly < 2**-20
     assert 2**-23 < cancelled < 2**-21
     assert (error_bound(HeadColumns(weight.half(), (0,)), values) > 2**-10).sum() == 1
-
-
-def test_unfolded_touches_nothing_and_goes_away() -> None:
-    model = tiny_model("gpt2")
-    lock, ids, before = random_lock(model), tokens(), state(model)
-    plain = logits(model, ids)
-    with unfolded(model, lock, 2.0):
-        assert not torch.equal(logits(model, ids), plain)
-    with pytest.raises(ZeroDivisionError), unfolded(model, lock, 2.0):
-        raise ZeroDivisionError
-    assert torch.equal(logits(model, ids), plain)
-    assert same_state(state(model), before)

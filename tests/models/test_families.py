@@ -97,7 +97,7 @@ def test_nothing_is_lost_in_saving(kind: str, dtype: torch.dtype, tmp_path) -> N
     expected = logits(model, ids)
     assert not torch.equal(plain, expected)
     if kind in DROPS_THE_BIAS - LLAMA_FORM:
-        with pytest.raises(fastlock.FastlockError, match="no place for an output projection bias.*What works"):
+        with pytest.raises(fastlock.UnsupportedError, match="no place for an output projection bias.*What works"):
             model.save_pretrained(tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
@@ -196,7 +196,7 @@ def test_refused_families_say_why(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     lock = random_lock(model, [(0, 0)])
-    with pytest.raises(fastlock.FastlockError, match="head|attention") as error:
+    with pytest.raises(fastlock.UnsupportedError, match="head|attention") as error:
         fastlock.relock(model, lock)
     assert REFUSED[kind] in str(error.value)
 
@@ -204,13 +204,13 @@ def test_refused_families_say_why(kind: str) -> None:
 def test_an_unknown_family_is_refused() -> None:
     config = AutoConfig.for_model("biogpt", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(fastlock.FastlockError, match="does not know"):
+    with pytest.raises(fastlock.UnsupportedError, match="does not know"):
         fastlock.relock(model, random_lock(model, [(0, 0)]))
 
 
 def test_bloom_that_leaves_out_the_bias_is_refused() -> None:
     model = tiny_model("bloom", slow_but_exact=True, pretraining_tp=2)
-    with pytest.raises(fastlock.FastlockError, match="slow_but_exact"):
+    with pytest.raises(fastlock.UnsupportedError, match="slow_but_exact"):
         fastlock.relock(model, random_lock(model))
 
 
@@ -221,7 +221,7 @@ def test_the_llama_form_is_refused_under_a_sliding_window(kind: str, tokens_seen
     window = {"sliding_window": tokens_seen, "use_sliding_window": True, "max_window_layers": 1}
     model = tiny_model(kind, **window)
     fastlock.relock(model, random_lock(model))
-    with pytest.raises(fastlock.FastlockError, match=f"sliding window of {tokens_seen} tokens"):
+    with pytest.raises(fastlock.UnsupportedError, match=f"sliding window of {tokens_seen} tokens"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -140,8 +140,8 @@ def test_gradients_are_those_of_the_unfolded_forward(bias) -> None:
         (2, lambda t: t.half(), "bias is"),
         (3, lambda t: t[:2], "heads is"),
         (4, lambda t: t.long(), "slots is"),
-        (4, lambda t: t[:0], "both are tables"),
-        (5, lambda t: t[:, :5].contiguous(), "no heads of 5"),
+        (4, lambda t: t[:0], "both must be tables"),
+        (5, lambda t: t[:, :5].contiguous(), "cannot be divided into heads of 5"),
         (5, lambda t: t.half(), "values is"),
         (6, lambda t: t[:1], "folds is"),
         (6, lambda t: t.t().contiguous().t(), "folds is"),
@@ -412,7 +412,7 @@ def test_models_and_locks_that_are_refused() -> None:
     for wrong in ([], None, locks[0], "lock.safetensors", [locks[0], "a.safelock"]):
         with pytest.raises(fastlock.FastlockError, match=r"give a list|Lock\.load"):
             RequestLocks(model, wrong)
-    with pytest.raises(fastlock.FastlockError, match="head_dim"):
+    with pytest.raises(fastlock.MismatchError, match="head_dim"):
         RequestLocks(model, [locks[0], random_lock(tiny_model("gpt2"))])
     with pytest.raises(fastlock.FastlockError, match="inner part"):
         RequestLocks(model.model, locks)
@@ -431,7 +431,7 @@ def test_models_and_locks_that_are_refused() -> None:
         RequestLocks(twin, locks)
     fastlock.unlock(model)
     model.model.layers[1].self_attn.o_proj.weight.data[0, 3] = float("nan")
-    with pytest.raises(fastlock.FastlockError, match=r"layers\.1\.self_attn\.o_proj: a fold is not finite"):
+    with pytest.raises(fastlock.DamagedError, match=r"layers\.1\.self_attn\.o_proj: a fold is not finite"):
         RequestLocks(model, locks)
     assert all(before[name] is module for name, module in model.named_modules())
 
@@ -688,12 +688,12 @@ def test_modules_whose_place_cannot_be_taken_are_refused() -> None:
     locks = two_locks(model)
     module = model.model.layers[0].self_attn.o_proj
     module.forward = lambda x: type(module).forward(module, x)
-    with pytest.raises(fastlock.FastlockError, match=r"layers\.0\.self_attn\.o_proj\.forward was replaced"):
+    with pytest.raises(fastlock.UnsupportedError, match=r"layers\.0\.self_attn\.o_proj\.forward was replaced"):
         RequestLocks(model, locks)
     del module.forward
     nn.utils.prune.l1_unstructured(module, "weight", amount=0.5)
     for refused in (RequestLocks, fastlock.relock):
-        with pytest.raises(fastlock.FastlockError, match=r"weight is no parameter.*prune\.remove"):
+        with pytest.raises(fastlock.UnsupportedError, match=r"weight is not a parameter.*prune\.remove"):
             refused(model, locks if refused is RequestLocks else locks[0])
     nn.utils.prune.remove(module, "weight")
     with RequestLocks(model, locks):
