@@ -62,7 +62,7 @@ def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
             return _native(checkpoint, stacks, flags.pop() or "")
     losing = ", ".join(stack for stack in stacks if stack not in native)
     raise UnsupportedError(
-        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in a {model_type} checkpoint, "
+        f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in this {model_type} checkpoint, "
         f"without an error. {_what_works(native)} Nothing was written."
     )
 
@@ -97,13 +97,13 @@ def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None
     own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.model_type]
     if named_architecture(checkpoint.raw) not in (None, own, needed):
         raise UnsupportedError(
-            f"{checkpoint.where}: vllm's own code would lose the lock in a {checkpoint.model_type} checkpoint, without "
-            f"an error, and {needed}, which keeps it, is for {own} alone. What works: --for transformers. Nothing was "
-            "written."
+            f"{checkpoint.where}: vllm's own code would lose the lock in this {checkpoint.model_type} checkpoint, "
+            f"without an error, and {needed}, which keeps it, is for {own} alone. What works: --for transformers. "
+            "Nothing was written."
         )
     if others := set(stacks) - {"transformers", "vllm"}:
         raise UnsupportedError(
-            f"{checkpoint.where}: vllm keeps the lock in a {checkpoint.model_type} checkpoint only if config.json "
+            f"{checkpoint.where}: vllm keeps the lock in this {checkpoint.model_type} checkpoint only if config.json "
             f"names {needed}, which {' and '.join(sorted(others))} would not take. Relock it twice, once for each. "
             "Nothing was written."
         )

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlock.data.shipped import shipped_file
-from fastlock.errors import DamagedError, FastlockError
-from fastlock.storage.files import read_bounded
+from fastlock.errors import DamagedError, FastlockError, is_unicode
+from fastlock.storage.files import parse_json, read_bounded
 from fastlock.storage.places import as_path
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -96,7 +96,8 @@ def _prompts(text: str, path: Path) -> Iterable[str]:
         return [_prompt(entry, f"{path}, entry {number}") for number, entry in enumerate(_list(text, path), 1)]
     lines = [(line.strip(), f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1)]
     if suffix == ".jsonl":
-        return [_prompt(_parsed(line, where), where) for line, where in lines if line]
+        remedy = "Give a text or an object on each line."
+        return [_prompt(parse_json(line, where, remedy), where) for line, where in lines if line]
     return [line for line, _ in lines if line]
 
 
@@ -105,13 +106,6 @@ def _list(text: str, path: Path) -> list[Any]:
     if not isinstance(entries, list):
         raise DamagedError(f"{path}: cannot be read as .json (it is not a list). Give one list of prompts or objects.")
     return entries
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where}: not JSON ({error}). Give a text or an object on each line.") from None
 
 
 def _prompt(entry: Any, where: str) -> str:
@@ -134,4 +128,4 @@ def _prompt(entry: Any, where: str) -> str:
 
 def _is_text(value: Any) -> bool:
     """Something to read, without halves of characters (lone surrogates), which no tokenizer takes."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
