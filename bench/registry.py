@@ -45,7 +45,11 @@ class Benchmark:
         return self.cuda if device == "cuda" else self.cpu
 
 
-KERNEL_TESTS = ("tests/kernels/test_fold.py", "tests/kernels/test_locked_linear.py", "tests/kernels/test_dispatch.py")
+KERNEL_TESTS = (
+    "tests/kernels/fold/test_launch.py",
+    "tests/kernels/fold/test_dispatch.py",
+    "tests/kernels/locked_linear/test_launch.py",
+)
 HOUR = 3600
 
 # In the order in which they run: what a GPU run must not lose comes first, and what may hang last.

@@ -24,7 +24,7 @@ from fastlock.kernels.fold import variants
 from tests.helpers import fake_driver
 from tests.helpers.fake_driver import FakeDriver, describe, write_folder
 from tests.helpers.families import random_lock, same_state, state, tiny_model
-from tests.kernels.test_fold import arguments, make_site
+from tests.kernels.fold.test_launch import arguments, make_site
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the fake driver reads the CPU's memory")
 
@@ -484,7 +484,7 @@ print([name for name in sys.modules if name.partition(".")[0] == "triton"])
 
 def test_no_triton_is_imported(folder: Path) -> None:
     """By fastlock. (transformers' models bring torch._dynamo, which imports it wherever it is installed.)"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", NO_TRITON, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -44,8 +44,8 @@ def launches(libcuda: Path, tmp_path_factory) -> dict[str, object]:
     work = tmp_path_factory.mktemp("launched")
     environment |= {"LD_LIBRARY_PATH": str(libcuda), "TRITON_LIBCUDA_PATH": str(libcuda)}
     environment |= {"TRITON_CACHE_DIR": str(work / "cache")}
-    command = [sys.executable, "-m", "tests.kernels.launched_twice", str(work / "cubins")]
-    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.kernels.ahead_of_time.launched_twice", str(work / "cubins")]
+    done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
