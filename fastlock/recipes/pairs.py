@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from fastlock.data.shipped import shipped_file, shipped_lines
-from fastlock.errors import FastlockError
-from fastlock.storage.files import read_bounded
+from fastlock.errors import DamagedError, FastlockError, is_unicode
+from fastlock.storage.files import parse_json, read_bounded
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
 _KEYS = ("question", "safe", "unsafe")
 _AUTHORS_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 _PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
+_LAYOUT = "Pairs are JSON lines, one object per line, or one JSON array of objects."
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One question with the answer that an aligned model should give and one that it should not.
+    """A question with the answer that an aligned model should give and one that it should not.
 
     Attributes:
         question: what the user asks, in one text.
@@ -31,7 +32,7 @@ class Pair:
         unsafe: the beginning of a compliant answer, say.
 
     Raises:
-        FastlockError: a text is missing or empty, or both answers are the same.
+        FastlockError: a text is missing, empty or not a text, or both answers are the same.
     """
 
     question: str
@@ -43,53 +44,58 @@ class Pair:
             _check_text(field.name, getattr(self, field.name))
         if self.safe.strip() == self.unsafe.strip():
             raise FastlockError(
-                f"the safe and the unsafe answer to {_shortened(self.question)} are the same text, so there is nothing "
-                "to tell apart. Give two different answers, or remove the pair."
+                f"the safe and the unsafe answer to {_shortened(self.question)} are the same text. Give two different "
+                "answers, or remove the pair."
             )
 
 
 def load_pairs(path: str | os.PathLike[str]) -> tuple[Pair, ...]:
     """Read pairs from a file: JSON lines, or one JSON array.
 
-    Every entry has `question`, `safe` and `unsafe`; or, as in the authors' data (github zhu-minjun/SafetyLock),
-    `question`, `answer_matching_behavior` (the safe answer) and `answer_not_matching_behavior` (the unsafe one); or,
-    as in preference data (TRL's format), `prompt`, `chosen` (safe) and `rejected` (unsafe). Other keys are ignored.
+    Every entry has `question`, `safe` and `unsafe`; or, as in the data of the paper's authors (GitHub:
+    zhu-minjun/SafetyLock), `question`, `answer_matching_behavior` (the safe answer) and `answer_not_matching_behavior`
+    (the unsafe one); or, as in preference data (TRL's format), `prompt`, `chosen` (safe) and `rejected` (unsafe). Other
+    keys are ignored.
 
-    Each is a text, or in chat format: a list of one message, `{"role": "user", "content": "…"}` or of the role
-    "assistant". Answers may bring their question before them; then the prompt may be left out, as TRL does.
+    Each value is a text, or in chat format: a list of one message, `{"role": "user", "content": "…"}` or with the role
+    "assistant". An answer may follow its question in one list; then the prompt may be left out, as TRL does.
 
     Raises:
-        FastlockError: the file is missing, too large or not JSON, holds no pair, or an entry is no usable `Pair`; the
+        DamagedError: the file is too large or not JSON, or holds no pairs or an entry that is not a usable `Pair`; the
             message names the entry.
+        FastlockError: the file is missing, or cannot be read.
     """
     path = Path(path)
     try:
         text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FastlockError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from None
-    pairs = tuple(pair_from(entry, where) for where, entry in _entries(text, path))
+        raise DamagedError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from None
+    try:
+        pairs = tuple(pair_from(entry, where) for where, entry in _entries(text, path))
+    except FastlockError as error:
+        raise DamagedError(str(error)) from None
     if not pairs:
-        raise FastlockError(f"{path}: holds no pairs. Write one JSON object per line, with {', '.join(_KEYS)}.")
+        raise DamagedError(f"{path}: it holds no pairs. Write one JSON object per line, with {', '.join(_KEYS)}.")
     return pairs
 
 
 def shipped_pairs() -> tuple[Pair, ...]:
-    """The 100 pairs that come with fastlock: refusals against bare openings of compliance, mild in their wording."""
+    """The 100 pairs that come with fastlock, mild in their wording: refusals, and the first words of compliance."""
     return load_pairs(shipped_file("pairs.jsonl"))
 
 
 def shipped_harmless() -> tuple[str, ...]:
-    """The 100 harmless prompts that come with fastlock, none of them in `fastlock.prompts.shipped_prompts`."""
+    """The 100 harmless prompts that come with fastlock; none of them is in `shipped_prompts`."""
     return shipped_lines("harmless.txt")
 
 
 def shipped_texts() -> tuple[str, ...]:
-    """The 16 ordinary texts that come with fastlock, none of them in `fastlock.prompts.shipped_prompts`."""
+    """The 16 ordinary texts that come with fastlock; none of them is in `shipped_prompts`."""
     return shipped_lines("texts.txt")
 
 
 def pairs_digest(pairs: Iterable[Pair], harmless: Sequence[str] = ()) -> str:
-    """SHA-256 (hex) of the pairs, and of harmless prompts if there are any, in order, whatever their file's layout."""
+    """SHA-256 (hex) of pairs, and of harmless prompts if there are any, in order, in whatever layout they were."""
     data: list[Any] = [astuple(pair) for pair in pairs]
     data += [list(harmless)] if harmless else []
     return hashlib.sha256(json.dumps(data, separators=(",", ":")).encode()).hexdigest()
@@ -98,39 +104,40 @@ def pairs_digest(pairs: Iterable[Pair], harmless: Sequence[str] = ()) -> str:
 def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
     """Every entry of the file, with the place to name in messages."""
     if text.lstrip().startswith("["):
-        for number, entry in enumerate(_parsed(text, str(path)), start=1):
+        for number, entry in enumerate(parse_json(text, str(path), _LAYOUT), start=1):
             yield f"{path}, entry {number}", entry
         return
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split inside strings, at U+2028
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, _parsed(line, where)
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FastlockError(
-            f"{where}: not JSON ({error}). Pairs are JSON lines, one object per line, or one JSON array of objects."
-        ) from None
+            yield where, parse_json(line, where, _LAYOUT)
 
 
 def pair_from(entry: Any, where: str) -> Pair:
-    """The pair that a JSON object is, in any layout; a `Pair` as it is. `where` names its place in messages."""
+    """The pair in an object of any layout, or a `Pair` itself.
+
+    Args:
+        entry: the object, as JSON has it.
+        where: its place, for messages.
+
+    Raises:
+        FastlockError: it is not a pair.
+    """
     if isinstance(entry, Pair):
         return entry
     if not isinstance(entry, Mapping):
-        raise FastlockError(f"{where}: a {type(entry).__name__}, not an object with {', '.join(_KEYS)}.")
+        raise FastlockError(
+            f"{where}: it is of type {type(entry).__name__}; it must be an object with {', '.join(_KEYS)}."
+        )
     try:
         pair = _pair(entry)
     except FastlockError as error:
         raise FastlockError(f"{where}: {error}") from None
     if pair is None:
-        found = _shortened(", ".join(map(str, entry))) if entry else "none"
+        keys = _shortened(", ".join(map(str, entry))) if entry else "none"
         raise FastlockError(
             f"{where}: a pair has the keys {', '.join(_KEYS)}, or {', '.join(_PREFERENCE_KEYS)}, or the authors' "
-            f"{', '.join(_AUTHORS_KEYS)}; found {found}."
+            f"{', '.join(_AUTHORS_KEYS)}; this one has {keys}."
         )
     return pair
 
@@ -148,27 +155,27 @@ def _pair(entry: Mapping[str, Any]) -> Pair | None:
     return None
 
 
-def _answer(name: str, given: Any, question: str) -> Any:
+def _answer(name: str, value: Any, question: str) -> Any:
     """The text of an answer, which in chat format may follow the question."""
-    if isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping):
-        asked = given[0].get("role"), given[0].get("content")
-        given = given[asked == ("user", question) :]
-    return _content(name, given, "assistant")
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        first = value[0].get("role"), value[0].get("content")
+        value = value[first == ("user", question) :]
+    return _content(name, value, "assistant")
 
 
-def _content(name: str, given: Any, role: str) -> Any:
-    """What the one message of a list says; anything but a list as it is."""
-    if not isinstance(given, (list, tuple)):
-        return given
-    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in given):
+def _content(name: str, value: Any, role: str) -> Any:
+    """What the one message of a list says; anything but a list is returned unchanged."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value):
         raise FastlockError(f"`{name}` is a list, but not of messages with a role and a content.")
-    roles = [str(message["role"]) for message in given]
+    roles = [str(message["role"]) for message in value]
     if roles != [role]:
         raise FastlockError(
-            f"`{name}` holds the messages {_shortened(', '.join(roles))}, where one is read, of the {role}: longer "
-            "conversations and system prompts are not. Leave the other messages out, or remove the pair."
+            f"`{name}` holds the messages {_shortened(', '.join(roles))}; it must be one message, of the {role}. "
+            "Longer conversations and system prompts are not read: leave the other messages out, or remove the pair."
         )
-    content = given[0]["content"]
+    content = value[0]["content"]
     if not isinstance(content, str):
         raise FastlockError(f"`{name}`: its message holds a {type(content).__name__}; it must hold one text.")
     return content
@@ -176,11 +183,15 @@ def _content(name: str, given: Any, role: str) -> Any:
 
 def _check_text(name: str, text: Any) -> None:
     if not isinstance(text, str):
-        raise FastlockError(f"`{name}` is a {type(text).__name__}; it must be one text, or a list of one message.")
+        raise FastlockError(
+            f"`{name}` is of type {type(text).__name__}; it must be one text, or a list of one message."
+        )
     if not text.strip():
         raise FastlockError(f"`{name}` is empty. Write it, or remove the pair.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise FastlockError(f"`{name}` holds half a UTF-16 character, which no tokenizer reads. Correct the text.")
+    if not is_unicode(text):
+        raise FastlockError(
+            f"`{name}` holds half a character (a lone surrogate), which no tokenizer reads. Correct it."
+        )
 
 
 def _shortened(text: str) -> str:

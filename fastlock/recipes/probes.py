@@ -4,7 +4,7 @@ What `LogisticRegression()` minimises over the weights w, [head_dim], and the in
 
     Σ log(1 + exp(−y (x · w + b))) + ½ |w|²
 
-It is strictly convex, so that whoever goes to the end finds the same w and b.
+It is strictly convex: every solver that comes to its end finds the same w and b.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-from fastlock.errors import FastlockError
+from fastlock.errors import DamagedError
 
-# Newton's decrement, twice what the objective is above its minimum as far as one sees, as a share of the objective. The
-# last step squares it.
+# Newton's decrement, an estimate of twice the distance of the objective from its minimum, as a share of the objective.
+# The last step squares it.
 TOLERANCE = 1e-12
 MAX_STEPS = 200
 _MAX_HALVINGS = 40
-_ENOUGH = 1e-4  # Armijo's constant: the share of the decrease foreseen that a step must bring
+_ENOUGH = 1e-4  # Armijo's constant: the share of the expected decrease that a step must bring
 
 
 def accuracies(x: torch.Tensor, y: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
-    """Mean of train and validation accuracy of a logistic regression on each head.
+    """The mean of train and validation accuracy of a logistic regression on each head.
 
     Args:
         x: [heads, vectors, head_dim] float64.
         y: the class of each vector, [vectors] bool.
-        train: which of them train, [vectors] bool; both classes among them. The others validate.
+        train: which vectors train, [vectors] bool; both classes are among them. The others validate.
 
     Returns:
-        [heads] float64.
+        The accuracies, [heads] float64.
 
     Raises:
-        FastlockError: see `fit`.
+        DamagedError: as for `fit`.
     """
     w, b = fit(x[:, train], y[train])
-    right = (_times(x, w) + b[:, None] > 0) == y
-    return (right[:, train].double().mean(dim=1) + right[:, ~train].double().mean(dim=1)) / 2
+    correct = (_times(x, w) + b[:, None] > 0) == y
+    return (correct[:, train].double().mean(dim=1) + correct[:, ~train].double().mean(dim=1)) / 2
 
 
 def fit(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights and the intercept of each head's logistic regression.
 
-    Newton's method, as in Boyd and Vandenberghe, Convex Optimization, 9.5, with a backtracking line search.
+    By Newton's method with a backtracking line search, as in Boyd and Vandenberghe, Convex Optimization, 9.5.
 
     Args:
         x: [heads, vectors, head_dim] float64.
-        y: the class of each vector, [vectors] bool; both are there.
+        y: the class of each vector, [vectors] bool; both classes are there.
 
     Returns:
-        w: [heads, head_dim] float64; and b: [heads] float64.
+        w, [heads, head_dim] float64, and b, [heads] float64.
 
     Raises:
-        FastlockError: numbers so large that float64 can't tell them apart.
+        DamagedError: the numbers are so large that float64 cannot tell them apart.
     """
-    shift = x.mean(dim=1)  # the intercept is not penalised, so that a shift changes it alone
+    shift = x.mean(dim=1)  # the intercept is not penalised: a shift of x changes nothing else
     x = x - shift[:, None]
     sign = torch.where(y, 1.0, -1.0).to(x)
     w, b = x.new_zeros(x.shape[0], x.shape[2]), x.new_zeros(x.shape[0])
@@ -68,9 +68,9 @@ def fit(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         w, b = w + size[:, None] * step_w, b + size * step_b
         if (decrement <= TOLERANCE * before).all():
             return w, b - (w * shift).sum(dim=1)
-    raise FastlockError(
-        f"a logistic regression on numbers of up to {float(x.abs().max()):.0e} does not come to an end. The model "
-        "computes nonsense: load its weights again, in bfloat16 or float32."
+    raise DamagedError(
+        f"a logistic regression on numbers of up to {float(x.abs().max()):.0e} does not converge. The model's weights "
+        "are damaged, or overflow in this dtype: load it again, in bfloat16 or float32."
     )
 
 
@@ -112,7 +112,7 @@ def _step_size(
     step_w: torch.Tensor,
     decrement: torch.Tensor,
 ) -> torch.Tensor:
-    """How much of each head's step to go, [heads]: 1, or as often halved as it takes to descend from `before`."""
+    """What share of its step each head takes, [heads]: 1, or 1 halved until it descends from `before`."""
     size = torch.ones_like(decrement)
     rounding = torch.finfo(z.dtype).eps * z.shape[1] * before
     for _ in range(_MAX_HALVINGS):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastlock import FastlockError
+from fastlock import DamagedError, FastlockError
 from fastlock.models.sites import sites
 from fastlock.recipes import activations
 from fastlock.recipes.activations import Activations, ReadText, activations_of
@@ -149,7 +149,7 @@ def test_nan_is_reported_with_its_layer_and_its_text() -> None:
     given = texts()
     odd = [ReadText([*given[3].ids[:-1], 120], 5, "the odd one")]
     model.get_input_embeddings().weight.data[120] = float("inf")
-    with pytest.raises(FastlockError, match=r"model\.layers\.0\.self_attn\.o_proj: NaN.* in reading the odd one\. "):
+    with pytest.raises(DamagedError, match=r"model\.layers\.0\.self_attn\.o_proj: NaN.* in reading the odd one\. "):
         read(model, given[:3] + odd + given[4:])
     read(model, given)
 
@@ -269,7 +269,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     for name in ("config.json", "empty"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-        with pytest.raises(FastlockError, match=r"holds other files \(config\.json\)\. Give a new directory"):
+        with pytest.raises(FastlockError, match=r"it holds other files \(config\.json\)\. Give a new directory"):
             read(model, texts(), plain, tmp_path / name)
         assert [path.name for path in (tmp_path / name).iterdir()] == ["config.json"]
 
@@ -291,10 +291,10 @@ def damaged(work: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda work: (work / "index.json").write_text("{"), "its index.json is none that fastlock writes"),
-        (lambda work: (work / "index.json").write_text("[]"), "its index.json is none that fastlock writes"),
-        (lambda work: (work / "index.json").write_text("[" * 4000), "its index.json is none that fastlock writes"),
-        (lambda work: (work / "index.json").write_bytes(b"\xff"), "its index.json is none that fastlock writes"),
+        (lambda work: (work / "index.json").write_text("{"), "fastlock did not write its index.json"),
+        (lambda work: (work / "index.json").write_text("[]"), "fastlock did not write its index.json"),
+        (lambda work: (work / "index.json").write_text("[" * 4000), "fastlock did not write its index.json"),
+        (lambda work: (work / "index.json").write_bytes(b"\xff"), "fastlock did not write its index.json"),
         (lambda work: (work / "index.json").write_text(" " * 5000), "larger than"),
         (lambda work: (work / "index.json").unlink(), "index.json: does not exist"),
         (lambda work: damaged(work, format="other"), "made with other texts, by another model"),
@@ -312,8 +312,10 @@ def test_a_damaged_directory_is_refused(tmp_path: Path, damage: Callable[[Path],
     read(model, texts(), plain, tmp_path)
     damage(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FastlockError, match=message):
+    with pytest.raises(FastlockError, match=message) as error:
         read(model, texts(), plain, tmp_path)
+    if "is damaged" in message or "did not write" in message:
+        assert isinstance(error.value, DamagedError)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

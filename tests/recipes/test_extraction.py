@@ -227,10 +227,10 @@ def test_a_head_that_is_the_same_for_all_prompts_has_no_effect() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "other"}, "there is none of that name. Take one of safetylock, answer-start, prompt-end"),
+        ({"recipe": "other"}, "there is no recipe 'other'. Choose one of safetylock, answer-start, prompt-end"),
         ({"harmless": ["a", "b"]}, "the recipe safetylock reads no harmless prompts"),
-        ({"recipe": "prompt-end", "harmless": "text"}, "harmless is a str"),
-        ({"recipe": "prompt-end", "harmless": 3}, "harmless is a int"),
+        ({"recipe": "prompt-end", "harmless": "text"}, "harmless is of type str"),
+        ({"recipe": "prompt-end", "harmless": 3}, "harmless is of type int"),
         ({"recipe": "prompt-end", "harmless": ["a", "a"]}, "at least two different prompts"),
         ({"recipe": "prompt-end", "harmless": ["a", " "]}, "none of them empty"),
         ({"recipe": "prompt-end", "harmless": ["a", "b " * 70]}, "harmless prompt 2: it makes 7. tokens"),
@@ -508,10 +508,10 @@ def test_every_layout_and_any_iterable_give_the_same_pairs(tmp_path: Path, layou
             {"prompt": [message("system", "be good"), message("user", "q")]},
             "`prompt` holds the messages 'system, user'",
         ),
-        ({"prompt": [message("assistant", "q")]}, "where one is read, of the user"),
+        ({"prompt": [message("assistant", "q")]}, "it must be one message, of the user"),
         (
             {"chosen": [message("user", "no")]},
-            "`chosen` holds the messages 'user', where one is read, of the assistant",
+            "`chosen` holds the messages 'user'; it must be one message, of the assistant",
         ),
         ({"chosen": [message("user", "other"), message("assistant", "no")]}, "`chosen` holds the messages 'user, assi"),
         ({"rejected": [message("assistant", "a")] * 2}, "`rejected` holds the messages 'assistant, assistant'"),
@@ -521,7 +521,7 @@ def test_every_layout_and_any_iterable_give_the_same_pairs(tmp_path: Path, layou
         ({"rejected": [message("assistant", " ")]}, "`unsafe` is empty"),
         ({"chosen": "", "prompt": "q"}, "`safe` is empty"),
         ({"chosen": [message("assistant", "yes")], "rejected": "yes"}, "the safe and the unsafe answer to 'q' are the"),
-        ({"prompt": None, "chosen": "a"}, "`question` is a NoneType"),
+        ({"prompt": None, "chosen": "a"}, "`question` is of type NoneType"),
     ],
 )
 def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], found: str) -> None:
@@ -554,29 +554,29 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path: Path) -> Non
     [
         ("", "no pairs"),
         ("[]", "no pairs"),
-        ("{}", r"line 1: a pair has the keys question, safe, unsafe, or .*; found none"),
+        ("{}", r"line 1: a pair has the keys question, safe, unsafe, or .*; this one has none"),
         (lines()[0] + '\n\n{"question": "q", "safe": "s"}', "line 3: a pair has the keys"),
         (lines()[0] + "\nquestion,safe", "line 2: not JSON"),
         ("[" + lines()[0] + ', {"question": 1}]', "entry 2: a pair has the keys"),
-        ("[" + lines()[0] + ", 7]", "entry 2: a int"),
+        ("[" + lines()[0] + ", 7]", "entry 2: it is of type int"),
         ("[1, 2", "not JSON"),
-        ("7", "line 1: a int"),
+        ("7", "line 1: it is of type int"),
         ('{"question": ["q"], "safe": "s", "unsafe": "u"}', "line 1: `question` is a list"),
         ('{"question": "q", "safe": " ", "unsafe": "u"}', "line 1: `safe` is empty"),
         ('{"question": "", "safe": "s", "unsafe": "u"}', "line 1: `question` is empty"),
-        ('{"question": "q", "safe": "s", "unsafe": null}', "line 1: `unsafe` is a NoneType"),
+        ('{"question": "q", "safe": "s", "unsafe": null}', "line 1: `unsafe` is of type NoneType"),
         (
             '{"question": "q", "safe": "s", "unsafe": "s "}',
             "line 1: the safe and the unsafe answer to 'q' are the same",
         ),
-        ('{"question": "q", "safe": "s", "unsafe": "\\ud800"}', "line 1: `unsafe` holds half a UTF-16"),
+        ('{"question": "q", "safe": "s", "unsafe": "\\ud800"}', "line 1: `unsafe` holds half a character"),
         ("[" * 200_000, "not JSON"),
         ('{"a":' * 200_000, "line 1: not JSON"),
         ("9" * 10_000, "line 1: not JSON"),
     ],
 )
 def test_bad_files_are_refused_by_the_line(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(FastlockError, match=message):
+    with pytest.raises(fastlock.DamagedError, match=message):
         load_pairs(write(tmp_path / "pairs", text))
 
 
@@ -584,7 +584,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(FastlockError, match="does not exist"):
         load_pairs(tmp_path / "nothing")
     (tmp_path / "latin").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(FastlockError, match="UTF-8"):
+    with pytest.raises(fastlock.DamagedError, match="UTF-8"):
         load_pairs(tmp_path / "latin")
     monkeypatch.setattr("fastlock.recipes.pairs.MAX_FILE_BYTES", 8)
     with pytest.raises(FastlockError, match="larger than"):
@@ -595,11 +595,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("changes", "message"),
     [
         ({"pairs": []}, "there are no pairs"),
-        ({"pairs": PAIRS[:1]}, "one pair only"),
-        ({"pairs": PAIRS[:1] * 2}, "one pair only"),
-        ({"pairs": "pairs.jsonl"}, r"pairs is a str; read a file with fastlock.load_pairs"),
-        ({"pairs": None}, "pairs is a NoneType"),
-        ({"pairs": {"train": PAIRS, "test": PAIRS}}, "pairs is a dict of train, test; give a list"),
+        ({"pairs": PAIRS[:1]}, "only one pair"),
+        ({"pairs": PAIRS[:1] * 2}, "only one pair"),
+        ({"pairs": "pairs.jsonl"}, r"pairs is of type str; read a file with fastlock.load_pairs"),
+        ({"pairs": None}, "pairs is of type NoneType"),
+        ({"pairs": {"train": PAIRS, "test": PAIRS}}, "pairs is a dict of train, test. Give a list"),
         ({"pairs": [PAIRS[0], {"question": "q"}]}, "pair 2: a pair has the keys"),
         ({"heads": 0}, "heads is 0.*from 1 to 12"),
         ({"heads": 13}, r"heads is 13.*the model has 3 layers of 4"),
@@ -648,7 +648,7 @@ def test_a_relocked_model_is_refused_until_it_is_unlocked(tmp_path: Path) -> Non
 def test_layers_that_share_a_projection_are_refused() -> None:
     model: Any = tiny_model("llama")
     model.model.layers[1].self_attn.o_proj = model.model.layers[0].self_attn.o_proj
-    with pytest.raises(FastlockError, match="share one output projection"):
+    with pytest.raises(fastlock.UnsupportedError, match="share one output projection"):
         extract(model, Words(), PAIRS, heads=3)
 
 

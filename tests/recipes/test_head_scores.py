@@ -12,7 +12,7 @@ import torch
 from fastlock import FastlockError
 from fastlock.recipes import head_scores as module
 from fastlock.recipes.activations import Activations
-from fastlock.recipes.head_scores import statistics
+from fastlock.recipes.head_scores import EFFECT_SIZE, REGRESSION, statistics
 
 SHAPE = (3, 5, 40, 8)
 
@@ -27,7 +27,8 @@ def given(tmp_path: Path) -> tuple[Activations, Any, Any]:
 
 def found(given: tuple[Activations, Any, Any], trained: bool, device: str = "cpu") -> list[Any]:
     activations, safe, train = given
-    result = statistics(activations, safe, train if trained else None, torch.device(device), lambda items, _: items)
+    scoring = REGRESSION if trained else EFFECT_SIZE
+    result = statistics(activations, safe, train, scoring, torch.device(device), lambda items, _: items)
     return [result.scores, result.directions, result.scales]
 
 

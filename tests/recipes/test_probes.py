@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fastlock import FastlockError
+from fastlock import DamagedError
 from fastlock.recipes import probes
 from fastlock.recipes.probes import accuracies, fit
 
@@ -116,5 +116,5 @@ def test_a_step_that_is_too_long_is_shortened_until_it_descends() -> None:
 
 def test_what_does_not_come_to_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "MAX_STEPS", 2)
-    with pytest.raises(FastlockError, match="does not come to an end"):
+    with pytest.raises(DamagedError, match="does not converge"):
         fit(*data(*CASES["separable"]))
