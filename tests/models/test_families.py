@@ -28,10 +28,10 @@ from tests.helpers.families import (
 # compute in float32 inside, so that a difference in the last bit of float64 can grow to one of float32.
 EXACT = 1e-5
 
-DROPS_THE_BIAS = {kind for kind, family in FAMILIES.items() if family.bias_flag is None}
+DROPS_THE_BIAS = {model_type for model_type, family in FAMILIES.items() if family.bias_flag is None}
 LLAMA_FORM = {"mistral", "qwen2"}
 
-every_family = pytest.mark.parametrize("kind", sorted(CONFIGS))
+every_family = pytest.mark.parametrize("model_type", sorted(CONFIGS))
 
 
 def test_every_supported_family_is_tested() -> None:
@@ -39,8 +39,8 @@ def test_every_supported_family_is_tested() -> None:
 
 
 @every_family
-def test_relocked_is_the_unfolded_forward_at_every_position(kind: str) -> None:
-    model = tiny_model(kind, torch.float64)
+def test_relocked_is_the_unfolded_forward_at_every_position(model_type: str) -> None:
+    model = tiny_model(model_type, torch.float64)
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
     with unfolded.unfolded(model, lock, 3.0):
@@ -52,8 +52,8 @@ def test_relocked_is_the_unfolded_forward_at_every_position(kind: str) -> None:
 
 
 @every_family
-def test_relocked_is_the_unfolded_forward_in_generate_with_a_cache(kind: str) -> None:
-    model = tiny_model(kind, torch.float64)
+def test_relocked_is_the_unfolded_forward_in_generate_with_a_cache(model_type: str) -> None:
+    model = tiny_model(model_type, torch.float64)
     lock, ids = random_lock(model), tokens(6)
     how = {
         "max_new_tokens": 6,
@@ -74,29 +74,29 @@ def test_relocked_is_the_unfolded_forward_in_generate_with_a_cache(kind: str) ->
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unlock_restores_every_bit(kind: str, dtype: torch.dtype) -> None:
-    model = tiny_model(kind, dtype)
+def test_unlock_restores_every_bit(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny_model(model_type, dtype)
     lock = random_lock(model)
     before, missing = state(model), [site.layer for site in sites(model) if site.bias is None]
-    kinds = [type(model), type(model.config)]
+    classes = [type(model), type(model.config)]
     fastlock.relock(model, lock)
     assert not same_state(before, state(model))
     fastlock.unlock(model)
     assert same_state(before, state(model))
     assert [site.layer for site in sites(model) if site.bias is None] == missing
-    assert [type(model), type(model.config)] == kinds
+    assert [type(model), type(model.config)] == classes
 
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_is_lost_in_saving(kind: str, dtype: torch.dtype, tmp_path) -> None:
-    model = tiny_model(kind, dtype)
+def test_nothing_is_lost_in_saving(model_type: str, dtype: torch.dtype, tmp_path) -> None:
+    model = tiny_model(model_type, dtype)
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
     fastlock.relock(model, lock)
     expected = logits(model, ids)
     assert not torch.equal(plain, expected)
-    if kind in DROPS_THE_BIAS - LLAMA_FORM:
+    if model_type in DROPS_THE_BIAS - LLAMA_FORM:
         with pytest.raises(fastlock.UnsupportedError, match="no place for an output projection bias.*What works"):
             model.save_pretrained(tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -111,12 +111,14 @@ def test_nothing_is_lost_in_saving(kind: str, dtype: torch.dtype, tmp_path) -> N
     assert not fastlock.verify(loaded, lock)
 
 
-@pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.bias_flag))
-def test_nothing_is_lost_with_the_bias_flag_the_other_way(kind: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "model_type", sorted(model_type for model_type, family in FAMILIES.items() if family.bias_flag)
+)
+def test_nothing_is_lost_with_the_bias_flag_the_other_way(model_type: str, tmp_path) -> None:
     """A Llama with biases of its own, a StarCoder2 without: what the flag also switches must come back as it was."""
-    flag = FAMILIES[kind].bias_flag
-    other_way = not getattr(tiny_config(kind), flag)
-    model = tiny_model(kind, **{flag: other_way})
+    flag = FAMILIES[model_type].bias_flag
+    other_way = not getattr(tiny_config(model_type), flag)
+    model = tiny_model(model_type, **{flag: other_way})
     assert all((site.bias is not None) == other_way for site in sites(model))
     lock, ids, before = random_lock(model), tokens(), state(model)
     plain = logits(model, ids)
@@ -145,9 +147,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
-def test_variants_of_a_family_are_exact(kind: str, changes: dict, tmp_path) -> None:
-    model = tiny_model(kind, torch.float64, **changes)
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=str)
+def test_variants_of_a_family_are_exact(model_type: str, changes: dict, tmp_path) -> None:
+    model = tiny_model(model_type, torch.float64, **changes)
     lock, ids = random_lock(model), tokens()
     plain = logits(model, ids)
     with unfolded.unfolded(model, lock, 3.0):
@@ -156,9 +158,9 @@ def test_variants_of_a_family_are_exact(kind: str, changes: dict, tmp_path) -> N
     assert (logits(model, ids) - expected).abs().max() < EXACT * (expected - plain).abs().max()
 
 
-@pytest.mark.parametrize("kind", sorted(DROPS_THE_BIAS))
-def test_the_table_is_right_about_who_drops_the_bias(kind: str, tmp_path) -> None:
-    model = tiny_model(kind)
+@pytest.mark.parametrize("model_type", sorted(DROPS_THE_BIAS))
+def test_the_table_is_right_about_who_drops_the_bias(model_type: str, tmp_path) -> None:
+    model = tiny_model(model_type)
     for site in sites(model):
         site.module.bias = torch.nn.Parameter(torch.randn(len(site.weight)))
     model.save_pretrained(tmp_path)
@@ -188,17 +190,22 @@ REFUSED_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(REFUSED_CONFIGS))
-def test_refused_families_say_why(kind: str) -> None:
+@pytest.mark.parametrize("model_type", sorted(REFUSED_CONFIGS))
+def test_refused_families_say_why(model_type: str) -> None:
     config = AutoConfig.for_model(
-        kind, vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **REFUSED_CONFIGS[kind]
+        model_type,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        **REFUSED_CONFIGS[model_type],
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     lock = random_lock(model, [(0, 0)])
     with pytest.raises(fastlock.UnsupportedError, match="head|attention") as error:
         fastlock.relock(model, lock)
-    assert REFUSED[kind] in str(error.value)
+    assert REFUSED[model_type] in str(error.value)
 
 
 def test_an_unknown_family_is_refused() -> None:
@@ -215,11 +222,11 @@ def test_bloom_that_leaves_out_the_bias_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tokens_seen", [4, 64, 4096])
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_the_llama_form_is_refused_under_a_sliding_window(kind: str, tokens_seen: int, tmp_path) -> None:
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+def test_the_llama_form_is_refused_under_a_sliding_window(model_type: str, tokens_seen: int, tmp_path) -> None:
     """However long: positions may go beyond max_position_embeddings, with or without scaled RoPE."""
     window = {"sliding_window": tokens_seen, "use_sliding_window": True, "max_window_layers": 1}
-    model = tiny_model(kind, **window)
+    model = tiny_model(model_type, **window)
     fastlock.relock(model, random_lock(model))
     with pytest.raises(fastlock.UnsupportedError, match=f"sliding window of {tokens_seen} tokens"):
         model.save_pretrained(tmp_path / "out")
@@ -231,6 +238,6 @@ def test_the_documented_table_is_the_real_one() -> None:
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| **")]
     names = [set(re.findall(r"[a-z][a-z0-9_]+", families)) for _, _, families, _ in rows]
     documented = [{f"{name}_text" if name == "gemma3" else name for name in row} & set(FAMILIES) for row in names]
-    flagged = {kind for kind, family in FAMILIES.items() if family.bias_flag}
-    always = {kind for kind, family in FAMILIES.items() if family.bias_flag == ""}
+    flagged = {model_type for model_type, family in FAMILIES.items() if family.bias_flag}
+    always = {model_type for model_type, family in FAMILIES.items() if family.bias_flag == ""}
     assert documented == [flagged, always, LLAMA_FORM, DROPS_THE_BIAS - LLAMA_FORM]

@@ -21,7 +21,7 @@ from fastlock.models.sites import sites_for
 from tests.helpers.families import random_lock, same_state, state, tiny_model
 from tests.models.test_relocking import biases, expected_biases, same_biases
 
-KINDS = ["llama", "gpt2", "gpt_oss", "opt"]
+MODEL_TYPES = ["llama", "gpt2", "gpt_oss", "opt"]
 
 
 def addresses(model: nn.Module, lock: fastlock.Lock) -> list[int]:
@@ -59,9 +59,11 @@ def built(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_plan_folds_what_is_there_now_into_the_same_biases(kind: str, dtype: torch.dtype, built: list[int]) -> None:
-    model = tiny_model(kind, dtype)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_plan_folds_what_is_there_now_into_the_same_biases(
+    model_type: str, dtype: torch.dtype, built: list[int]
+) -> None:
+    model = tiny_model(model_type, dtype)
     lock, before = random_lock(model), state(model)
     want = expected_biases(model, lock, 2.0)
     plan = fastlock.Plan([model], lock, 2.0)
@@ -79,7 +81,7 @@ def test_a_plan_folds_what_is_there_now_into_the_same_biases(kind: str, dtype: t
         assert addresses(model, lock) == placed
     assert built == [1]
     fastlock.unlock(model)
-    assert same_state(state(other_weights(tiny_model(kind, dtype), 6)), state(model))
+    assert same_state(state(other_weights(tiny_model(model_type, dtype), 6)), state(model))
 
 
 def test_another_strength_sends_only_displacements(built: list[int]) -> None:
@@ -287,9 +289,9 @@ def test_a_bias_that_others_wrote_to_is_not_overwritten() -> None:
     assert same_biases(biases(model), before)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_an_error_leaves_the_biases_as_they_were(kind: str) -> None:
-    models = [tiny_model(kind, torch.float16, seed=seed) for seed in (1, 2)]
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_error_leaves_the_biases_as_they_were(model_type: str) -> None:
+    models = [tiny_model(model_type, torch.float16, seed=seed) for seed in (1, 2)]
     lock = random_lock(models[0])
     plan = fastlock.Plan(models, lock, 2.0)
     plan.relock()
@@ -311,10 +313,10 @@ def test_an_error_leaves_the_biases_as_they_were(kind: str) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, fastlock.FastlockError])
 @pytest.mark.parametrize("method", ["start", "finish"])
-@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
-def test_any_error_leaves_the_biases_as_they_were(monkeypatch, kind: str, method: str, error: type) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_any_error_leaves_the_biases_as_they_were(monkeypatch, model_type: str, method: str, error: type) -> None:
     """Also where it comes with some biases written; and the next call is as if it had not been."""
-    model = tiny_model(kind)
+    model = tiny_model(model_type)
     lock, before_all = random_lock(model), state(model)
     plan = fastlock.Plan([model], lock, 2.0)
     plan.relock()
@@ -539,9 +541,9 @@ def bare(model: nn.Module, lock: fastlock.Lock) -> dict[int, object]:
     }
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gpt2"])
-def test_bare_projections_give_the_biases_of_their_models(kind: str) -> None:
-    models = [tiny_model(kind, torch.bfloat16, seed=seed) for seed in (1, 2, 3)]
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gpt2"])
+def test_bare_projections_give_the_biases_of_their_models(model_type: str) -> None:
+    models = [tiny_model(model_type, torch.bfloat16, seed=seed) for seed in (1, 2, 3)]
     lock = random_lock(models[0])
     want = [expected_biases(model, lock, s) for model, s in zip(models, (1.0, 2.0, 3.0), strict=True)]
     plan = fastlock.Plan([bare(models[0], lock), models[1], bare(models[2], lock)], lock, [1.0, 2.0, 3.0])
@@ -670,11 +672,11 @@ def folded(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
-def test_what_is_shared_is_folded_once(kind: str, folded: list[str]) -> None:
-    base = tiny_model(kind)
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_what_is_shared_is_folded_once(model_type: str, folded: list[str]) -> None:
+    base = tiny_model(model_type)
     lock = random_lock(base)
-    models = [base, sharing(base, lock), sharing(base, lock), tiny_model(kind, seed=4)]
+    models = [base, sharing(base, lock), sharing(base, lock), tiny_model(model_type, seed=4)]
     before = [state(model) for model in models]
     want = [expected_biases(model, lock, 2.0) for model in models]
     plan = fastlock.Plan(models, lock, 2.0)

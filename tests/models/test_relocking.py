@@ -47,9 +47,9 @@ def same_biases(a: dict[int, torch.Tensor | None], b: dict[int, torch.Tensor | N
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_oss"])
-def test_the_bias_is_the_fold_plus_what_was_there(kind: str, dtype: torch.dtype) -> None:
-    model = tiny_model(kind, dtype)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_oss"])
+def test_the_bias_is_the_fold_plus_what_was_there(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny_model(model_type, dtype)
     lock = random_lock(model)
     expected = expected_biases(model, lock, 2.5)
     fastlock.relock(model, lock, 2.5)
@@ -59,9 +59,9 @@ def test_the_bias_is_the_fold_plus_what_was_there(kind: str, dtype: torch.dtype)
     assert {b.dtype for b in biases(model).values() if b is not None} == {dtype}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_relocking_replaces_never_adds(kind: str) -> None:
-    model = tiny_model(kind)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_relocking_replaces_never_adds(model_type: str) -> None:
+    model = tiny_model(model_type)
     first, second = random_lock(model, [(0, 1), (1, 0)]), random_lock(model, [(1, 3), (2, 2)], seed=9)
     want = expected_biases(model, second, 4.0)
     before = state(model)
@@ -168,17 +168,17 @@ def test_relock_many_is_all_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("locked_before", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_an_error_part_way_leaves_the_model_as_it_was(kind: str, locked_before: bool, monkeypatch) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_error_part_way_leaves_the_model_as_it_was(model_type: str, locked_before: bool, monkeypatch) -> None:
     """Fail after each single bias that is put in or taken out."""
     module = sys.modules["fastlock.models.relocking"]
     steps = 3 + (2 if locked_before else 0)
     for failing in range(steps):
-        model = tiny_model(kind)
+        model = tiny_model(model_type)
         lock = random_lock(model, [(0, 1), (1, 2), (2, 0)])
         if locked_before:
             fastlock.relock(model, random_lock(model, seed=8), 1.0)
-        before, kinds, done = state(model), type(model), 0
+        before, cls, done = state(model), type(model), 0
 
         def failing_late(step, failing=failing):
             def run(*args):
@@ -196,8 +196,8 @@ def test_an_error_part_way_leaves_the_model_as_it_was(kind: str, locked_before: 
             with pytest.raises(MemoryError):
                 fastlock.relock(model, lock)
         assert same_state(state(model), before)
-        assert type(model) is kinds
-        want = expected_biases(tiny_model(kind), lock, 6.0)
+        assert type(model) is cls
+        want = expected_biases(tiny_model(model_type), lock, 6.0)
         fastlock.relock(model, lock)
         assert same_biases(biases(model), want)
 
@@ -326,10 +326,10 @@ def test_output_projections_that_are_one_module_are_refused() -> None:
     fastlock.relock(model, random_lock(model, [(2, 1)]))
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_requires_grad_stays_as_it_was(kind: str, frozen: bool) -> None:
-    model = tiny_model(kind).requires_grad_(not frozen)
+def test_requires_grad_stays_as_it_was(model_type: str, frozen: bool) -> None:
+    model = tiny_model(model_type).requires_grad_(not frozen)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ids = {name: id(parameter) for name, parameter in model.named_parameters()}
     fastlock.relock(model, random_lock(model))
@@ -386,11 +386,11 @@ def test_torch_compile_sees_the_lock_come_and_go() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_inference_mode(kind: str) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_inference_mode(model_type: str) -> None:
     with torch.inference_mode():
-        made_inside = tiny_model(kind)
-    made_outside = tiny_model(kind)
+        made_inside = tiny_model(model_type)
+    made_outside = tiny_model(model_type)
     lock, ids = random_lock(made_outside), tokens()
     fastlock.relock(made_outside, lock)
     expected, locked = logits(made_outside, ids), biases(made_outside)
@@ -545,9 +545,9 @@ def test_layers_of_foreign_code_are_refused() -> None:
         fastlock.relock(model, random_lock(model))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_deepcopy_and_pickle_take_the_lock_along(kind: str, tmp_path) -> None:
-    model = tiny_model(kind)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_deepcopy_and_pickle_take_the_lock_along(model_type: str, tmp_path) -> None:
+    model = tiny_model(model_type)
     lock, before, ids = random_lock(model), state(model), tokens()
     fastlock.relock(model, lock)
     expected = logits(model, ids)
@@ -564,9 +564,9 @@ def test_deepcopy_and_pickle_take_the_lock_along(kind: str, tmp_path) -> None:
     assert torch.equal(logits(model, ids), expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_moving_a_relocked_model_moves_what_was_there_before(kind: str) -> None:
-    model, plain = tiny_model(kind), tiny_model(kind)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_moving_a_relocked_model_moves_what_was_there_before(model_type: str) -> None:
+    model, plain = tiny_model(model_type), tiny_model(model_type)
     fastlock.relock(model, random_lock(model))
     model.to(torch.bfloat16)
     plain.to(torch.bfloat16)
@@ -648,9 +648,9 @@ def test_a_model_that_shares_its_layers_with_a_relocked_one_is_refused() -> None
     assert same_state(state(a), before)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_training_of_a_copy_is_not_thrown_away(kind: str) -> None:
-    model = tiny_model(kind)
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_training_of_a_copy_is_not_thrown_away(model_type: str) -> None:
+    model = tiny_model(model_type)
     lock = random_lock(model)
     fastlock.relock(model, lock)
     twin = copy.deepcopy(model)

@@ -214,10 +214,10 @@ def one_by_one(model, locks, assigned, strengths, run):
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_each_request_has_its_own_lock_in_every_family(kind) -> None:
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_each_request_has_its_own_lock_in_every_family(model_type) -> None:
     """At every position, against the unfolded forward of each."""
-    model = tiny_model(kind, torch.float64).to(DEVICE)
+    model = tiny_model(model_type, torch.float64).to(DEVICE)
     locks, ids = two_locks(model), prompts()
     plain = logits(model, ids)
     expected = one_by_one(model, locks, ASSIGNED, STRENGTHS, lambda m: logits(m, ids))
@@ -230,9 +230,9 @@ def test_each_request_has_its_own_lock_in_every_family(kind) -> None:
     assert error <= bound
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gpt_oss"])
-def test_generate_with_a_cache(kind) -> None:
-    model = tiny_model(kind, torch.float64).to(DEVICE)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2", "gpt_oss"])
+def test_generate_with_a_cache(model_type) -> None:
+    model = tiny_model(model_type, torch.float64).to(DEVICE)
     locks, ids = two_locks(model), prompts()
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
     how |= {"return_dict_in_generate": True}
@@ -249,9 +249,9 @@ def test_generate_with_a_cache(kind) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_in_the_dtypes_of_kernels(kind, dtype) -> None:
-    model = tiny_model(kind, dtype).to(DEVICE)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_in_the_dtypes_of_kernels(model_type, dtype) -> None:
+    model = tiny_model(model_type, dtype).to(DEVICE)
     locks, ids = two_locks(model), prompts()
     plain = logits(model, ids)
     expected = one_by_one(model, locks, ASSIGNED, STRENGTHS, lambda m: logits(m, ids))
@@ -359,8 +359,8 @@ def test_one_sequence_may_have_a_lock_for_each_row() -> None:
 
 
 def test_removing_puts_everything_back() -> None:
-    for kind in ("llama", "gpt2", "falcon"):
-        model = tiny_model(kind)
+    for model_type in ("llama", "gpt2", "falcon"):
+        model = tiny_model(model_type)
         before, modules = state(model), dict(model.named_modules())
         parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
         request_locks = RequestLocks(model, two_locks(model))
@@ -525,16 +525,18 @@ def test_refold_sees_what_torch_does_not_count() -> None:
         torch.testing.assert_close(placed.folds, 1.5 * before)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_tables_hold_each_lock(kind) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_tables_hold_each_lock(model_type) -> None:
     """What shifts x, element by element, is the displacement; and what is added to y is its fold."""
-    model = tiny_model(kind)
+    model = tiny_model(model_type)
     locks = two_locks(model)
     layers = [site.layer for site in sites(model)]
     with RequestLocks(model, locks) as request_locks:
         for layer, (*_, original, locked) in zip(layers, request_locks._placed, strict=True):
             head_dim, num_heads = locked.values.shape[1], len(locked.heads)
-            weight = original.weight.detach().double() if kind == "llama" else original.weight.detach().double().t()
+            weight = (
+                original.weight.detach().double() if model_type == "llama" else original.weight.detach().double().t()
+            )
             for i, lock in enumerate(locks):
                 found = torch.zeros(num_heads, head_dim, dtype=torch.float64)
                 for head, column in enumerate(locked.heads.tolist()):

@@ -13,8 +13,8 @@ from fastlock.models.sites import sites
 from tests.helpers.families import logits, random_lock, reload, same_state, state, tiny_model, tokens
 
 
-def saved(tmp_path, kind: str = "llama", strength: float = 6.0, **changes):
-    model = tiny_model(kind, **changes)
+def saved(tmp_path, model_type: str = "llama", strength: float = 6.0, **changes):
+    model = tiny_model(model_type, **changes)
     lock = random_lock(model)
     fastlock.relock(model, lock, strength)
     model.save_pretrained(tmp_path / "out")
@@ -45,17 +45,17 @@ def test_the_config_holds_the_receipt(tmp_path) -> None:
 
 
 def test_the_plain_class_loads_it_without_missing_or_unexpected_keys(tmp_path) -> None:
-    for kind in ("llama", "mistral", "gpt2"):
-        _, _, directory = saved(tmp_path / kind, kind)
-        _, report = (LlamaForCausalLM if kind == "mistral" else type(tiny_model(kind))).from_pretrained(
+    for model_type in ("llama", "mistral", "gpt2"):
+        _, _, directory = saved(tmp_path / model_type, model_type)
+        _, report = (LlamaForCausalLM if model_type == "mistral" else type(tiny_model(model_type))).from_pretrained(
             directory, output_loading_info=True
         )
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "qwen2", "seed_oss", "gpt_oss"])
-def test_relocking_a_loaded_model_replaces_its_lock(kind: str, tmp_path) -> None:
-    model, lock, directory = saved(tmp_path, kind)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral", "qwen2", "seed_oss", "gpt_oss"])
+def test_relocking_a_loaded_model_replaces_its_lock(model_type: str, tmp_path) -> None:
+    model, lock, directory = saved(tmp_path, model_type)
     other = random_lock(model, [(1, 0), (2, 3)], seed=7)
     loaded, ids = reload(directory), tokens()
     fastlock.relock(loaded, lock, 2.0)
@@ -239,10 +239,10 @@ def test_a_state_dict_without_another_bias_is_not_filled_with_zeros(tmp_path) ->
         model.save_pretrained(tmp_path / "out", state_dict=given)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2"])
-def test_a_head_that_was_untied_stays_so(kind, tmp_path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "gpt2"])
+def test_a_head_that_was_untied_stays_so(model_type, tmp_path) -> None:
     """As merging an adapter of the head leaves it, beside a config that says it is the embedding."""
-    model = tiny_model(kind, tie_word_embeddings=True)
+    model = tiny_model(model_type, tie_word_embeddings=True)
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     lock, before = random_lock(model), state(model)
     fastlock.relock(model, lock)
@@ -310,9 +310,9 @@ def test_a_dequantised_checkpoint_is_saved_as_the_plain_one_that_it_is(tmp_path)
     assert hasattr(model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_an_error_leaves_a_loaded_model_as_it_was(kind: str, tmp_path) -> None:
-    _, lock, directory = saved(tmp_path, kind)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_an_error_leaves_a_loaded_model_as_it_was(model_type: str, tmp_path) -> None:
+    _, lock, directory = saved(tmp_path, model_type)
     loaded = reload(directory)
     site = sites(loaded)[1]
     site.module.weight.data[1, 1] = float("nan")

@@ -11,7 +11,7 @@ from fastlock.kernels.fold.reference import HeadColumns
 
 
 class Projection(Protocol):
-    """One output projection. A kind of them is a file beside this one, and a line in `table.py`."""
+    """One output projection. Each kind is a file beside this one, and a line in `table.py`."""
 
     @property
     def matrix(self) -> torch.Tensor:
