@@ -282,7 +282,7 @@ def _unusable(lock: Lock, problem: str) -> FastlockError:
     return DamagedError(f"{lock.source}: {problem}")
 
 
-_REMEDY = "The file is damaged or not a lock: download it again, or extract the lock anew."
+_REMEDY = "The file is damaged or not a lock: download it again, or extract the lock again."
 
 
 def _check_shapes(lock: Lock) -> None:

@@ -177,7 +177,7 @@ class _Built:
             self._links = _links(models, self._members)
             read = [tensor for module in modules for tensor in _read(module)]
             self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
-            self._read = [tensor for tensor in read if not tensor.is_inference()]  # of which torch counts the writes
+            self._read = [tensor for tensor in read if not tensor.is_inference()]  # torch counts the writes to these
             self._biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
             self._own = _numbers_with_a_bias(modules, self._plan.results)
             self._versions = self._versions_read()
