@@ -75,6 +75,7 @@ def _from_pretrained(
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # which are then in the report, by name
         **({} if device_map is None else {"device_map": device_map}),
     )
     model, report = loaded
@@ -107,7 +108,7 @@ def _check_nothing_lost(
             "causal language models from disk. Load others yourself, and relock them in memory."
         )
     for key, (loss, kind) in _LOSSES.items():
-        if names := sorted(map(str, report[key])):
+        if names := sorted(entry[0] if isinstance(entry, tuple) else entry for entry in report[key]):
             what = loss.format(tensor=shown(names[0]), cls=type(model).__name__)
             raise kind(
                 f"{directory}: {what} ({len(names)} in all), and loading it would change the checkpoint. Download it "
