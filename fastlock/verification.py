@@ -13,6 +13,7 @@ from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
+from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock
@@ -134,7 +135,8 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
     evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer]), sites)
 
     def problem(_: Receipt) -> str | None:
-        return None if saved is None else _lost(checkpoint, saved) or change_since(checkpoint, saved)
+        unlocked = bypass(checkpoint.files, checkpoint.shards.files)
+        return unlocked if saved is None else _lost(checkpoint, saved) or change_since(checkpoint, saved) or unlocked
 
     def originals(_: Receipt) -> dict[int, torch.Tensor | None]:
         return {} if saved is None else original_biases_on_disk(checkpoint, saved)

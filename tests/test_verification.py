@@ -272,7 +272,7 @@ def test_on_disk_one_altered_layer_is_named(kind: str, tmp_path) -> None:
 
 def test_on_disk_weights_trained_since(tmp_path) -> None:
     lock, out = relocked_on_disk(tmp_path)
-    path = out / "model-00001-of-00001.safetensors"
+    path = out / "model-fastlock-00001-of-00001.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.self_attn.o_proj.weight"] *= 1.25
     path.unlink()

@@ -22,10 +22,17 @@ from fastlock.dtypes import FOLDABLE
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError, shown
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
-from fastlock.storage.files import DOWNLOAD_AGAIN
+from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN
 
 MAX_THREADS = 8
 T = TypeVar("T")
+MAX_FEATURES = 2**24
+# The tensors by which a module is known: plain, and of GPTQ, AWQ, compressed-tensors and block-scaled fp8.
+_SUFFIXES = ("weight", "qweight", "weight_packed", "weight_scale", "weight_scale_inv", "scales")
+# What only quantised projections have: packed weights, or what bitsandbytes keeps beside its weights.
+_PACKED = ("_proj.qweight", "_proj.weight_packed", "_proj.weight.absmax", "_proj.SCB", "_proj.weight.SCB")
+# What wrappers put before the names of a model's tensors.
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel or DDP", "base_model.model.": "PEFT"}
 # Rows are mapped in blocks of this size, which bounds the memory that a large projection takes.
 _BLOCK_BYTES = 32 * 1024 * 1024
 _QUANTISED = "Quantised checkpoints cannot be relocked yet: relock the unquantised one, then quantise."
@@ -120,6 +127,7 @@ class Checkpoint:
         )
         self.family: Family = family_of_config(self.text_config, where)
         self.shards = read_shards(files, where)
+        self._check_names()
         self.sites = self._find_sites()
 
     @property
@@ -186,16 +194,42 @@ class Checkpoint:
         data = bytearray(self.files[tensor.file].read(tensor.start, tensor.length))
         return torch.frombuffer(data, dtype=dtype)
 
-    def modules(self, names: Sequence[str]) -> dict[str, StoredTensor]:
-        """The weights of modules of every layer ("self_attn.q_proj"), by module path, as far as the files have them."""
+    def modules(self, names: Sequence[str]) -> dict[str, int]:
+        """The modules of every layer ("self_attn.q_proj") that the files have, by path, with their output's length.
+
+        A module is known by any of its tensors: quantised formats have no `weight`, or one that is packed.
+
+        Raises:
+            DamagedError: a weight has an impossible shape.
+            UnsupportedError: the length of a quantised module's output cannot be told.
+        """
         prefix = self.sites[0].name.removesuffix(f"0.{self.family.projection}")
-        weights: dict[str, StoredTensor] = {}
+        lengths: dict[str, int] = {}
         for site in self.sites:
             for name in names:
                 path = f"{prefix}{site.layer}.{name}"
-                if f"{path}.weight" in self.shards.tensors:
-                    weights[path] = self.shards.tensors[f"{path}.weight"]
-        return weights
+                if any(f"{path}.{suffix}" in self.shards.tensors for suffix in _SUFFIXES):
+                    lengths[path] = self._out_features(path, name)
+        return lengths
+
+    def _out_features(self, path: str, name: str) -> int:
+        weight = self.shards.tensors.get(f"{path}.weight")
+        if weight is not None and weight.torch_dtype is not None:
+            length = weight.shape[0] if len(weight.shape) == 2 else 0
+            if not 0 < length <= min(weight.length, MAX_FEATURES):
+                raise DamagedError(
+                    f"{self.where}: {shown(path)}.weight has the shape {list(weight.shape)}. {DOWNLOAD_AGAIN}"
+                )
+            return length
+        num_heads, head_dim = head_geometry(self.text_config)
+        grouped = getattr(self.text_config, "num_key_value_heads", None) or num_heads
+        by_name = {"q_proj": num_heads * head_dim, "k_proj": grouped * head_dim, "v_proj": grouped * head_dim}
+        length = by_name.get(name.rpartition(".")[2], 0)
+        if not 0 < length <= MAX_FEATURES:
+            raise UnsupportedError(
+                f"{self.where}: {shown(path)} is quantised, and needs a bias of unknown length. {_QUANTISED}"
+            )
+        return length
 
     def check_unchanged(self) -> None:
         """Raise a DamagedError if a file was changed since it was first looked at."""
@@ -230,6 +264,12 @@ class Checkpoint:
         layers: int = self.text_config.num_hidden_layers
         complete = [names for names in by_prefix.values() if names.keys() == set(range(layers))]
         if len(complete) != 1:
+            longest = max(map(len, by_prefix.values()), default=0)
+            if len(by_prefix) == 1 and longest > layers:
+                raise self._unfit(
+                    f"its files hold {longest} layers with {family.projection}, but its config says {layers}. Correct "
+                    f"num_hidden_layers in {CONFIG}, or remove the layers that are too many."
+                )
             raise self._unfit(
                 f"its config says {layers} layers, and its files hold {len(complete)} such lists of layers with "
                 f"{family.projection} ({self.model_type}). They do not belong together, or fastlock does not know this "
@@ -241,7 +281,19 @@ class Checkpoint:
         """The error for files that do not look as the config says: a quantised checkpoint's never do."""
         if self.raw.get("quantization_config") is not None:
             return UnsupportedError(f"{self.where}: is quantised, as its config says. {_QUANTISED}")
+        if any(name.endswith(_PACKED) for name in self.shards.tensors):
+            return UnsupportedError(f"{self.where}: is quantised, as its tensors show. {_QUANTISED}")
         return DamagedError(f"{self.where}: {problem}")
+
+    def _check_names(self) -> None:
+        """Raise if the tensors are named as a wrapper names them: no loader takes those names for the model's."""
+        for name in self.shards.tensors:
+            for prefix, wrapper in _WRAPPERS.items():
+                if name.startswith(prefix):
+                    raise UnsupportedError(
+                        f"{self.where}: {shown(name)} is named as {wrapper} names it, and no loader knows such names. "
+                        "Save the model inside the wrapper, or take the prefix off."
+                    )
 
 
 def _not_folded(name: str, tensor: StoredTensor) -> UnsupportedError:

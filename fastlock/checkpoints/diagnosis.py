@@ -10,6 +10,7 @@ from typing import Any
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks, named_architecture, needs, why_lost
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
 from fastlock.errors import UnsupportedError
 from fastlock.locks.receipt import Receipt
@@ -74,6 +75,8 @@ def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Findin
     lost = why_lost(model_type, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
     if lost is not None:
         return Finding(stack, False, lost)
+    if (unlocked := bypass(checkpoint.files, checkpoint.shards.files)) is not None:
+        return Finding(stack, False, f"{unlocked}: move it away")
     if any(bias is None for bias in stored_biases(checkpoint, receipt)):
         return Finding(stack, False, "the files lack a locked layer's bias: run `fastlock verify`")
     lacking = [

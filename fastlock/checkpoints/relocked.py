@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Set
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,32 +13,16 @@ import torch
 
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.config import read_config
+from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, is_of_relocking, linked_name
 from fastlock.checkpoints.model_card import CARD, without_section
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
 from fastlock.errors import DamagedError, shown
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
-from fastlock.storage.files import CONFIG, File, InMemoryFile, read_all
+from fastlock.storage.files import CONFIG, File, InMemoryFile, parse_object, read_all
 from fastlock.storage.local import LocalFile
 from fastlock.storage.new_directory import NewDirectory
 from fastlock.storage.places import as_place, below, file_at
 from fastlock.storage.remote import RemoteDirectory, RemoteFile
-
-NEW_SHARD = "model-fastlock.safetensors"
-
-# transformers reads `model.safetensors` alone wherever there is one, so beside a new shard it needs another name.
-RENAMED = "model-00001-of-00001.safetensors"
-
-ASIDE = "fastlock/original/"
-
-MAX_COPIED_BYTES = 2**20
-
-# Out of the way, but not lost: weights in other formats and variants, which lack the lock and which some stacks prefer;
-# and signatures, which are of the original (a new one written over the link would overwrite the source's).
-_SET_ASIDE = (
-    "*.bin *.bin.index.json *.bin.index.*.json *.pt *.pth *.gguf *.h5 *.msgpack *.onnx *.ot "
-    "consolidated*.safetensors consolidated.safetensors.index.json "
-    "model.*.safetensors model.safetensors.index.*.json *.sig"
-).split()
 
 Files = dict[str, LocalFile | RemoteFile | InMemoryFile]
 
@@ -76,12 +59,9 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> F
         return dict(files)
     patches = _original_bytes(Checkpoint(dict(files), where))
     files = dict(files) | {name: files[name].patched(patch) for name, patch in patches.items()}
-    view: Files = {name: file for name, file in files.items() if not _of_relocking(name)}
+    view: Files = {name: file for name, file in files.items() if not is_of_relocking(name)}
     view |= {name.removeprefix(ASIDE): file for name, file in files.items() if name.startswith(ASIDE)}
-    if NEW_SHARD not in files:
-        view |= {INDEX: files[INDEX]} if INDEX in files else {}
-    elif RENAMED in view and (INDEX not in view or RENAMED.encode() not in read_all(view[INDEX], INDEX)):
-        view[SINGLE] = view.pop(RENAMED)
+    view |= {shard: files[linked_name(shard)] for shard in _original_shards(view, files, where)}
     if CARD in files:
         card = without_section(read_all(files[CARD], CARD))
         if card is None:
@@ -91,44 +71,32 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> F
     return dict(sorted(view.items()))
 
 
-def _of_relocking(name: str) -> bool:
-    """Whether a file of a relocked directory was not in the original: new, changed, or a signature of the new."""
-    return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith(ASIDE) or name.endswith(".sig")
+def _original_shards(view: Mapping[str, Any], files: Mapping[str, Any], where: str) -> list[str]:
+    """The names that the shards of the original had, as the index that was set aside says.
+
+    Raises:
+        DamagedError: one of them is not there.
+    """
+    index = parse_object(read_all(view[INDEX], INDEX), f"{where}/{ASIDE}{INDEX}") if INDEX in view else {}
+    shards = sorted({str(shard) for shard in index.get("weight_map", {SINGLE: SINGLE}).values()})
+    if missing := [shard for shard in shards if linked_name(shard) not in files]:
+        raise _changed(where, f"{linked_name(missing[0])} is not there any more")
+    return shards
 
 
 def carry(new: Target, name: str, file: LocalFile | RemoteFile | InMemoryFile, copy: bool) -> None:
     """Put a file into a new directory under a name: linked, or copied if that is asked for or it has patches."""
     if isinstance(file, InMemoryFile):
         new.write(name, file.data)
-    elif copy or file.patches:
+    elif file.patches or (copy and isinstance(new, NewDirectory)):  # on another machine, links are copies
         new.copy(name, file)
     else:
         new.link(name, file)
 
 
-def is_small(name: str, file: File) -> bool:
-    """Whether a file, set aside, is copied and its digest noted: editing the source must not change it."""
-    return name in (CONFIG, INDEX) or file.size <= MAX_COPIED_BYTES
-
-
-def is_copied(new: Target, name: str, file: File) -> bool:
-    """Whether a file, set aside in this directory, has to be copied."""
-    return isinstance(new, NewDirectory) and is_small(name, file)  # on another machine, links are copies
-
-
 def digest_of(file: File, where: str) -> str:
     """SHA-256 of a small file."""
     return hashlib.sha256(read_all(file, where)).hexdigest()
-
-
-def name_when_relocked(name: str, with_new_shard: bool, own: Set[str]) -> str:
-    """The name of an unchanged file in a relocked directory; `own` are the files that hold the checkpoint's tensors."""
-    plain = name.rpartition("/")[2]
-    if name == CONFIG or (name not in own and any(fnmatch(plain, pattern) for pattern in _SET_ASIDE)):
-        return ASIDE + name
-    if with_new_shard and name == INDEX:
-        return ASIDE + name
-    return RENAMED if with_new_shard and name == SINGLE else name
 
 
 def config_digest(config: dict[str, Any]) -> str:

@@ -19,23 +19,11 @@ import torch
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
+from fastlock.checkpoints.layout import NEW_SHARD, is_small, linked_name, needs_name, placements_of
 from fastlock.checkpoints.model_card import CARD, with_section
-from fastlock.checkpoints.relocked import (
-    ASIDE,
-    NEW_SHARD,
-    RENAMED,
-    Target,
-    carry,
-    config_digest,
-    digest_of,
-    is_copied,
-    is_small,
-    json_digest,
-    name_when_relocked,
-    original_files,
-)
+from fastlock.checkpoints.relocked import Target, carry, config_digest, digest_of, json_digest, original_files
 from fastlock.checkpoints.resaved import check_saved, relock_saved
-from fastlock.checkpoints.tensor_index import INDEX, StoredTensor
+from fastlock.checkpoints.tensor_index import INDEX
 from fastlock.dtypes import torch_name
 from fastlock.errors import DamagedError, FastlockError, is_unicode, shown
 from fastlock.fold import Fold, fold
@@ -51,11 +39,9 @@ from fastlock.locks.receipt import (
     raw_bytes,
     weights_digest,
 )
-from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN, InMemoryFile, read_all
+from fastlock.storage.files import CONFIG, InMemoryFile, read_all
 from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
 from fastlock.storage.places import files_in
-
-MAX_FEATURES = 2**24
 
 
 @dataclass(frozen=True)
@@ -91,6 +77,7 @@ class _Relocked:
     folded: list[_Folded]
     stacks: tuple[str, ...]
     copy: bool
+    in_place: bool
 
 
 def relock_checkpoint(
@@ -106,8 +93,10 @@ def relock_checkpoint(
 ) -> Receipt:
     """Relock a checkpoint into a new directory that is complete, reading its headers and locked columns only.
 
-    Unchanged files are linked (shared blocks where the file system has them, else hard links, else symbolic links).
-    A checkpoint that is relocked already gets this lock instead of the earlier one.
+    Weights that do not change are linked (shared blocks where the file system has them, else hard links, else symbolic
+    links), under names that no saver writes; everything else is copied. Nobody writes to the source through it. Weights
+    that would be loaded without the lock are set aside; version control and caches stay behind. A checkpoint that is
+    relocked already gets this lock instead of the earlier one.
 
     Both may be URLs of any fsspec file system ("s3://bucket/model"). Then only headers and the locked layers'
     projections are fetched, and files that stay on one file system are copied by it.
@@ -118,7 +107,7 @@ def relock_checkpoint(
         out: the directory to make; it must not exist yet, unless `in_place`.
         strength: the paper's α, 0 or more; by default as for `fastlock.relock`.
         stacks: the serving stacks in which the lock must act, of "transformers", "vllm", "sglang" and "llama.cpp".
-        copy: copy the files instead of linking them.
+        copy: copy the weights, too, instead of linking them.
         in_place: `out` is `source`; the new directory takes its place in one step, and `unlock_checkpoint` undoes it.
         folds: folds that were made before; looked up and added to, for checkpoints that share files.
 
@@ -150,7 +139,7 @@ def relock_checkpoint(
         folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
         receipt = _receipt(checkpoint, lock, strength, folded)
         with create_directory(out, source, in_place) as new:
-            _write(new, _Relocked(checkpoint, carrier, receipt, folded, stacks, copy))
+            _write(new, _Relocked(checkpoint, carrier, receipt, folded, stacks, copy, in_place))
             checkpoint.check_unchanged()
         return receipt
 
@@ -158,8 +147,7 @@ def relock_checkpoint(
 def _check_names(checkpoint: Checkpoint) -> None:
     """Raise if the checkpoint's own files have names that a relocked directory needs."""
     for name in checkpoint.files:
-        stray = name == RENAMED and name not in checkpoint.shards.files
-        if name.partition("/")[0] == "fastlock" or name == NEW_SHARD or stray:
+        if needs_name(name):
             raise FastlockError(
                 f"{checkpoint.where}: holds {name[:200]!a}, and fastlock needs that name for its own files. Move it "
                 "away; if fastlock wrote it, start from the original checkpoint. Nothing was written."
@@ -220,8 +208,8 @@ def _write(new: Target, relocked: _Relocked) -> None:
     """Write the whole directory, its config.json last."""
     checkpoint, folded = relocked.checkpoint, relocked.folded
     added = _added_biases(checkpoint, relocked.carrier, folded)
-    set_aside = _carry_files(new, relocked, with_new_shard=bool(added))
-    index_digest = _write_new_shard(new, checkpoint, added) if added else None
+    set_aside = _carry_files(new, relocked)
+    index_digest = _write_index(new, checkpoint, added)
     card = checkpoint.files.get(CARD)
     new.write(CARD, with_section(None if card is None else read_all(card, CARD), relocked.receipt, relocked.stacks))
     carrier = relocked.carrier
@@ -239,33 +227,33 @@ def _write(new: Target, relocked: _Relocked) -> None:
     new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: SavedReceipt(relocked.receipt, note).to_dict()}))
 
 
-def _carry_files(new: Target, relocked: _Relocked, with_new_shard: bool) -> dict[str, str]:
+def _carry_files(new: Target, relocked: _Relocked) -> dict[str, str]:
     """Put every file of the checkpoint in its place, with the new biases in those that held the old ones.
 
     Returns:
         The digests of the small files that were set aside, by name.
     """
-    checkpoint, own = relocked.checkpoint, relocked.checkpoint.shards.files
+    checkpoint = relocked.checkpoint
     patches: dict[str, list[tuple[int, bytes]]] = {}
     for f in relocked.folded:
         if f.site.bias is not None:
             patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
     set_aside: dict[str, str] = {}
-    for name, file in checkpoint.files.items():
-        new_name = name_when_relocked(name, with_new_shard, own)
-        aside = new_name.startswith(ASIDE)
+    for name, placement in placements_of(checkpoint.files, checkpoint.shards.files, relocked.in_place).items():
+        file = checkpoint.files[name]
         if name != CARD:
             changed = file.patched(patches[name]) if not isinstance(file, InMemoryFile) and name in patches else file
-            carry(new, new_name, changed, relocked.copy or (aside and is_copied(new, name, file)))
-        if aside and is_small(name, file):
+            carry(new, placement.name, changed, relocked.copy or not placement.linked)
+        if placement.aside and is_small(name, file):
             set_aside[name] = digest_of(file, f"{checkpoint.where}/{name}")
     return set_aside
 
 
-def _write_new_shard(new: Target, checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> str:
-    """Write the shard with the biases that the checkpoint lacks, and the index that names it; the index's digest."""
+def _write_index(new: Target, checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> str:
+    """Write the shard with the biases that the checkpoint lacks, and the index of all shards; the index's digest."""
     index = _new_index(checkpoint, added)
-    new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
+    if added:
+        new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
     new.write(INDEX, _json(index))
     return json_digest(index)
 
@@ -277,7 +265,7 @@ def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded
     """
     tensors, dtype = checkpoint.shards.tensors, folded[0].site.dtype
     added = {f"{f.site.name}.bias": f.bias for f in folded if f.site.bias is None}
-    lengths = {path: _out_features(weight, checkpoint) for path, weight in checkpoint.modules(carrier.switched).items()}
+    lengths = checkpoint.modules(carrier.switched)
     if "lm_head" in carrier.switched:
         lengths["lm_head"] = checkpoint.text_config.vocab_size
     for path, length in lengths.items():
@@ -286,21 +274,9 @@ def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded
     return added
 
 
-def _out_features(weight: StoredTensor, checkpoint: Checkpoint) -> int:
-    length = weight.shape[0] if len(weight.shape) == 2 else 0
-    if not 0 < length <= min(weight.length, MAX_FEATURES):
-        raise DamagedError(
-            f"{checkpoint.where}: a projection in {shown(weight.file)} has the shape {list(weight.shape)}. "
-            f"{DOWNLOAD_AGAIN}"
-        )
-    return length
-
-
 def _new_index(checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> dict[str, Any]:
     tensors = checkpoint.shards.tensors
-    own = checkpoint.shards.files
-    shard = {file: name_when_relocked(file, True, own) for file in own}
-    weight_map = {name: shard[tensor.file] for name, tensor in tensors.items()}
+    weight_map = {name: linked_name(tensor.file) for name, tensor in tensors.items()}
     size = sum(tensor.length for tensor in tensors.values()) + sum(bias.nbytes for bias in added.values())
     index = checkpoint.shards.index or {}
     metadata = index.get("metadata")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ import safetensors.torch
 from fastlock.architectures.serving_stacks import named_architecture
 from fastlock.checkpoints.carrier import Carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.layout import ASIDE, Placement, is_private, is_small, placements_of
 from fastlock.checkpoints.model_card import CARD, with_section, without_section
-from fastlock.checkpoints.relocked import ASIDE, carry, is_copied, name_when_relocked, receipt_in
+from fastlock.checkpoints.relocked import carry, receipt_in
 from fastlock.checkpoints.tensor_index import INDEX, read_shards
 from fastlock.errors import DamagedError, UnsupportedError
 from fastlock.locks.lock import Lock
@@ -136,10 +137,11 @@ def _save(
             raise OSError(str(error)) from None
         new.sync()
         anew = {*shards, INDEX, CARD, *local_files(new.path)}
+        placements = placements_of(files, shards, in_place) if receipt is not None else None
         for name in sorted(files, key=lambda name: not name.startswith(ASIDE)):  # what is set aside is the original's
-            target = _saved_name(name, shards, receipt is not None)
-            if not {name, target} & anew:
-                carry(new, target, files[name], target.startswith(ASIDE) and is_copied(new, name, files[name]))
+            target = _saved_name(name, placements, in_place)
+            if target is not None and not {name, target} & anew:
+                carry(new, target, files[name], not target.startswith(ASIDE) or is_small(name, files[name]))
                 anew.add(target)
         card = without_section(read_all(files[CARD], CARD)) if CARD in files else None
         if receipt is not None:
@@ -148,7 +150,10 @@ def _save(
             new.write(CARD, card)
 
 
-def _saved_name(name: str, shards: Set[str], locked: bool) -> str:
+def _saved_name(name: str, placements: Mapping[str, Placement] | None, in_place: bool) -> str | None:
+    """The name of a file that is not saved anew, None if it stays behind; `placements` if it is relocked."""
+    if is_private(name) and not in_place:
+        return None
     if name.startswith(ASIDE):
-        return name if locked else name.removeprefix(ASIDE)
-    return name_when_relocked(name, False, shards) if locked else name
+        return name.removeprefix(ASIDE) if placements is None else name
+    return name if placements is None else placements[name].name

@@ -21,6 +21,10 @@ MAX_DIMENSIONS = 16
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
 _BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4}
+_BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+# How a file begins that Git LFS keeps elsewhere.
+_LFS = b"version https://git-lfs"
+MAX_POINTER_BYTES = 1024
 _PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -144,6 +148,8 @@ def _read_headers(files: dict[str, Any], weight_map: dict[str, str], where: str)
 
 def _read_header(file: File, name: str, where: str) -> dict[str, StoredTensor]:
     """The tensors of one file. Every offset is checked: nothing outside them can be read."""
+    if file.size < MAX_POINTER_BYTES and file.read(0, min(file.size, len(_LFS))) == _LFS:
+        raise DamagedError(f"{where}/{name}: is a Git LFS pointer, not the weights. Fetch them first: git lfs pull.")
     problem = f"{where}/{name}: is damaged"
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else file.size
     if length > file.size - 8 or length > MAX_HEADER_BYTES:
@@ -175,6 +181,8 @@ def _stored(file: str, entry: Any, data: int) -> StoredTensor:
     if type(entry["dtype"]) is not str:
         raise TypeError("its dtype is not text")
     bits = _BITS.get(entry["dtype"])
-    if bits is not None and math.prod(shape) * bits != 8 * (end - begin):
+    if bits is None:
+        raise ValueError(f"{entry['dtype'][:20]!a} is a dtype that safetensors does not know")
+    if math.prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"{end - begin} bytes for a {entry['dtype'][:20]} of shape {str(shape)[:80]}")
     return StoredTensor(file, entry["dtype"], tuple(shape), data + begin, end - begin)

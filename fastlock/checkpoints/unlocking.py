@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 
-from fastlock.checkpoints.relocked import ASIDE, carry, is_copied, original_files, was_relocked_here
+from fastlock.checkpoints.relocked import carry, original_files, was_relocked_here
 from fastlock.checkpoints.resaved import unlock_saved
 from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
 from fastlock.storage.places import files_in
 
 
-def unlock_checkpoint(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], *, copy: bool = False, in_place: bool = False
-) -> None:
+def unlock_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str], *, in_place: bool = False) -> None:
     """Write the checkpoint as it was before relocking into a new directory: every file, byte for byte.
 
-    A checkpoint that transformers saved from a relocked model comes back tensor for tensor, bit for bit.
+    Under their own names, links to weights would be written through by whoever saves a model there: they are copied
+    (shared blocks where the file system has them); in place, they are moved. A checkpoint that transformers saved from
+    a relocked model comes back tensor for tensor, bit for bit.
 
     Args:
-        source, out, copy, in_place: as for `relock_checkpoint`.
+        source, out, in_place: as for `relock_checkpoint`.
 
     Raises:
         DamagedError: the checkpoint is damaged, or was changed since it was relocked.
@@ -36,7 +36,6 @@ def unlock_checkpoint(
         originals = original_files(files, str(source))
         with create_directory(out, source, in_place) as new:
             for name, file in originals.items():
-                was_set_aside = ASIDE + name in files
-                carry(new, name, file, copy or (was_set_aside and is_copied(new, name, file)))
+                carry(new, name, file, copy=file.shared or not in_place)
             for file in originals.values():
                 file.check_unchanged()

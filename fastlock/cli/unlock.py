@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fastlock.cli.commands import Command
-from fastlock.cli.options import CHECKPOINT, COPY, IN_PLACE, JSON, OUT, YES, target
+from fastlock.cli.options import CHECKPOINT, IN_PLACE, JSON, OUT, YES, target
 from fastlock.cli.output import print_json, say, spinner
 
 
-def _unlock(checkpoint: str, out: str | None, copy: bool, in_place: bool, yes: bool, as_json: bool) -> None:
+def _unlock(checkpoint: str, out: str | None, in_place: bool, yes: bool, as_json: bool) -> None:
     destination = target(checkpoint, out, in_place, yes)
     from fastlock.checkpoints.unlocking import unlock_checkpoint
 
     with spinner(f"unlocking {checkpoint}", as_json):
-        unlock_checkpoint(checkpoint, destination, copy=copy, in_place=in_place)
+        unlock_checkpoint(checkpoint, destination, in_place=in_place)
     if as_json:
         print_json({"out": destination})
     else:
@@ -22,6 +22,6 @@ def _unlock(checkpoint: str, out: str | None, copy: bool, in_place: bool, yes: b
 COMMAND = Command(
     "unlock",
     "Write a relocked checkpoint as it was before, every file byte for byte, into a new directory.",
-    (CHECKPOINT, OUT, COPY, IN_PLACE, YES, JSON),
+    (CHECKPOINT, OUT, IN_PLACE, YES, JSON),
     _unlock,
 )

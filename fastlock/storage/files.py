@@ -28,11 +28,13 @@ class File(Protocol):
         size: in bytes.
         identity: what changes when the file does.
         patches: what `read` puts in place of the file's own bytes.
+        shared: whether its bytes may be another file's, too, so that a link to it could be written through.
     """
 
     size: int
     identity: tuple[Any, ...]
     patches: Patches
+    shared: bool
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes of a range."""
@@ -45,6 +47,7 @@ class InMemoryFile:
     """A small file whose bytes are on no disk: what a directory is to hold. Attributes: data; else as of `File`."""
 
     patches: Patches = ()
+    shared = False
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -194,7 +197,9 @@ def _not_json(where: str, error: Exception, remedy: str) -> DamagedError:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("it says something twice")
+    value: dict[str, Any] = {}
+    for key, held in pairs:
+        if key in value:
+            raise ValueError(f"it gives {key[:80]!a} twice")
+        value[key] = held
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import fcntl
 import mmap
 import os
@@ -32,15 +33,17 @@ class LocalFile:
         mode: its permissions.
         identity: device, inode, size and time of last change.
         patches: offsets, and the bytes that it is to have there instead of its own.
+        shared: whether another name leads to it, too: it was reached by a symbolic link, or has hard links.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, followed: bool = False) -> None:
         self.path = path
         self.patches: Patches = ()
         with reading(path):
             status = path.stat()
         self.size = status.st_size
         self.mode = status.st_mode & 0o777
+        self.shared = followed or status.st_nlink > 1
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def patched(self, patches: Patches) -> LocalFile:
@@ -51,11 +54,7 @@ class LocalFile:
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes of a range."""
-        with reading(self.path), self._open() as fd:
-            data = os.pread(fd, length, start)
-        if len(data) != length:
-            raise changed_while_read(self.path)
-        return with_patches(data, start, self.patches)
+        return with_patches(self._read(start, length), start, self.patches)
 
     @contextlib.contextmanager
     def view(self, start: int, length: int) -> Iterator[memoryview]:
@@ -65,10 +64,14 @@ class LocalFile:
             with reading(self.path):
                 fd = opened.enter_context(self._open())
                 self._check(os.fstat(fd))  # a mapping beyond a file's end kills the process
-                mapped = mmap.mmap(fd, before + length, prot=mmap.PROT_READ, offset=start - before)
-                opened.enter_context(mapped)
-                _read_ahead(mapped, start - before)
+                mapped = _mapped(fd, start - before, before + length)
                 TRAFFIC.add(read=length)
+                if mapped is not None:
+                    opened.enter_context(mapped)
+                    _read_ahead(mapped, start - before)
+            if mapped is None:
+                yield memoryview(self._read(start, length))
+                return
             with memoryview(mapped) as whole, whole[before:] as wanted:
                 yield wanted
 
@@ -81,6 +84,13 @@ class LocalFile:
         """Raise a DamagedError if the file is not what it was when it was first looked at."""
         with reading(self.path):
             self._check(self.path.stat())
+
+    def _read(self, start: int, length: int) -> bytes:
+        with reading(self.path), self._open() as fd:
+            data = os.pread(fd, length, start)
+        if len(data) != length:
+            raise changed_while_read(self.path)
+        return data
 
     def _check(self, status: os.stat_result) -> None:
         if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity:
@@ -131,7 +141,17 @@ def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, LocalFile]]:
             raise DamagedError(
                 f"{entry.path}: is not a regular file. A checkpoint holds only files and real directories: remove it."
             )
-        yield prefix + entry.name, LocalFile(path)
+        yield prefix + entry.name, LocalFile(path, followed=entry.is_symlink())
+
+
+def _mapped(fd: int, start: int, length: int) -> mmap.mmap | None:
+    """A mapping of a range; None where the file system maps no files (some of FUSE)."""
+    try:
+        return mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=start)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EINVAL, errno.EACCES, errno.EPERM):
+            raise
+        return None
 
 
 def _read_ahead(mapped: mmap.mmap, base: int) -> None:
@@ -143,7 +163,8 @@ def _read_ahead(mapped: mmap.mmap, base: int) -> None:
     length = len(mapped)
     first = min(length, -base % _HUGE)
     last = max(first, (base + length) // _HUGE * _HUGE - base)
-    mapped.madvise(mmap.MADV_RANDOM)
+    with contextlib.suppress(OSError):
+        mapped.madvise(mmap.MADV_RANDOM)
     edges = [(0, length)]
     with contextlib.suppress(OSError, AttributeError):  # no huge pages for files
         if first < last:
@@ -151,7 +172,8 @@ def _read_ahead(mapped: mmap.mmap, base: int) -> None:
         edges = [(0, first), (last, length)]
     for begin, end in edges:
         for piece in range(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, _PIECE):
-            mapped.madvise(mmap.MADV_WILLNEED, piece, min(_PIECE, end - piece))
+            with contextlib.suppress(OSError):
+                mapped.madvise(mmap.MADV_WILLNEED, piece, min(_PIECE, end - piece))
     with contextlib.suppress(OSError):
         mapped.madvise(_MADV_POPULATE_READ)
 

@@ -8,8 +8,9 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from fastlock.errors import FastlockError
@@ -26,6 +27,11 @@ from fastlock.storage.remote import (
 
 _RENAME_EXCHANGE = 2  # of renameat2(2)
 _AT_FDCWD = -100
+# What a file system says of something that it does not have. Which errno it picks for that differs.
+_LACKING = frozenset(
+    (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOTTY, errno.ENOLCK)
+)
+_NO_HARD_LINK = _LACKING | {errno.EXDEV, errno.EMLINK}
 
 
 class NewDirectory:
@@ -51,7 +57,8 @@ class NewDirectory:
     def link(self, name: str, source: LocalFile | RemoteFile) -> None:
         """The same file without copying its bytes: shared blocks, else a hard link, else a symbolic link.
 
-        It is a copy if it is on another machine, or if neither of the first two works in place.
+        It is a copy if it is on another machine, if the file system has none of these, or in place, if it has neither
+        of the first two.
         """
         if isinstance(source, RemoteFile):
             self.copy(name, source)
@@ -61,15 +68,14 @@ class NewDirectory:
             with place.open("rb") as file:
                 _settle(file.fileno(), source.mode)
             return
-        try:
+        with _where_there_is(_NO_HARD_LINK):
             os.link(source.path, place)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
-                raise
-            if self._in_place:
-                self.copy(name, source)  # a symbolic link would point into what is about to be removed
-            else:
+            return
+        if not self._in_place:  # a symbolic link would point into what is about to be removed
+            with _where_there_is(_LACKING):
                 place.symlink_to(source.path)
+                return
+        self.copy(name, source)
 
     def copy(self, name: str, source: LocalFile | RemoteFile) -> None:
         """A copy, synced, with the file's permissions and its patches in it."""
@@ -249,20 +255,35 @@ def _claimed(out: Path) -> Iterator[Path]:
 def _locked(directory: Path, out: Path, make: bool = False) -> Iterator[int]:
     """A descriptor of a directory that no other process has locked; `out` is what the error names."""
     while True:
-        if make:
-            directory.mkdir(mode=0o700, exist_ok=True)
+        found = make and not _make(directory)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with _where_there_is(_LACKING):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    found = False
             except BlockingIOError:
                 raise FastlockError(f"{out}: another process is making it right now. Wait for it to end.") from None
+            if found:
+                raise FastlockError(
+                    f"{directory}: another run works there, or was stopped; this file system has no locks to tell. If "
+                    "nothing works there, remove it and run again."
+                )
             if _is_at(fd, directory):
                 yield fd
                 return
             # It was finished or removed between our opening it and our locking it: try again.
         finally:
             os.close(fd)
+
+
+def _make(directory: Path) -> bool:
+    """Make a directory; False if it is there already."""
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _is_at(fd: int, path: Path) -> bool:
@@ -309,8 +330,22 @@ def _exchange(a: Path, b: Path) -> None:
 def _settle(fd: int, mode: int | None) -> None:
     """Give a new file or directory its permissions, and sync it."""
     if mode is not None:
-        os.fchmod(fd, mode)
-    os.fsync(fd)
+        with _where_there_is(_LACKING):
+            os.fchmod(fd, mode)
+    with _where_there_is(_LACKING if stat.S_ISDIR(os.fstat(fd).st_mode) else frozenset()):
+        os.fsync(fd)
+
+
+@contextlib.contextmanager
+def _where_there_is(lacking: Set[int]) -> Iterator[None]:
+    """Do something that the file system may not have: if it answers with one of these errno, go on without."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in lacking:
+            raise
 
 
 def _sync(directory: Path, mode: int | None = None) -> None:

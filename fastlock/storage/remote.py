@@ -47,6 +47,8 @@ class RemoteFile:
         patches: offsets, and the bytes that it is to have there instead of its own.
     """
 
+    shared = True
+
     def __init__(self, fs: Any, path: str, info: dict[str, Any]) -> None:
         self.fs = fs
         self.path = path

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import fastlock
 from fastlock.architectures.serving_stacks import STACKS, acts, architecture
 from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocked import NEW_SHARD
+from fastlock.checkpoints.layout import NEW_SHARD
 from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
 from tests.helpers.families import random_lock, tiny_model
 

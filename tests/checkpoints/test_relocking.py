@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llam
 
 import fastlock
 from fastlock.architectures.families import ATTENTION, FAMILIES
-from fastlock.checkpoints.relocked import ASIDE, NEW_SHARD, RENAMED
+from fastlock.checkpoints.layout import ASIDE, NEW_SHARD
 from fastlock.models.sites import sites
 from fastlock.storage import local
 from fastlock.storage import new_directory as folders
@@ -31,6 +31,7 @@ from tests.helpers.families import (
 
 LLAMA_FORM = {"mistral", "qwen2"}
 CARRIED = sorted(kind for kind, family in FAMILIES.items() if family.bias_flag is not None or kind in LLAMA_FORM)
+RENAMED = "model-fastlock-00001-of-00001.safetensors"
 TRANSFORMERS = {"stacks": ["transformers"]}
 
 
@@ -122,8 +123,8 @@ def test_every_bias_that_the_flag_asks_for_is_in_the_files(tmp_path) -> None:
         )
 
 
-def test_a_single_file_is_renamed_and_shards_keep_their_names(tmp_path) -> None:
-    """transformers reads `model.safetensors` alone wherever there is one."""
+def test_shards_get_names_that_nobody_saves_to(tmp_path) -> None:
+    """transformers reads `model.safetensors` alone wherever there is one, and old savers write through hard links."""
     _, lock, source = checkpoint(tmp_path)
     fastlock.relock_checkpoint(source, lock, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").glob("*.safetensors")} == {RENAMED, NEW_SHARD}
@@ -132,7 +133,10 @@ def test_a_single_file_is_renamed_and_shards_keep_their_names(tmp_path) -> None:
     names = {path.name for path in source.glob("*.safetensors")}
     assert len(names) > 2
     fastlock.relock_checkpoint(source, lock, tmp_path / "sharded")
-    assert {p.name for p in (tmp_path / "sharded").glob("*.safetensors")} == names | {NEW_SHARD}
+    assert {p.name for p in (tmp_path / "sharded").glob("*.safetensors")} == {
+        NEW_SHARD,
+        *(name.replace("model-", "model-fastlock-") for name in names),
+    }
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     held = {name: path.name for path in (tmp_path / "sharded").glob("*.safetensors") for name in load_file(path)}
     assert index["weight_map"] == held
@@ -156,8 +160,9 @@ def test_a_sharded_checkpoint(kind: str, tmp_path) -> None:
 def test_a_single_shard_that_has_the_name_already(tmp_path) -> None:
     """With an index of its own, of a family whose biases are replaced in the shard."""
     _, lock, source = checkpoint(tmp_path, "gpt2")
-    (source / "model.safetensors").rename(source / RENAMED)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(source / RENAMED), RENAMED)}
+    name = "model-00001-of-00001.safetensors"
+    (source / "model.safetensors").rename(source / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(source / name), name)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     before = contents(source)
     fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
@@ -202,13 +207,14 @@ def test_only_headers_configs_and_locked_projections_are_read(tmp_path, monkeypa
     )
 
 
-def test_unchanged_files_are_links_and_copies_when_asked(tmp_path) -> None:
+def test_weights_are_linked_and_copied_when_asked_and_all_else_is_copied(tmp_path) -> None:
     _, lock, source = checkpoint(tmp_path)
     fastlock.relock_checkpoint(source, lock, tmp_path / "linked")
     fastlock.relock_checkpoint(source, lock, tmp_path / "copied", copy=True)
-    for name, new in [("model.safetensors", RENAMED), ("tokenizer.json",) * 2, ("original/params.json",) * 2]:
-        assert (tmp_path / "linked" / new).samefile(source / name)
-        assert not (tmp_path / "copied" / new).samefile(source / name)
+    assert (tmp_path / "linked" / RENAMED).samefile(source / "model.safetensors")
+    assert not (tmp_path / "copied" / RENAMED).samefile(source / "model.safetensors")
+    for name in ("tokenizer.json", "original/params.json"):
+        assert not (tmp_path / "linked" / name).samefile(source / name)
     assert contents(tmp_path / "linked") == contents(tmp_path / "copied")
 
 

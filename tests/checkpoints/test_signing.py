@@ -69,7 +69,7 @@ def test_symbolic_links_are_signed_when_allowed(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("os.link", other_file_system)
     fastlock.relock_checkpoint(tmp_path / "source", random_lock(model), tmp_path / "out")
-    assert (tmp_path / "out" / "model-00001-of-00001.safetensors").is_symlink()
+    assert (tmp_path / "out" / "model-fastlock-00001-of-00001.safetensors").is_symlink()
     assert not sign(tmp_path / "out", private)
     assert sign(tmp_path / "out", private, "--allow_symlinks")
     assert is_signed(tmp_path / "out", public, "--allow_symlinks")

@@ -69,7 +69,7 @@ def test_copies_and_stacks(files, run) -> None:
     assert receipt["lock_digest"] == fastlock.Lock.load(lock).digest
     note = json.loads((out / "config.json").read_text())["fastlock"]["carrier"]
     assert note["stacks"] == ["transformers", "vllm", "sglang"]
-    assert not (out / "model-00001-of-00001.safetensors").samefile(base / "model.safetensors")
+    assert not (out / "model-fastlock-00001-of-00001.safetensors").samefile(base / "model.safetensors")
 
 
 def test_an_unknown_stack_is_refused_in_the_words_of_the_library(files, run) -> None:
