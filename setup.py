@@ -1,12 +1,12 @@
-"""Only what pyproject.toml can't say: where the kernels are, and compiling them into the wheel.
+"""Only what pyproject.toml cannot say: where the kernels are, and compiling them into the wheel.
 
 `kernels/`, at the top of the repository, installs as `fastlock.kernels`. (The top-level import name `kernels` belongs
 to Hugging Face's package of that name.)
 
-The cubins are compiled where Triton can be imported by the Python that builds: with `pip wheel --no-build-isolation .`
-in an environment that has fastlock's dependencies, no GPU needed. The environment variable FASTLOCK_CUBINS chooses: 0
-builds none, 1 all or the build fails, a list of compute capabilities (80,90) those or it fails. A wheel without
-them works: Triton then compiles the kernels on the user's machine.
+The cubins are compiled if the Python that builds can import Triton: with `pip wheel --no-build-isolation .` in an
+environment that has fastlock's dependencies; no GPU is needed. The environment variable FASTLOCK_CUBINS chooses: 0
+builds none, 1 builds all, a list of compute capabilities (80,90) builds those; where it is set, the build fails if they
+cannot be built. A wheel without cubins works: Triton then compiles the kernels on the user's machine.
 """
 
 import os
@@ -35,12 +35,12 @@ class BuildWithCubins(build_py):
 
 
 def compile_cubins(built: Path, wanted: str) -> None:
-    """Compile into the built package, by itself. Without them the build goes on, unless they were asked for."""
+    """Compile into the built package, by the built package. The build fails only if they were asked for."""
     archs = wanted.split(",") if wanted not in ("", "1") else []
     command = [sys.executable, "-m", "fastlock.kernels.build", "--shipped", "--cubins", CUBINS]
     command += ["--arch", *archs] if archs else []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # From the built package's folder, so that it is the one that Python finds.
+    # From the folder of the built package, which Python then finds first.
     done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         print(done.stdout.splitlines()[-1], file=sys.stderr)
@@ -52,9 +52,9 @@ def compile_cubins(built: Path, wanted: str) -> None:
     frame = "*" * 88
     print(
         f"{frame}\n{said}\n"
-        "The wheel works without: Triton compiles them on the user's machine, on the first relock.\n"
+        "The wheel works without them: Triton compiles them on the user's machine, on the first relock.\n"
         "To have them: build without isolation, where torch, transformers and triton are installed.\n"
-        f"FASTLOCK_CUBINS=0 builds without them and says nothing.\n{frame}",
+        f"FASTLOCK_CUBINS=0 builds without them, and without this message.\n{frame}",
         file=sys.stderr,
     )
 

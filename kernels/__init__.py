@@ -1,1 +1,1 @@
-"""The Triton kernels: the fold (`fold`) and its ahead-of-time build (`build`). Importing this alone needs no triton."""
+"""The Triton kernels, a folder an op: tensors only, no locks and no models. Importing this alone needs no Triton."""

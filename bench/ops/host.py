@@ -19,6 +19,7 @@ from bench.lib.figures import interval_of_median
 from bench.lib.workloads import SHAPES, STRENGTH, Zoo, lock_for
 from fastlock import fold as fold_module
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.manifest import Cubin
 from fastlock.kernels.fold import launch as kernels
 
 SHAPE = SHAPES["8B"]
@@ -38,10 +39,10 @@ class NoDriver:
 
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    described = cubins.Cubin("", "sm_90a", "", "", "", tuple((8 * i, 8) for i in range(6)), 0, 8, 64, "12.8")
+    described = Cubin("", "sm_90a", "", "", "", tuple((8 * i, 8) for i in range(6)), 0, 8, 64, "12.8")
     kernel = cubins.Kernel(NoDriver(), described, 0, None, 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(cubins, "choose", lambda variant, index: cubins.Choice(kernel, "it does nothing"))
-    monkeypatch.setattr(cubins, "_current_stream", lambda device: 0)
+    monkeypatch.setattr(cubins.LOADER, "choose", lambda variant, index: cubins.Choice(kernel, "it does nothing"))
+    monkeypatch.setattr(cubins, "current_stream", lambda device: 0)
     monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
     monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
 

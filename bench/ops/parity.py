@@ -46,9 +46,9 @@ def kernels() -> Iterator[Any]:
 def launched_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """cubin: kernels compiled ahead of time; jit: by Triton as they are launched."""
     monkeypatch.setenv(cubins.SWITCH, "1" if request.param == "cubin" else "0")
-    cubins.forget()
+    cubins.LOADER.forget()
     yield request.param
-    cubins.forget()
+    cubins.LOADER.forget()
 
 
 @pytest.mark.parametrize(("launched_by", "variant"), list(kernels()), indirect=["launched_by"])
@@ -69,7 +69,7 @@ def test_kernel(launched_by: str, variant: variants.Variant, record_property: Ca
     table = fold.build_table(*arguments)
     assert table.variant == variant
     if launched_by == "cubin":
-        choice = cubins.choose(variant.name, DEVICE.index or 0)
+        choice = cubins.LOADER.choose(variant.name, DEVICE.index or 0)
         if choice.reason.startswith("no cubin runs on"):
             pytest.skip(choice.reason)
         assert choice.kernel is not None, choice.reason

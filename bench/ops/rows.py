@@ -146,7 +146,7 @@ def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
         computes[kind] = partial(locked_linear.run, way)
     computes["chosen"] = by_op
     by_op(first)
-    if (chosen := locked_linear.chosen(first)) is not None:
+    if (chosen := locked_linear.CHOICES.of(first)) is not None:
         names["chosen"] = chosen.name
     return computes, names
 

@@ -53,7 +53,7 @@ def main() -> int:
     worst = worst_of_rows()
     for switch in ("1", "0"):  # by a cubin, where there is one, and by Triton's JIT
         os.environ[cubins.SWITCH] = switch
-        cubins.forget()
+        cubins.LOADER.forget()
         for dtype, head_dim, transposed in itertools.product(variants.DTYPES, (64, 80), (False, True)):
             sites = [site(dtype, head_dim, transposed, hidden) for hidden in (1000, 33, 1)]
             columns, values = zip(*sites, strict=True)

@@ -1,6 +1,6 @@
-"""The few functions of the CUDA driver that launching a cubin takes, by ctypes, every result checked.
+"""The few functions of the CUDA driver that launching a cubin takes, by ctypes, with every result checked.
 
-Nothing is initialised here: cuInit and the devices' primary contexts are torch's, and only used.
+Nothing is initialised here: cuInit and the devices' primary contexts are torch's, and are only used.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from typing import Any
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 
 # As cuda.h declares them, without the result, which is always a CUresult; under the names of the library, which end in
-# _v2 where cuda.h renames. tests/kernels/test_driver.py compares them with a cuda.h.
+# _v2 where cuda.h renames. tests/kernels/ahead_of_time/test_driver.py compares them with a cuda.h.
 PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
@@ -58,13 +58,13 @@ def open_library() -> Any:
 
 
 class Driver:
-    """The driver's functions in the words of Python. Each raises DriverError if the driver returns an error.
+    """The driver's functions, as Python would have them. Each raises DriverError if the driver returns an error.
 
     Args:
         library: has the functions of PROTOTYPES.
 
     Raises:
-        FastlockError: it lacks one of them.
+        UnsupportedError: it lacks one of them.
     """
 
     def __init__(self, library: Any) -> None:
@@ -75,10 +75,10 @@ class Driver:
                 function.argtypes, function.restype = arguments, c_int
                 self._functions[name] = function
             elif name in PROTOTYPES:
-                raise FastlockError(f"the CUDA driver has no {name}")
+                raise UnsupportedError(f"the CUDA driver has no {name}")
 
     def function_named(self, name: str) -> Callable[..., int]:
-        """The function itself, for the calls that must be quick; its result is to be given to `check`."""
+        """The function itself, for the calls that must be quick; give its result to `check`."""
         return self._functions[name]
 
     def check(self, name: str, status: int) -> None:
@@ -130,25 +130,25 @@ class Driver:
         return self._handle("cuModuleGetFunction", module, name.encode())
 
     def max_threads(self, function: int) -> int:
-        """How many threads a block of this kernel may have. Asking makes the driver load it, if it had not yet."""
+        """How many threads a block of this kernel may have. Asking makes the driver load it, if it has not yet."""
         return self._number("cuFuncGetAttribute", FUNCTION_MAX_THREADS, function)
 
     def allow_shared(self, function: int, shared: int) -> None:
-        """Let the kernel have more dynamic shared memory than the 48 KiB that need no asking."""
+        """Let the kernel have more dynamic shared memory than the 48 KiB that it may have without asking."""
         self._call("cuFuncSetAttribute", function, FUNCTION_MAX_DYNAMIC_SHARED, shared)
 
     def parameters(self, function: int) -> list[tuple[int, int]] | None:
         """Offset and size in bytes of each parameter of a kernel; None if the driver is too old to tell."""
         if "cuFuncGetParamInfo" not in self._functions:
             return None
-        found: list[tuple[int, int]] = []
+        parameters: list[tuple[int, int]] = []
         while True:
             offset, size = c_size_t(), c_size_t()
-            status = self._functions["cuFuncGetParamInfo"](function, len(found), byref(offset), byref(size))
+            status = self._functions["cuFuncGetParamInfo"](function, len(parameters), byref(offset), byref(size))
             if status == INVALID_VALUE:  # there is no further one
-                return found
+                return parameters
             self.check("cuFuncGetParamInfo", status)
-            found.append((offset.value, size.value))
+            parameters.append((offset.value, size.value))
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.check(name, self._functions[name](*arguments))
@@ -164,7 +164,7 @@ class Driver:
         handle = c_void_p()
         self._call(name, byref(handle), *arguments)
         if handle.value is None:
-            raise FastlockError(f"{name} gave a null pointer and no error")
+            raise FastlockError(f"{name} returned a null pointer and no error")
         return handle.value
 
     def _attribute(self, device: int, attribute: int) -> int:

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.kernels.fold.variants import DTYPES, MAX_HEAD_DIM, SITE_FIELDS, VECTOR_BYTES, Variant
@@ -22,18 +22,18 @@ from fastlock.kernels.fold.variants import DTYPES, MAX_HEAD_DIM, SITE_FIELDS, VE
 class Table:
     """All that one launch reads besides W and the biases, on the weights' device; and the launch, ready to run.
 
-    It holds addresses: it is good for as long as the weights, biases and results stay where they are.
+    It holds addresses, and is good for as long as the weights, biases and results stay where they are. K is the number
+    of locked heads of all sites together.
 
     Attributes:
-        sites: [sites, SITE_FIELDS] int64.
-        heads: address of each locked head's first column, [K] int64.
+        sites: what the kernel reads of each site, [sites, SITE_FIELDS] int64.
+        heads: the address of each locked head's first column, [K] int64.
         values: the displacements, [K, head_dim] float32.
-        flags: not 0 for each site whose fold was not finite, after one number that is not 0 if there is such a site:
-            [1 + sites] int32; in the host's memory, which the kernel writes to, so that no copy has to be waited for.
-            To be read once the launch is done.
+        flags: [1 + sites] int32, in the host's memory, which the kernel writes to: no copy has to be waited for. The
+            first is not 0 if any site's fold was not finite; the others say which. To be read once the launch is done.
         variant: the kernel to launch.
         grid: (sites, blocks of rows of the tallest site).
-        run: launches a cubin with its arguments packed, where one fits (see `cubins.choose`); else Triton's JIT.
+        run: launches a cubin with its arguments packed, where one fits (see `cubins.Loader`); else Triton's JIT.
     """
 
     sites: torch.Tensor
@@ -45,10 +45,10 @@ class Table:
     run: Callable[[], None] = field(repr=False, compare=False)
 
     def displace(self, values: Sequence[torch.Tensor]) -> None:
-        """Other displacements of the same heads, for the launches that follow; one copy on the current stream.
+        """Put other displacements of the same heads in place, for the launches that follow; one copy to the device.
 
         Args:
-            values: of each site, as in `fold_sites`.
+            values: of each site, [its heads, head_dim] float64 or float32 on the CPU, as in `fold_sites`.
         """
         host = _on_host(self.values.numel(), torch.float32, self.values.device)
         host.copy_(torch.cat(list(values)).flatten())
@@ -61,19 +61,23 @@ def fold_sites(
     biases: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor],
 ) -> None:
-    """Fold every site, out = W d + c (the paper's b_l), in one launch on the device's current stream.
+    """Fold every site, out = W d + c (the paper's b_l), in one launch on the device's current stream. Does not wait.
 
-    Products and sums are fp32, in a fixed order; the result is rounded once, to the nearest of out's dtype.
+    Products and sums are float32, in a fixed order; the result is rounded once, to the nearest of out's dtype.
 
     Args:
-        columns: the locked heads' columns of each site, in a matrix of float16, bfloat16 or float32: one dtype, one
-            device and one layout (see `is_transposed`); hidden, width and the leading stride may differ.
-        values: the displacement of those heads, [len(heads), head_dim] float64 or float32 on the CPU.
-        biases: the bias c that is there already, [hidden] of the matrices' dtype, or None.
-        out: where the results go, [hidden] of the matrices' dtype or float32. An `out` may be its site's bias.
+        columns: the locked heads' columns of each site, in a matrix [hidden, width] of float16, bfloat16 or float32.
+            All matrices have one dtype, device and layout (see `is_transposed`); hidden, width and the leading stride
+            may differ.
+        values: the displacement d of each site's locked heads, [its heads, head_dim] float64 or float32 on the CPU.
+        biases: each site's bias c, [hidden] of the matrices' dtype on their device, or None.
+        out: where each site's result goes, [hidden] of the matrices' dtype, or all of float32, on their device. It may
+            be the site's own bias.
 
     Raises:
-        FastlockError: the arguments are not as said. Nothing is written then.
+        UnsupportedError: the kernel does not take such a device, dtype, layout or head_dim; or no cubin fits, and
+            Triton, which would compile one, cannot be imported.
+        FastlockError: the arguments do not go together, or the driver refused the launch. Nothing is written then.
     """
     if columns:
         table = build_table(columns, values, biases, out)
@@ -83,16 +87,16 @@ def fold_sites(
 
 
 def is_transposed(weight: torch.Tensor) -> bool:
-    """Which way a weight [hidden, columns] lies in memory: row by row (False, nn.Linear) or column by column (True).
+    """Which way a weight [hidden, width] lies in memory: row by row (False, nn.Linear) or column by column (True).
 
     Raises:
-        FastlockError: neither its rows nor its columns are contiguous.
+        UnsupportedError: neither its rows nor its columns are contiguous.
     """
     if weight.dim() == 2 and weight.stride(1) == 1:
         return False
     if weight.dim() == 2 and weight.stride(0) == 1:
         return True
-    raise FastlockError(
+    raise UnsupportedError(
         f"a weight of shape {list(weight.shape)} has strides {weight.stride()}; the fold kernel needs contiguous rows "
         "or columns. Call .contiguous() on it first."
     )
@@ -104,7 +108,7 @@ def build_table(
     biases: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor],
 ) -> Table:
-    """The table of one launch, for at least one site; one copy to the device. Arguments as in `fold_sites`."""
+    """The table of one launch, for at least one site; one copy to the device. Takes and raises as `fold_sites`."""
     _check(columns, values, biases, out)
     weights = [of_site.matrix for of_site in columns]
     transposed = any(is_transposed(weight) for weight in weights)
@@ -133,6 +137,7 @@ def launch(table: Table) -> None:
     """Run the fold of a table on its device's current stream. Does not wait for it.
 
     Raises:
+        UnsupportedError: no cubin fits, and Triton cannot be imported.
         FastlockError: the driver refused the launch, or this process was forked from the one that made the table.
     """
     if 0 not in table.grid:
@@ -145,7 +150,7 @@ def _launcher(
     """What launches it: the cubin of the variant with its arguments packed, or Triton's JIT."""
     index = _cuda_index(device)
     if index is not None:
-        kernel = cubins.choose(variant.name, index).kernel
+        kernel = cubins.LOADER.choose(variant.name, index).kernel
         if kernel is not None:
             return kernel.launcher((*grid, 1), [argument.data_ptr() for argument in arguments])
     return partial(_launch_jit, arguments, variant, grid, os.getpid())
@@ -157,15 +162,15 @@ def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple
     try:
         from fastlock.kernels.fold import triton_kernel as jit
     except ImportError as error:
-        raise FastlockError(
+        raise UnsupportedError(
             f"no kernel compiled ahead of time fits (`fastlock doctor` says why), and Triton, which would compile one, "
-            f"can't be imported ({error}). Install Triton, or relock on the CPU."
+            f"cannot be imported ({error}). Install Triton, or relock on the CPU."
         ) from None
     jit.launch(arguments, variant, grid)
 
 
 def _aligned(weights: Sequence[torch.Tensor], addresses: Sequence[int], head_dim: int, transposed: bool) -> bool:
-    """Every vector of W that the kernel reads starts at a multiple of 16 bytes and is inside the head's block."""
+    """Whether every vector of W that the kernel reads starts at a multiple of 16 bytes and is inside a head's block."""
     vector = VECTOR_BYTES // weights[0].element_size()
     lengths = [weight.shape[0] for weight in weights] if transposed else [head_dim]
     strides = [weight.stride(1 if transposed else 0) for weight in weights]
@@ -175,7 +180,7 @@ def _aligned(weights: Sequence[torch.Tensor], addresses: Sequence[int], head_dim
 def _pack(
     rows: list[int], addresses: list[int], values: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three parts of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
+    """Sites, heads and values of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
     numbers = rows + addresses + [0] * (len(addresses) % 2)  # SITE_FIELDS is even, so two int64 are 16 bytes
     host = _on_host(len(numbers) + (values.numel() + 1) // 2, torch.int64, device)
     host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
@@ -191,9 +196,9 @@ def _pack(
 def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers in the host's memory, [length], for a device: pinned for CUDA, which then reads and writes them itself.
 
-    CUDA C++ Programming Guide, "Unified Virtual Address Space": a kernel may use such an address as it is. torch does
-    not give pinned memory away again before the copies from it have run, even if the tensor is gone by then; of
-    kernels that write to it torch knows nothing.
+    CUDA C++ Programming Guide, "Unified Virtual Address Space": a kernel may use such an address unchanged. torch does
+    not hand pinned memory out again before the copies from it have run, even if the tensor is gone by then; of kernels
+    that write to it torch knows nothing.
     """
     return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
@@ -210,36 +215,44 @@ def _check(
     dtype, device = weights[0].dtype, weights[0].device
     transposed = [is_transposed(weight) for weight in weights]
     contiguous = 0 if any(transposed) else 1
-    if dtype not in DTYPES:
-        raise FastlockError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
-    if _cuda_index(device) is not None and cubins.interpreting():
-        raise FastlockError(
-            f"TRITON_INTERPRET is set, so that Triton runs on the CPU, but the weights are on {device}. Unset it, or "
-            "move them to the CPU."
-        )
-    if _cuda_index(device) is None and not _interpreted():
-        raise FastlockError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
-    head_dim = values[0].shape[-1]
-    if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise FastlockError(f"head_dim is {head_dim}; the fold kernel takes 1 to {MAX_HEAD_DIM}.")
+    _check_kernel(dtype, device, values[0].shape[-1])
     for site, (of_site, value, bias, result) in enumerate(zip(columns, values, biases, out, strict=True)):
-        weight, starts = of_site.matrix, of_site.starts
-        hidden, width = weight.shape
+        weight = of_site.matrix
+        hidden = weight.shape[0]
         if (weight.dtype, weight.device, weight.stride(contiguous)) != (dtype, device, 1):
             raise FastlockError(f"site {site}: all weights of one launch must have one dtype, device and layout.")
-        if value.shape != (len(starts), head_dim):
-            raise FastlockError(
-                f"site {site}: {len(starts)} heads of {head_dim} columns, but values {list(value.shape)}."
-            )
-        if any(not 0 <= start <= width - head_dim for start in starts):
-            raise FastlockError(
-                f"site {site}: heads of {head_dim} columns from {list(starts)} on, but the weight has {width} columns."
-            )
+        _check_heads(of_site, value, values[0].shape[-1], site)
         if bias is not None:
             _check_vector(bias, hidden, (dtype,), device, f"site {site}: the bias")
         _check_vector(result, hidden, (dtype, torch.float32), device, f"site {site}: out")
         if result.dtype != out[0].dtype:
             raise FastlockError(f"site {site}: all results of one launch must have one dtype.")
+
+
+def _check_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> None:
+    """There is a kernel for such weights, and it can run where they are."""
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
+    if _cuda_index(device) is not None and cubins.interpreting():
+        raise FastlockError(
+            f"TRITON_INTERPRET is set, which makes Triton run on the CPU, but the weights are on {device}. Unset it, "
+            "or move them to the CPU."
+        )
+    if _cuda_index(device) is None and not _interpreted():
+        raise UnsupportedError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise UnsupportedError(f"head_dim is {head_dim}; the fold kernel takes 1 to {MAX_HEAD_DIM}.")
+
+
+def _check_heads(columns: HeadColumns, values: torch.Tensor, head_dim: int, site: int) -> None:
+    """There is a displacement for each locked head, and each head is inside the weight."""
+    width, starts = columns.matrix.shape[1], columns.starts
+    if values.shape != (len(starts), head_dim):
+        raise FastlockError(f"site {site}: {len(starts)} heads of {head_dim} columns, but values {list(values.shape)}.")
+    if any(not 0 <= start <= width - head_dim for start in starts):
+        raise FastlockError(
+            f"site {site}: heads of {head_dim} columns start at {list(starts)}, but the weight has {width} columns."
+        )
 
 
 def _cuda_index(device: torch.device) -> int | None:
@@ -248,7 +261,7 @@ def _cuda_index(device: torch.device) -> int | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton is there and interprets its kernels, so that they run on a CPU."""
+    """Whether Triton is there and interprets its kernels, which then run on a CPU."""
     try:
         from fastlock.kernels.fold import triton_kernel as jit
     except ImportError:

@@ -21,8 +21,8 @@ class HeadColumns:
     Every kind of projection says where they are in a matrix: in memory in W itself, on disk in what was read of it.
 
     Attributes:
-        matrix: [hidden, n], any floating dtype, device and strides.
-        starts: of each locked head its first column in the matrix.
+        matrix: [hidden, columns], of any floating dtype, device and strides.
+        starts: the first column in the matrix of each locked head.
     """
 
     matrix: torch.Tensor
@@ -30,12 +30,12 @@ class HeadColumns:
 
     @classmethod
     def in_projection(cls, weight: torch.Tensor, heads: Sequence[int], head_dim: int) -> HeadColumns:
-        """Those of a whole W, [hidden, num_heads * head_dim]."""
+        """Those of a whole W, [hidden, num_heads * head_dim], for heads counted from 0."""
         return cls(weight.detach(), tuple(head * head_dim for head in heads))
 
     @classmethod
     def side_by_side(cls, columns: torch.Tensor, head_dim: int) -> HeadColumns:
-        """Those that were read one after the other, [hidden, len(heads) * head_dim]."""
+        """Those of a matrix that has the locked heads alone, side by side: [hidden, len(heads) * head_dim]."""
         return cls(columns.detach(), tuple(range(0, columns.shape[1], head_dim)))
 
 
@@ -44,8 +44,8 @@ def fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None =
 
     Args:
         columns: those of the locked heads.
-        values: the displacement of each of these heads, [len(heads), head_dim].
-        bias: the bias c that is there already, [hidden], or None.
+        values: the displacement d of each of these heads, [len(starts), head_dim], of any floating dtype.
+        bias: c, [hidden], or None.
 
     Returns:
         b, [hidden], of the matrix's dtype and device.
@@ -54,7 +54,7 @@ def fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None =
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round float64 to the nearest of a smaller dtype, once: `.to` goes through float32, and so rounds twice.
+    """Round float64 to the nearest of a smaller dtype, once: `.to` goes through float32, and rounds twice.
 
     The step through float32 is rounded to odd, which keeps whatever decides the second one (Boldo and Melquiond,
     Emulation of FMA and Correctly Rounded Sums, 2008).
@@ -68,7 +68,7 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact_fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The fold before rounding: b, [hidden] float64, on the matrix's device where that has float64, else the CPU."""
+    """The fold before rounding: b, [hidden] float64, on the matrix's device if that is CUDA, else on the CPU."""
     matrix = columns.matrix
     device = matrix.device if matrix.device.type in ("cpu", "cuda") else torch.device("cpu")
     b = torch.zeros(matrix.shape[0], dtype=torch.float64, device=device)
@@ -82,7 +82,7 @@ def exact_fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | 
 
 
 def error_bound(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """How far a right fold may be from the exact one, number by number: [hidden] float64, where `exact_fold` is.
+    """How far a correct fold may be from the exact one, number by number: [hidden] float64, where `exact_fold` is.
 
     One unit in the last place of the matrix's dtype, for the rounding, and n·2⁻²⁴·(|W||d| + |c|) for a sum of n
     float32 products in any order (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5).

@@ -17,7 +17,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-# One row of the site table, [SITE_FIELDS] int64, as `fold.build_table` fills it.
+# One row of the site table, [SITE_FIELDS] int64, as `launch.build_table` fills it.
 BIAS = tl.constexpr(0)  # address of the existing bias, or 0
 OUT = tl.constexpr(1)  # address of the result
 STRIDE = tl.constexpr(2)  # elements from one row of the weight to the next; one column, if transposed
@@ -49,7 +49,7 @@ def fold_kernel(
     p_sites: [sites, SITE_FIELDS] int64. p_heads: [K] int64, the address of each locked head's first column.
     p_values: [K, D] fp32. p_flags: [1 + sites] int32, in the host's memory: 1 is written to the first, and to that
     of the site, where a result is NaN or infinite. VECTOR: how many elements of the weight make VECTOR_BYTES bytes.
-    One program sums a whole row in one order, so the result is the same bits from run to run.
+    One program sums a whole row in one order: the result has the same bits from run to run.
     """
     p_site = p_sites + tl.program_id(0).to(tl.int64) * SITE_FIELDS
     i_row = tl.program_id(1).to(tl.int64) * BR
@@ -96,14 +96,14 @@ def fold_kernel(
     p_out = tl.load(p_site + OUT).to(tl.pointer_type(OUT_DTYPE))
     b_out = b_out.to(OUT_DTYPE)
     tl.store(p_out + o_r, b_out, mask=m_r)
-    # Every such row writes the same number to the same place, so that no rows have to be counted.
+    # Every such row writes the same number to the same place: no rows have to be counted.
     m_flag = m_r & ~(tl.abs(b_out.to(tl.float32)) < float("inf"))
     o_flag = tl.zeros([BR], dtype=tl.int32)
     tl.store(p_flags + o_flag, 1, mask=m_flag)
     tl.store(p_flags + 1 + tl.program_id(0) + o_flag, 1, mask=m_flag)
 
 
-# The kernel's arguments that are not constants. All point to multiples of 16 bytes: see `fold.build_table`.
+# The kernel's arguments that are not constants. All point to multiples of 16 bytes: see `launch.build_table`.
 SIGNATURE = {"p_sites": "*i64", "p_heads": "*i64", "p_values": "*fp32", "p_flags": "*i32"}
 
 
@@ -125,8 +125,8 @@ def launch(arguments: Sequence[torch.Tensor], variant: variants.Variant, grid: t
     """Launch on the device's current stream, compiled on the first launch of a variant.
 
     Args:
-        arguments: the tensors of SIGNATURE, as in `fold.Table`.
-        variant, grid: as in `fold.Table`.
+        arguments: the tensors of SIGNATURE, as in `launch.Table`.
+        variant, grid: as in `launch.Table`.
     """
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

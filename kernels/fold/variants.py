@@ -1,4 +1,4 @@
-"""What the fold's kernel is compiled for, as plain data: the launch and the ahead-of-time build both go by it."""
+"""What the fold's kernel is compiled for, as plain data that launch and ahead-of-time build share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 MAX_HEAD_DIM = 512
 
-# int64 numbers in one row of the site table: `jit` says what they are.
+# int64 numbers in one row of the site table: `triton_kernel` says what they are.
 SITE_FIELDS = 6
 
 VECTOR_BYTES = 16
@@ -37,13 +37,13 @@ MOST_REGISTERS = 64
 
 @dataclass(frozen=True)
 class Variant:
-    """What one compiled kernel is made for. The launch and the ahead-of-time build both go by this.
+    """What one compiled kernel is made for.
 
     Attributes:
         dtype: of the weights and biases.
         out_dtype: of the results.
         head_dim: columns of one head.
-        transposed: the rows of each weight lie next to one another in memory, not the columns.
+        transposed: each column of a weight is contiguous in memory, not each row.
         aligned: W is read 16 bytes at a time.
     """
 
@@ -55,7 +55,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Such as bfloat16-rows-128-aligned; of out_dtype only where it is not dtype."""
+        """Such as bfloat16-rows-128-aligned; with out_dtype too, where it is not dtype."""
         dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.out_dtype))
         layout, access = "columns" if self.transposed else "rows", "aligned" if self.aligned else "plain"
         return f"{'-'.join(dtypes)}-{layout}-{self.head_dim}-{access}"
@@ -98,10 +98,10 @@ def variants() -> Iterator[Variant]:
 
 
 def shipped(variant: Variant) -> bool:
-    """Whether the wheel has a cubin of it: of all aligned variants.
+    """Whether wheels have a cubin of it: they have all aligned variants.
 
-    torch's own allocations start at multiples of 512 bytes, and every known model's heads and rows at multiples of
-    16, so that plain loads are for views at odd addresses. They would double the files; Triton's JIT does them.
+    torch's own allocations start at multiples of 512 bytes, and every known model's heads and rows at multiples of 16:
+    plain loads are for views at odd addresses. They would double the files; Triton's JIT does them.
     """
     return variant.aligned
 

@@ -17,50 +17,59 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fastlock.errors import FastlockError
+from fastlock.errors import UnsupportedError
 from fastlock.kernels.locked_linear.reference import Inputs, by_torch, layout_of
 from fastlock.kernels.locked_linear.tiles import BY_TORCH, DTYPES, MAX_HEAD_DIM, Way, ways
+
+
+class Choices:
+    """Which way each shape is computed in: the one that was fastest when the shape was first seen."""
+
+    def __init__(self) -> None:
+        self._ways: dict[tuple[object, ...], Way] = {}
+
+    def of(self, inputs: Inputs) -> Way | None:
+        """What was chosen for such inputs; None before they were first computed."""
+        return self._ways.get(inputs.shape())
+
+    def choose(self, inputs: Inputs) -> Way:
+        """Time the ways on these inputs' CUDA device, and keep the fastest; or torch alone, this once.
+
+        While a CUDA graph is captured, nothing can be timed, or loaded on the device. Nor is anything chosen by inputs
+        without a number in them: their times would decide for those that come later.
+        """
+        with torch.cuda.device(inputs.x.device):
+            if torch.cuda.is_current_stream_capturing() or 0 in (inputs.rows, *inputs.weight.shape):
+                return BY_TORCH
+            candidates = ways_for(inputs)
+            many = cold(inputs) if len(candidates) > 1 else []
+            way = self._ways[inputs.shape()] = fastest(candidates, partial(seconds, many=many))
+        return way
+
+    def forget(self) -> None:
+        """Choose anew, as after another program used the GPU while the ways were timed."""
+        self._ways.clear()
+
+
+# Of this process.
+CHOICES = Choices()
 
 
 def locked_linear(inputs: Inputs) -> torch.Tensor:
     """Compute it on a CUDA device by the way that was fastest there when it was first called for such a shape.
 
-    What is chosen changes the result by no more than rounding. While a CUDA graph is captured nothing can be timed, or
-    loaded on the device: for a shape that was not computed before, torch alone does it, this once.
+    What is chosen changes the result by no more than rounding.
 
     Returns:
         y, [rows, hidden] of x's dtype.
     """
-    shape = inputs.shape()
-    way = _chosen.get(shape)
-    if way is None:
-        with torch.cuda.device(inputs.x.device):
-            # Times of no rows would decide for those that come later.
-            if torch.cuda.is_current_stream_capturing() or 0 in (inputs.rows, *inputs.weight.shape):
-                return run(BY_TORCH, inputs)
-            candidates = ways_for(inputs)
-            many = cold(inputs) if len(candidates) > 1 else []
-            way = _chosen[shape] = fastest(candidates, partial(seconds, many=many))
-    return run(way, inputs)
-
-
-_chosen: dict[tuple[object, ...], Way] = {}
-
-
-def chosen(inputs: Inputs) -> Way | None:
-    """The way that was chosen for such inputs; None before they were first computed."""
-    return _chosen.get(inputs.shape())
-
-
-def forget() -> None:
-    """Choose anew, as after another program used the GPU while the ways were timed."""
-    _chosen.clear()
+    return run(CHOICES.of(inputs) or CHOICES.choose(inputs), inputs)
 
 
 def fastest(candidates: Iterable[Way], time: Callable[[Way], float]) -> Way:
-    """The candidate that takes the least time, the first of them if there are several; alone, it is not timed.
+    """The candidate that takes the least time, the first of several; the last one, where none of them runs.
 
-    Where none of them runs, the last one.
+    A single candidate is not timed.
     """
     ways = list(candidates)
     if len(ways) == 1:
@@ -70,37 +79,39 @@ def fastest(candidates: Iterable[Way], time: Callable[[Way], float]) -> Way:
 
 
 def ways_for(inputs: Inputs) -> list[Way]:
-    """The ways that these inputs can be computed in on their device."""
-    in_one_piece = layout_of(inputs.weight) != "none"
-    if inputs.x.dtype not in DTYPES or not in_one_piece or inputs.head_dim > MAX_HEAD_DIM or not _has_triton():
+    """The ways in which these inputs can be computed on their device."""
+    contiguous = layout_of(inputs.weight) != "none"
+    if inputs.x.dtype not in DTYPES or not contiguous or inputs.head_dim > MAX_HEAD_DIM or not _has_triton():
         return [BY_TORCH]
     device: Any = torch.cuda.get_device_properties(inputs.x.device)
     return ways(inputs.x.dtype, inputs.rows, inputs.head_dim, device.major, device.shared_memory_per_block_optin)
 
 
 def run(way: Way, inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute it in one way on the current stream. Does not wait for it.
+    """Compute it in one way on the device's current stream. Does not wait for it.
 
     Args:
-        out: where Triton's projection is to put y, contiguous [rows, hidden]; None for new memory of x's dtype.
+        way: one of `ways_for(inputs)`.
+        inputs: see `Inputs`.
+        out: where Triton's projection puts y, [rows, hidden], contiguous, of x's dtype or float32; None for new memory
+            of x's dtype.
 
     Returns:
         y, [rows, hidden].
 
     Raises:
-        FastlockError: Triton can't be imported.
+        UnsupportedError: Triton cannot be imported.
     """
-    x = inputs.x
-    if out is None and way.tile is not None:
-        out = x.new_empty(inputs.rows, inputs.weight.shape[0])
-    if inputs.rows == 0 or inputs.weight.shape[0] == 0:
-        return x.new_empty(inputs.rows, inputs.weight.shape[0]) if out is None else out
+    x, shape = inputs.x, (inputs.rows, inputs.weight.shape[0])
+    if 0 in shape:
+        return x.new_empty(shape) if out is None else out
     if way == BY_TORCH:
         return by_torch(inputs)
     jit = _jit()
-    if out is not None and way.tile is not None:
-        jit.gemm(inputs if x.stride(1) == 1 else replace(inputs, x=x.contiguous()), way, out)
-        return out
+    if way.tile is not None:
+        y = x.new_empty(shape) if out is None else out
+        jit.gemm(inputs if x.stride(1) == 1 else replace(inputs, x=x.contiguous()), way.tile, way.kind, y)
+        return y
     if way.kind == "add":
         y = functional.linear(x, inputs.weight, inputs.bias)
         jit.add(inputs, y)
@@ -109,29 +120,29 @@ def run(way: Way, inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tens
 
 
 def _around(inputs: Inputs, jit: Any) -> torch.Tensor:
-    """torch's projection of x while d is in its locked columns; afterwards they hold again what they held, to the bit.
+    """torch's projection of x while d is in its locked columns; afterwards they hold what they held, bit for bit.
 
-    That is a small part of x, where y would be read and written as a whole. Nothing else may read x on another stream
+    They are a small part of x, while the fold is added to all of y. Nothing else may read x on another stream
     meanwhile.
     """
     x = inputs.x
-    own = x.stride(1) != 1 or x.stride(0) < x.shape[1]  # rows that overlap, as after expand, can't be written to
+    own = x.stride(1) != 1 or x.stride(0) < x.shape[1]  # rows that overlap, as after expand, cannot be written to
     if own:
         inputs = replace(inputs, x=x.contiguous())
     held = x.new_empty(inputs.rows, inputs.slots.shape[1], inputs.head_dim)
     jit.shift(inputs, held)
     try:
         return functional.linear(inputs.x, inputs.weight, inputs.bias)
-    finally:  # the caller may go on with x where memory ran out
+    finally:  # where memory ran out, the caller may still use x
         if not own:
             jit.put_back(inputs, held)
 
 
 def cold(inputs: Inputs, runs: int = 10) -> list[Inputs]:
-    """The inputs with an x of their own; each with another copy of W, together twice as large as the L2 cache.
+    """The inputs `runs` times, with an x of their own and several copies of W, together twice as large as the L2 cache.
 
-    A model reads each W once in a forward pass, which has left the cache until the next one; and what fails while it
-    is timed must not have written to a user's x.
+    A model reads each W once in a forward pass, and by the next pass it has left the cache; and what fails while it is
+    timed must not have written to a user's x.
     """
     weight, x = inputs.weight, inputs.x.clone()
     cache: int = torch.cuda.get_device_properties(inputs.x.device).L2_cache_size
@@ -145,13 +156,13 @@ def cold(inputs: Inputs, runs: int = 10) -> list[Inputs]:
 
 
 def seconds(way: Way, many: Sequence[Inputs], repeats: int = 3) -> float:
-    """How long one way takes on the device, one of the inputs after the other; infinite where it does not run there.
+    """Seconds that one way takes on the device, median over the inputs; infinite where it does not run there.
 
-    That is said in a warning, unless the device only has too little shared memory for it.
+    A warning says so, unless the device merely has too little shared memory for it.
     """
     try:
         run(way, many[0])  # compiled here
-    except Exception as error:  # no compiler, an assembler that is too old: another way will do
+    except Exception as error:  # no compiler, an assembler that is too old: another way is taken
         if type(error).__name__ != "OutOfResources":
             warnings.warn(f"fastlock goes without {way.name} on this device: {error}", RuntimeWarning, stacklevel=2)
         return math.inf
@@ -177,14 +188,16 @@ HOLD_CYCLES = 8_000_000
 def _has_triton() -> bool:
     try:
         _jit()
-    except FastlockError:
+    except UnsupportedError:
         return False
     return True
 
 
 def _jit() -> Any:
     try:
-        from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
+        from fastlock.kernels.locked_linear import triton_kernels
     except ImportError as error:
-        raise FastlockError(f"Triton, which compiles this kernel, can't be imported ({error}). Install it.") from None
-    return locked_linear_jit
+        raise UnsupportedError(
+            f"Triton, which compiles this kernel, cannot be imported ({error}). Install it."
+        ) from None
+    return triton_kernels

@@ -11,7 +11,7 @@ from fastlock.kernels.locked_linear.tiles import bucket
 
 
 def layout_of(weight: torch.Tensor) -> str:
-    """What of W lies next to one another in memory: its "rows"' numbers, its "columns"' (GPT-2's Conv1D), or "none"."""
+    """What of W, [hidden, width], is contiguous in memory: its "rows", its "columns" (GPT-2's Conv1D), or "none"."""
     return "rows" if weight.stride(1) == 1 else "columns" if weight.stride(0) == 1 else "none"
 
 
@@ -20,11 +20,11 @@ class Inputs:
     """What it is computed from; all on one device.
 
     Attributes:
-        x: [rows, width], of one dtype with weight and bias.
-        weight: W, [hidden, width]; its rows or its columns lie next to one another.
+        x: [rows, width], of the same dtype as weight and bias.
+        weight: W, [hidden, width].
         bias: c, [hidden], or None.
-        heads: the column of `slots` for each head, -1 where no lock shifts it; [num_heads] int32, width = num_heads *
-            head_dim.
+        heads: the column of `slots` for each head, -1 where no lock shifts it; [num_heads] int32, where width =
+            num_heads * head_dim.
         slots: the row of `values` for each lock and column, -1 where the lock does not shift that head; [num_locks,
             columns] int32.
         values: displacements at strength 1, [n, head_dim] float32.
@@ -57,11 +57,11 @@ class Inputs:
 
     @property
     def transposed(self) -> bool:
-        """Whether a column of W lies in one piece in memory, not a row."""
+        """Whether each column of W is contiguous in memory, not each row."""
         return layout_of(self.weight) == "columns"
 
     def shape(self) -> tuple[object, ...]:
-        """Inputs for which this is the same are computed in the same way."""
+        """What decides how inputs are computed."""
         x, weight = self.x, self.weight
         return x.device, x.dtype, *weight.shape, layout_of(weight), self.head_dim, bucket(self.rows)
 
@@ -69,8 +69,11 @@ class Inputs:
 def by_torch(inputs: Inputs) -> torch.Tensor:
     """y by torch alone, on any device and of any dtype: the projection, then the folds added to the locked rows.
 
-    Sums of 16-bit results are made in float32, and rounded once more. Rows without a lock are the plain projection's.
-    A lock that there is not gives NaN, and so does a negative strength.
+    16-bit results are added to in float32, and rounded once more. Rows without a lock are the plain projection's. A
+    lock that does not exist gives NaN, and so does a negative strength.
+
+    Returns:
+        y, [rows, hidden] of x's dtype.
     """
     y = functional.linear(inputs.x, inputs.weight, inputs.bias)
     lock = inputs.lock_of_row

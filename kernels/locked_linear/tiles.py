@@ -12,7 +12,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 MAX_HEAD_DIM = 512
 
-# Rows are counted in powers of two between these: each such number has its own choice.
+# Rows are rounded up to powers of two between these, each of which has its own choice.
 FEWEST_ROWS, MOST_ROWS = 16, 8192
 
 DECODE_ROWS = 64
@@ -30,10 +30,10 @@ OTHER_SHARED_BYTES = 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """How Triton's projection is cut up.
+    """How Triton's projection is cut into programs and steps.
 
     Attributes:
-        rows, hidden, width: of x, of W and of both, in one program and step (powers of two).
+        rows, hidden, width: of x, of W, and of both: of one program and step (powers of two).
         num_warps: of one program, 32 threads each.
         num_stages: how many steps' tiles are in flight.
     """
@@ -68,8 +68,8 @@ class Tile:
 
 Tiles: TypeAlias = tuple[Tile, ...]
 
-# Few rows: the time is that of reading W, so that the programs are as many as the processors of the GPU (132 on an
-# H100, hidden 4096 and up), and each keeps tens of kilobytes of W in flight.
+# Few rows: the time is that of reading W. There are as many programs as the GPU has processors (132 on an H100, hidden
+# 4096 and up), and each keeps tens of kilobytes of W in flight.
 ONE_ROW_TILES: Tiles = (
     Tile(16, 32, 128, 4, 5),
     Tile(16, 16, 256, 4, 4),
@@ -131,14 +131,17 @@ def ways(dtype: torch.dtype, rows: int, head_dim: int, major: int, shared_bytes:
     """The ways for a shape on a device; of equally fast ones the first is taken.
 
     Args:
+        dtype: of x and W.
+        rows: of x.
+        head_dim: columns of one head.
         major: of the device's compute capability.
         shared_bytes: shared memory that one program may have there.
     """
-    found = tiles(dtype, rows, major, shared_bytes)
-    by_triton = [Way("gather", tile) for tile in found]
-    by_triton += [Way("shift", tile) for tile in shift_tiles(found, head_dim, dtype)]
+    fitting = tiles(dtype, rows, major, shared_bytes)
+    by_triton = [Way("gather", tile) for tile in fitting]
+    by_triton += [Way("shift", tile) for tile in shift_tiles(fitting, head_dim, dtype)]
     by_cublas = [Way("around"), Way("add")]
-    # A launch of its own costs some microseconds, of which a projection of few rows takes not many more.
+    # Another launch costs some microseconds, and a projection of few rows does not take many more.
     return [*(by_triton + by_cublas if bucket(rows) <= DECODE_ROWS else by_cublas + by_triton), BY_TORCH]
 
 
@@ -159,13 +162,13 @@ def tiles(dtype: torch.dtype, rows: int, major: int, shared_bytes: int) -> list[
     return [tile for tile in wanted if tile.shared_bytes(dtype) <= shared_bytes]
 
 
-def shift_tiles(found: Iterable[Tile], head_dim: int, dtype: torch.dtype) -> list[Tile]:
-    """The same tiles, no wider than what divides head_dim, so that each step is inside one head.
+def shift_tiles(wide: Iterable[Tile], head_dim: int, dtype: torch.dtype) -> list[Tile]:
+    """The same tiles, no wider than what divides head_dim: each step is then inside one head.
 
-    Without those that are then too small for each thread to read a whole vector of x and of W.
+    Those that become too small for each thread to read a whole vector of x and of W are left out.
     """
     widest = head_dim & -head_dim
-    narrowed = dict.fromkeys(replace(tile, width=min(tile.width, widest)) for tile in found)
+    narrowed = dict.fromkeys(replace(tile, width=min(tile.width, widest)) for tile in wide)
     vector = VECTOR_BYTES // dtype.itemsize
     return [
         tile

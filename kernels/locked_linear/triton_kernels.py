@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 
 from fastlock.kernels.locked_linear.reference import Inputs
-from fastlock.kernels.locked_linear.tiles import Way
+from fastlock.kernels.locked_linear.tiles import Tile
 
 # True where TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Blocks of rows whose programs run one after the other, so that they find each other's weights in the L2 cache.
 GROUP = tl.constexpr(8)
-# Sums of one thread from which on the columns are finished in two halves.
+# From this many sums of one thread on, the columns are finished in two halves.
 MANY_SUMS = 64
 # Rows and columns of one program of `add_kernel`, rows of one of `shift_kernel`.
 ADD_ROWS, ADD_COLUMNS, SHIFT_ROWS = 4, 512, 16
 
-# What says how many rows and locks there are changes from call to call: no kernel of its own for each.
+# Numbers of rows and locks change from call to call: Triton shall not compile a kernel for each.
 CHANGING = ("rows", "rows_per_entry", "num_locks", "num_columns")
 
 
@@ -37,7 +37,7 @@ def rows_of(
 ) -> tuple[tl.tensor, tl.tensor]:
     """The lock of each row, -1 where none acts, and its strength: 0 there.
 
-    For a lock that there is not, and for a negative strength, the strength is NaN.
+    For a lock that does not exist, and for a negative strength, the strength is NaN.
 
     o_m: [BM] int32, the rows; those from `rows` on have no lock.
     """
@@ -123,7 +123,7 @@ def gemm_kernel(
     The tensors are those of `locked_linear.Inputs`; y is contiguous, of any dtype. stride_w: from one row of W to the
     next; from one column, if TRANSPOSED. SHIFT: BK divides D. EVEN: BK divides the width. UPCAST: tiles are fp32
     before they are multiplied, and x + s d is not rounded, for Triton's interpreter.
-    Sums are fp32; each is made by one program in one order, so that the result is the same bits from run to run.
+    Sums are fp32; each is made by one program in one order: the result has the same bits from run to run.
     """
     blocks_n = tl.cdiv(hidden, BN)
     i_first = tl.program_id(0) // (GROUP * blocks_n) * GROUP
@@ -161,7 +161,7 @@ def gemm_kernel(
         if SHIFT:
             i_head = i_k * BK // D
             i_column = tl.load(p_heads + i_head)
-            if i_column >= 0:  # some lock shifts this head; one that there is not makes x NaN
+            if i_column >= 0:  # some lock shifts this head; one that does not exist makes x NaN
                 b_slot = tl.load(p_slots + o_slot + i_column, mask=b_lock >= 0, other=-1)  # [BM]
                 o_d = b_slot.to(tl.int64)[:, None] * D + (i_k * BK - i_head * D + o_k)[None, :]
                 b_d = tl.load(p_values + o_d, mask=(b_slot >= 0)[:, None], other=0.0)  # [BM, BK]
@@ -171,7 +171,7 @@ def gemm_kernel(
         p_w += step
 
     if HALVES:
-        # The folds of half the columns at a time: with all of them the sums would not fit into the registers.
+        # The folds of half the columns at a time: with all of them, the sums would not fit into the registers.
         b_left, b_right = tl.split(tl.permute(tl.reshape(b_acc, (BM, 2, BN // 2)), (0, 2, 1)))  # [BM, BN / 2]
         i_half = i_n + BN // 2
         finish(b_left, p_bias, p_folds, p_y, b_lock, b_strength, o_m, i_n, rows, hidden, BN // 2, SHIFT, HAS_BIAS)
@@ -201,7 +201,7 @@ def add_kernel(
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
     m_n = o_n < hidden
     b_lock, b_strength = rows_of(p_lock, p_strength, o_m, rows, rows_per_entry, num_locks)
-    m_row = (b_lock >= 0) | ~(b_strength >= 0)  # or a lock that there is not: its strength is NaN
+    m_row = (b_lock >= 0) | ~(b_strength >= 0)  # or a lock that does not exist: its strength is NaN
     o_y = o_m.to(tl.int64)[:, None] * hidden + o_n[None, :]  # [BM, BN]
     o_fold = b_lock.to(tl.int64)[:, None] * hidden + o_n[None, :]  # [BM, BN]
     m_y = m_row[:, None] & m_n[None, :]
@@ -229,7 +229,7 @@ def shift_kernel(
     BM: tl.constexpr,
     PUT_BACK: tl.constexpr,
 ) -> None:
-    """Program (i, h) adds s d to head h of those of BM rows of x whose lock shifts it, and holds what was there before.
+    """Program (i, h) adds s d to head h of those of BM rows of x whose lock shifts it, and keeps what was there before.
 
     p_held: [rows, num_columns, D] of x's dtype. PUT_BACK: puts it back instead. Nothing else is read or written.
     """
@@ -241,7 +241,7 @@ def shift_kernel(
     o_d = tl.arange(0, BD)  # [BD]
     b_lock, b_strength = rows_of(p_lock, p_strength, o_m, rows, rows_per_entry, num_locks)
     b_slot = tl.load(p_slots + b_lock.to(tl.int64) * num_columns + i_column, mask=b_lock >= 0, other=-1)  # [BM]
-    m_row = (b_slot >= 0) | ~(b_strength >= 0)  # or a lock that there is not: its strength is NaN
+    m_row = (b_slot >= 0) | ~(b_strength >= 0)  # or a lock that does not exist: its strength is NaN
     m_x = m_row[:, None] & (o_d < D)[None, :]
     o_x = o_m.to(tl.int64)[:, None] * stride_x + (i_head * D + o_d)[None, :]  # [BM, BD]
     o_held = (o_m.to(tl.int64) * num_columns + i_column)[:, None] * D + o_d[None, :]  # [BM, BD]
@@ -256,17 +256,15 @@ def shift_kernel(
 
 
 def gemm_constants(
-    way: Way, dtype: torch.dtype, width: int, head_dim: int, has_bias: bool, transposed: bool
+    tile: Tile, kind: str, width: int, head_dim: int, has_bias: bool, transposed: bool
 ) -> dict[str, Any]:
-    """The constexpr arguments of `gemm_kernel` for a way."""
-    tile = way.tile
-    assert tile is not None
+    """The constexpr arguments of `gemm_kernel` for a tile and a kind of way, "gather" or "shift"."""
     return {
         "D": head_dim,
         "BM": tile.rows,
         "BN": tile.hidden,
         "BK": tile.width,
-        "SHIFT": way.kind == "shift",
+        "SHIFT": kind == "shift",
         "HAS_BIAS": has_bias,
         "TRANSPOSED": transposed,
         "EVEN": width % tile.width == 0,
@@ -280,12 +278,17 @@ def shift_constants(head_dim: int, put_back: bool) -> dict[str, Any]:
     return {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BM": SHIFT_ROWS, "PUT_BACK": put_back}
 
 
-def gemm(inputs: Inputs, way: Way, y: torch.Tensor) -> None:
-    """Write (x + s d) Wᵀ + c to y, [rows, hidden] contiguous, on the current stream; x has contiguous rows."""
-    x, weight, tile = inputs.x, inputs.weight, way.tile
-    assert tile is not None
+def gemm(inputs: Inputs, tile: Tile, kind: str, y: torch.Tensor) -> None:
+    """Write (x + s d) Wᵀ + c to y on the device's current stream. Does not wait for it.
+
+    Args:
+        inputs: with an x of contiguous rows.
+        tile, kind: of a way: "gather" or "shift".
+        y: [rows, hidden], contiguous, of x's dtype or float32.
+    """
+    x, weight = inputs.x, inputs.weight
     hidden, width = weight.shape
-    constants = gemm_constants(way, x.dtype, width, inputs.head_dim, inputs.bias is not None, inputs.transposed)
+    constants = gemm_constants(tile, kind, width, inputs.head_dim, inputs.bias is not None, inputs.transposed)
     grid = (triton.cdiv(inputs.rows, tile.rows) * triton.cdiv(hidden, tile.hidden),)
     with _device_of(x):
         gemm_kernel[grid](
@@ -310,7 +313,7 @@ def gemm(inputs: Inputs, way: Way, y: torch.Tensor) -> None:
 
 
 def add(inputs: Inputs, y: torch.Tensor) -> None:
-    """Add s W d to the locked rows of y, [rows, hidden] contiguous, in place on the current stream."""
+    """Add s W d to the locked rows of y, [rows, hidden] contiguous, in place, on the device's current stream."""
     hidden = y.shape[1]
     grid = (triton.cdiv(inputs.rows, ADD_ROWS), triton.cdiv(hidden, ADD_COLUMNS))
     with _device_of(y):
@@ -328,12 +331,17 @@ def add(inputs: Inputs, y: torch.Tensor) -> None:
 
 
 def shift(inputs: Inputs, held: torch.Tensor) -> None:
-    """Add s d to x, in place on the current stream; what was there goes to held, [rows, columns, head_dim]."""
+    """Add s d to x, [rows, width] with contiguous rows, in place, on the device's current stream.
+
+    Args:
+        inputs: whose x is changed.
+        held: [rows, columns of slots, head_dim] of x's dtype: gets what the shifted columns held.
+    """
     _shift(inputs, held, put_back=False)
 
 
 def put_back(inputs: Inputs, held: torch.Tensor) -> None:
-    """Undo `shift`, to the bit."""
+    """Undo `shift` with what it held, bit for bit."""
     _shift(inputs, held, put_back=True)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlock.kernels.ahead_of_time import cubins, driver
+from fastlock.kernels.ahead_of_time import cubins, driver, manifest
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import variants
 
@@ -221,9 +221,9 @@ def run_fold(variant: variants.Variant, addresses: tuple[int, ...], grid: tuple[
             flags[0] = flags[1 + site] = 1
 
 
-def describe(variant: variants.Variant, target: str = "sm_90a", **changes: object) -> cubins.Cubin:
+def describe(variant: variants.Variant, target: str = "sm_90a", **changes: object) -> manifest.Cubin:
     """A cubin of the manifest whose file is the variant's name."""
-    made = cubins.Cubin(
+    made = manifest.Cubin(
         variant=variant.name,
         target=target,
         file=f"{variant.name}-{target}.cubin",
@@ -243,15 +243,15 @@ def write_folder(folder, described) -> None:
     folder.mkdir(exist_ok=True)
     for cubin in described:
         (folder / cubin.file).write_text(cubin.variant)
-    manifest = cubins.Manifest("3.7.1", cubins.digest_of_sources(), tuple(described))
-    (folder / cubins.MANIFEST).write_text(manifest.to_json())
+    everything = manifest.Manifest("3.7.1", manifest.digest_of_sources(), tuple(described))
+    (folder / manifest.MANIFEST).write_text(everything.to_json())
 
 
 def install(monkeypatch, folder, library: FakeDriver) -> None:
     """From now on what is on the CPU counts as on the fake driver's device 0, and `folder` holds the cubins."""
     monkeypatch.setattr(cubins, "interpreting", lambda: False)
-    monkeypatch.setattr(cubins, "FOLDER", folder)
-    monkeypatch.setattr(cubins, "_current_stream", lambda device: STREAM + device.index)
+    monkeypatch.setattr(cubins.LOADER, "folder", folder)
+    monkeypatch.setattr(cubins, "current_stream", lambda device: STREAM + device.index)
     monkeypatch.setattr(driver, "open_library", lambda: library)
     monkeypatch.setattr(fold, "_cuda_index", lambda device: 0)
-    cubins.forget()
+    cubins.LOADER.forget()

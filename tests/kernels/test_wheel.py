@@ -14,7 +14,7 @@ from fastlock.kernels.fold import variants
 
 pytest.importorskip("triton")
 
-from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time import cubins, manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CUBINS = Path("fastlock", "kernels", "cubins")
@@ -50,9 +50,9 @@ import pytest
 from tests.helpers import fake_driver
 from fastlock.kernels.ahead_of_time import cubins
 with pytest.MonkeyPatch.context() as patch:
-    fake_driver.install(patch, cubins.FOLDER, fake_driver.FakeDriver())
+    fake_driver.install(patch, cubins.LOADER.folder, fake_driver.FakeDriver())
     names = json.loads(sys.argv[1])
-    print(json.dumps([cubins.__file__, {name: cubins.choose(name, 0).reason for name in names}]))
+    print(json.dumps([cubins.__file__, {name: cubins.LOADER.choose(name, 0).reason for name in names}]))
 """
 
 
@@ -65,9 +65,9 @@ def test_a_wheel_has_the_cubins(source: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "installed")
     names = [variant.name for variant in variants.variants() if variants.shipped(variant)]
-    manifest = cubins.read_manifest(tmp_path / "installed" / CUBINS)
-    assert [cubin.variant for cubin in manifest.cubins] == names
-    assert {cubin.target for cubin in manifest.cubins} == {"sm_90a"}
+    described = manifest.read_manifest(tmp_path / "installed" / CUBINS)
+    assert [cubin.variant for cubin in described.cubins] == names
+    assert {cubin.target for cubin in described.cubins} == {"sm_90a"}
     path = os.pathsep.join(map(str, (tmp_path / "installed", REPOSITORY)))
     command = [sys.executable, "-c", USE, json.dumps(names)]
     environment = os.environ | {"PYTHONPATH": path}
@@ -93,7 +93,7 @@ def test_a_source_build_without_triton_works_and_says_so(source: Path, tmp_path:
 def test_cubins_can_be_left_out(source: Path, tmp_path: Path) -> None:
     """Those of an earlier build as well."""
     (tmp_path / "built" / CUBINS).mkdir(parents=True)
-    (tmp_path / "built" / CUBINS / cubins.MANIFEST).write_text("{}")
+    (tmp_path / "built" / CUBINS / manifest.MANIFEST).write_text("{}")
     said = setup(source, "build_py", "--build-lib", tmp_path / "built", wanted="0")
     assert "kernels" not in said
     assert (tmp_path / "built" / CUBINS.parent / "fold" / "launch.py").is_file()
@@ -104,4 +104,4 @@ def test_an_editable_installation_compiles_nothing(source: Path, tmp_path: Path)
     setup(source, "editable_wheel", "--dist-dir", tmp_path, wanted="1")
     assert list(tmp_path.glob("*.whl"))
     assert not list(source.rglob("*.cubin"))
-    assert not list(source.rglob(cubins.MANIFEST))
+    assert not list(source.rglob(manifest.MANIFEST))

@@ -1,4 +1,4 @@
-"""Real llama.cpp on relocked checkpoints, by its own converter: where the lock acts, and where it can't get through."""
+"""Real llama.cpp on relocked checkpoints, by its own converter: where the lock acts, and where it cannot."""
 
 from __future__ import annotations
 

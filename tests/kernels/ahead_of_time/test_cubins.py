@@ -16,15 +16,15 @@ import torch
 
 import fastlock
 from fastlock import fold as fold_module
-from fastlock.errors import FastlockError
-from fastlock.kernels.ahead_of_time import cubins
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
+from fastlock.kernels.ahead_of_time import cubins, manifest
 from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import variants
 from tests.helpers import fake_driver
 from tests.helpers.fake_driver import FakeDriver, describe, write_folder
 from tests.helpers.families import random_lock, same_state, state, tiny_model
-from tests.kernels.fold.test_launch import arguments, make_site
+from tests.kernels.fold.sites import arguments, make_site
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the fake driver reads the CPU's memory")
 
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 def installed(monkeypatch, folder, library) -> FakeDriver:
     fake_driver.install(monkeypatch, folder, library)
     yield library
-    cubins.forget()
+    cubins.LOADER.forget()
     KEPT.clear()
     assert library.broken == []
 
@@ -136,7 +136,7 @@ def test_a_table_is_packed_once_and_launched_often(installed: FakeDriver) -> Non
 def test_the_stream_is_that_of_the_moment(installed: FakeDriver, monkeypatch) -> None:
     table = table_of(make_site(40, 64, (0,), torch.float32))
     for stream in (0, 2**47 + 16):
-        monkeypatch.setattr(cubins, "_current_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(cubins, "current_stream", lambda device, stream=stream: stream)
         fold.launch(table)
     assert [launch.stream for launch in installed.launches] == [0, 2**47 + 16]
 
@@ -172,7 +172,7 @@ def test_threads_that_start_together_load_one_module(installed: FakeDriver) -> N
 
     def choose() -> None:
         start.wait()
-        kernels.append(cubins.choose(BF16_ROWS.name, 0).kernel)
+        kernels.append(cubins.LOADER.choose(BF16_ROWS.name, 0).kernel)
 
     threads = [threading.Thread(target=choose) for _ in range(8)]
     for thread in threads:
@@ -186,11 +186,11 @@ def test_threads_that_start_together_load_one_module(installed: FakeDriver) -> N
 def test_each_device_has_its_own_module(monkeypatch, folder: Path) -> None:
     library = FakeDriver(capabilities=((9, 0), (9, 0), (7, 5)))
     fake_driver.install(monkeypatch, folder, library)
-    kernels = [cubins.choose(BF16_ROWS.name, index).kernel for index in (0, 1)]
+    kernels = [cubins.LOADER.choose(BF16_ROWS.name, index).kernel for index in (0, 1)]
     assert [kernel.context for kernel in kernels] == [fake_driver.context_of(0), fake_driver.context_of(1)]
     assert kernels[0].function != kernels[1].function
-    assert cubins.choose(BF16_ROWS.name, 2).reason == "no cubin runs on compute capability 7.5, only on sm_90a"
-    assert cubins.choose(BF16_ROWS.name, 3).kernel is None
+    assert cubins.LOADER.choose(BF16_ROWS.name, 2).reason == "no cubin runs on compute capability 7.5, only on sm_90a"
+    assert cubins.LOADER.choose(BF16_ROWS.name, 3).kernel is None
     monkeypatch.setattr(fold, "_cuda_index", lambda device: 1)
     fold.launch(table_of(make_site(40, 64, (0,), torch.float32)))
     assert (library.launches[0].stream, library.launches[0].context) == (
@@ -264,19 +264,19 @@ def test_where_a_cubin_runs(target: str, capability: tuple[int, int], integrated
 def test_of_several_the_nearest_is_taken(monkeypatch, folder: Path) -> None:
     write_folder(folder, [describe(BF16_ROWS, target) for target in ("sm_86", "sm_80", "sm_90a")])
     fake_driver.install(monkeypatch, folder, FakeDriver(capabilities=((8, 9), (8, 0))))
-    assert [cubins.choose(BF16_ROWS.name, index).kernel.cubin.target for index in (0, 1)] == ["sm_86", "sm_80"]
+    assert [cubins.LOADER.choose(BF16_ROWS.name, index).kernel.cubin.target for index in (0, 1)] == ["sm_86", "sm_80"]
 
 
 def change_manifest(**changes: object):
     def change(folder: Path, library: FakeDriver, monkeypatch) -> None:
-        data = json.loads((folder / cubins.MANIFEST).read_text())
+        data = json.loads((folder / manifest.MANIFEST).read_text())
         for key, value in changes.items():
             if key in data:
                 data[key] = value
             else:
                 for cubin in data["cubins"]:
                     cubin[key] = value
-        (folder / cubins.MANIFEST).write_text(json.dumps(data))
+        (folder / manifest.MANIFEST).write_text(json.dumps(data))
 
     return change
 
@@ -304,10 +304,10 @@ def other_sources(folder: Path, library: FakeDriver, monkeypatch) -> None:
     """The kernel is edited after the cubins were built."""
     here = Path(cubins.__file__).parents[1]
     changed = folder.parent / "sources"
-    for name in cubins.SOURCES:
+    for name in manifest.SOURCES:
         (changed / name).parent.mkdir(parents=True, exist_ok=True)
         (changed / name).write_bytes((here / name).read_bytes() + b"\n" * (name == "fold/triton_kernel.py"))
-    digest = cubins.digest_of_sources(changed)
+    digest = manifest.digest_of_sources(changed)
     monkeypatch.setattr(cubins, "digest_of_sources", lambda folder=None: digest)
 
 
@@ -320,9 +320,9 @@ LOADING += ("cuFuncGetParamInfo",)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (remove(cubins.MANIFEST), "this installation has no cubins"),
-        (write(cubins.MANIFEST, "{"), "manifest of the cubins can't be read"),
-        (write(cubins.MANIFEST, "[]"), "manifest of the cubins can't be read"),
+        (remove(manifest.MANIFEST), "this installation has no cubins"),
+        (write(manifest.MANIFEST, "{"), "manifest of the cubins cannot be read"),
+        (write(manifest.MANIFEST, "[]"), "manifest of the cubins cannot be read"),
         (change_manifest(format=2), "another format"),
         (change_manifest(sources=None), "must be text"),
         (change_manifest(sources="0" * 64), "built from other sources"),
@@ -334,7 +334,7 @@ LOADING += ("cuFuncGetParamInfo",)
         (change_manifest(num_warps=0), "is described wrongly"),
         (change_manifest(parameters=[[0, 8], [8, 8]]), "is described wrongly"),
         (change_manifest(parameters=[[0, 8], [8, 8], [16, 4], [24, 8], [32, 8], [40, 8]]), "is described wrongly"),
-        (change_manifest(parameters=[[0, 8], [8, 8], [16]]), "can't be read"),
+        (change_manifest(parameters=[[0, 8], [8, 8], [16]]), "cannot be read"),
         (change_manifest(ptxas="twelve"), "is described wrongly"),
         (change_manifest(colour="red"), "unexpected keyword argument 'colour'"),
         (change_manifest(target="sm_80"), "no cubin runs on compute capability 9.0, only on sm_80"),
@@ -361,26 +361,28 @@ def test_what_does_not_fit_is_the_jit_and_a_reason(change, reason, folder, libra
     site = make_site(40, 64, (0, 2))
     table = table_of(site)
     assert is_jit(table)
-    choice = cubins.choose(BF16_ROWS.name, 0)
+    choice = cubins.LOADER.choose(BF16_ROWS.name, 0)
     assert choice.kernel is None
     assert re.search(reason, choice.reason), choice.reason
     fold.launch(table)
     assert torch.allclose(site.out.double(), exact(dataclasses.replace(site, guarded=site.guarded)).double(), rtol=0.01)
     assert library.launches == []
     assert library.stack == [fake_driver.context_of(0)] or "cuCtxP" in reason
-    cubins.forget()
+    cubins.LOADER.forget()
 
 
 def test_a_variant_that_is_not_shipped_is_the_jit(installed: FakeDriver) -> None:
     site = make_site(40, 64, (0,), offset=1)
     assert is_jit(table_of(site))
-    assert "no cubin of bfloat16-float32-rows-64-plain" in cubins.choose("bfloat16-float32-rows-64-plain", 0).reason
+    assert (
+        "no cubin of bfloat16-float32-rows-64-plain" in cubins.LOADER.choose("bfloat16-float32-rows-64-plain", 0).reason
+    )
 
 
 @pytest.mark.parametrize(("value", "used"), [("0", False), ("1", True), ("", True)])
 def test_the_switch(value: str, used: bool, installed: FakeDriver, monkeypatch) -> None:
     monkeypatch.setenv(cubins.SWITCH, value)
-    choice = cubins.choose(BF16_ROWS.name, 0)
+    choice = cubins.LOADER.choose(BF16_ROWS.name, 0)
     assert (choice.kernel is not None) is used
     assert used or choice.reason == "FASTLOCK_CUBINS=0 is set"
 
@@ -395,18 +397,18 @@ def test_triton_interpreter_is_asked_for_by_its_own_variable(monkeypatch) -> Non
 
 def test_more_shared_memory_than_48_kib_is_asked_for(installed: FakeDriver, folder: Path) -> None:
     write_folder(folder, [describe(BF16_ROWS, shared=48 * 1024), describe(ALIGNED[0], shared=48 * 1024 + 1)])
-    assert cubins.choose(BF16_ROWS.name, 0).kernel
+    assert cubins.LOADER.choose(BF16_ROWS.name, 0).kernel
     assert installed.allowed_shared == {}
-    kernel = cubins.choose(ALIGNED[0].name, 0).kernel
+    kernel = cubins.LOADER.choose(ALIGNED[0].name, 0).kernel
     assert installed.allowed_shared == {kernel.function: 48 * 1024 + 1}
     installed.fails = {"cuFuncSetAttribute": 1}
-    cubins.forget()
-    assert "cuFuncSetAttribute" in cubins.choose(ALIGNED[0].name, 0).reason
+    cubins.LOADER.forget()
+    assert "cuFuncSetAttribute" in cubins.LOADER.choose(ALIGNED[0].name, 0).reason
 
 
 def test_a_module_that_fails_a_check_is_unloaded(installed: FakeDriver) -> None:
     installed.max_threads = 1
-    assert cubins.choose(BF16_ROWS.name, 0).kernel is None
+    assert cubins.LOADER.choose(BF16_ROWS.name, 0).kernel is None
     assert installed.modules == {}
 
 
@@ -429,7 +431,7 @@ def test_the_message_of_a_refused_launch_says_what_to_do(installed: FakeDriver) 
 
 
 def test_addresses_must_be_aligned(installed: FakeDriver) -> None:
-    kernel = cubins.choose(BF16_ROWS.name, 0).kernel
+    kernel = cubins.LOADER.choose(BF16_ROWS.name, 0).kernel
     for addresses in ([16, 32, 48], [16, 32, 48, 56], [16, 32, 48, 64, 80]):
         with pytest.raises(FastlockError, match="4 addresses, multiples of 16"):
             kernel.launcher((1, 1, 1), addresses)
@@ -446,11 +448,11 @@ def test_a_fork_forgets_what_was_loaded(installed: FakeDriver) -> None:
             fold.launch(table)
             theirs.send("launched")
         except FastlockError as error:
-            theirs.send((str(error), len(cubins._choices), len(installed.launches)))
-        theirs.send(cubins.choose(BF16_ROWS.name, 0).reason)  # the lock is its own, and free
+            theirs.send((str(error), len(cubins.LOADER._choices), len(installed.launches)))
+        theirs.send(cubins.LOADER.choose(BF16_ROWS.name, 0).reason)  # the lock is its own, and free
 
     process = multiprocessing.get_context("fork").Process(target=child)
-    with cubins._lock:  # as if another thread held it
+    with cubins.LOADER._lock:  # as if another thread held it
         process.start()
     assert ours.poll(60)
     message, choices, launches = ours.recv()
@@ -460,7 +462,7 @@ def test_a_fork_forgets_what_was_loaded(installed: FakeDriver) -> None:
     assert chose, "the child waits for a lock that nobody will release"
     assert "forked" in message
     assert (choices, launches) == (0, 0)
-    assert cubins._choices, "the parent keeps its own"
+    assert cubins.LOADER._choices, "the parent keeps its own"
     fold.launch(table)
 
 
@@ -517,7 +519,7 @@ def test_doctor_names_the_path_and_why(devices, monkeypatch, folder: Path) -> No
     ("change", "reason"),
     [
         (write(FILE, "damaged"), f"first launch for 1 of {len(ALIGNED)} kernels: {FILE} is not the file"),
-        (remove(cubins.MANIFEST), "first launch: this installation has no cubins"),
+        (remove(manifest.MANIFEST), "first launch: this installation has no cubins"),
         (change_manifest(cubins=[]), "first launch: the manifest lists no cubin"),
         (no_library, "first launch: libcuda.so.1"),
     ],
@@ -531,8 +533,27 @@ def test_doctor_says_what_is_wrong(change, reason, devices, monkeypatch, folder,
     assert reason in path.reason
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (remove(manifest.MANIFEST), UnsupportedError),
+        (write(manifest.MANIFEST, "{"), DamagedError),
+        (change_manifest(sources="0" * 64), DamagedError),
+        (write(FILE, "damaged"), DamagedError),
+        (set_library(capabilities=((7, 5),)), UnsupportedError),
+        (set_library(version=11080), UnsupportedError),
+    ],
+)
+def test_what_is_damaged_is_told_from_what_does_not_fit(change, kind, folder, library, monkeypatch) -> None:
+    fake_driver.install(monkeypatch, folder, library)
+    change(folder, library, monkeypatch)
+    with pytest.raises(kind):
+        cubins.LOADER._load(BF16_ROWS.name, 0)
+    cubins.LOADER.forget()
+
+
 def test_neither_cubin_nor_triton_is_a_clear_error(installed: FakeDriver, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "fastlock.kernels.fold.triton_kernel", None)
     monkeypatch.delattr("fastlock.kernels.fold.triton_kernel", raising=False)
-    with pytest.raises(FastlockError, match="`fastlock doctor` says why"):
+    with pytest.raises(UnsupportedError, match="`fastlock doctor` says why"):
         fold.launch(table_of(make_site(40, 64, (0,), offset=1)))

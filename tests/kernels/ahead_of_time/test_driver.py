@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.ahead_of_time import driver
 from tests.helpers import fake_driver
 
@@ -134,7 +134,7 @@ def fails_of(cuda: driver.Driver, name: str) -> int:
     """What the function returns when it is only asked to fail."""
     arguments = {"cuCtxGetCurrent": (driver.byref(c_void_p()),), "cuLaunchKernel": (None, *(0,) * 7, None, None, None)}
     status = cuda.function_named(name)(*arguments[name])
-    return 0 if status == 999 else status  # the fake driver can't launch nothing
+    return 0 if status == 999 else status  # the fake driver cannot launch nothing
 
 
 def test_an_unknown_error_has_its_number() -> None:
@@ -156,7 +156,7 @@ def test_a_null_handle_is_an_error() -> None:
 def test_a_driver_without_a_needed_function_is_refused() -> None:
     library = fake_driver.FakeDriver()
     del library.cuLaunchKernel
-    with pytest.raises(FastlockError, match="has no cuLaunchKernel"):
+    with pytest.raises(UnsupportedError, match="has no cuLaunchKernel"):
         driver.Driver(library)
 
 

@@ -14,6 +14,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+LAUNCHES = 1000  # as launched_twice.py does it
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 PYTHON_H = Path(sysconfig.get_path("include"), "Python.h")
@@ -62,7 +63,9 @@ def test_fastlock_launches_what_triton_launches(launches) -> None:
     assert ours["attributes"] == 0
 
 
-def test_a_planned_launch_costs_the_host_under_10_microseconds(launches) -> None:
-    """Without the driver's own work, and without torch's current stream, which a machine without CUDA has not."""
-    print(f"{launches['host_microseconds']:.2f} µs a launch")
-    assert launches["host_microseconds"] < 10
+def test_a_planned_launch_is_one_launch_of_the_driver_and_keeps_nothing(launches) -> None:
+    """How long it takes is reported by `bench/run.py --only host`; here only printed."""
+    again = launches["again"]
+    print(f"{again['microseconds']:.2f} µs a launch")
+    assert again["launches"] == LAUNCHES
+    assert again["kept"] < LAUNCHES / 10  # blocks of memory: far fewer than one a launch

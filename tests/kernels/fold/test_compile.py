@@ -20,6 +20,7 @@ import triton
 
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.manifest import MANIFEST, cubin_of, digest_of_sources, read_manifest
 from fastlock.kernels.fold import compile as build
 from fastlock.kernels.fold import triton_kernel as jit
 
@@ -34,10 +35,10 @@ def loop_of(ptx):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """CI's sample, compiled by another process: this one may have Triton's interpreter, which can't compile."""
+    """CI's sample, compiled by another process: this one may have Triton's interpreter, which cannot compile."""
     folder = tmp_path_factory.mktemp("build")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastlock.kernels.build", "--jobs", "1"]
+    command = [sys.executable, "-m", "fastlock.kernels.build", "--only", "fold", "--jobs", "1"]
     command += ["--json", str(folder / "reports.json"), "--cubins", str(folder / "cubins")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -47,16 +48,17 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reports(folder):
     found = json.loads((folder / "reports.json").read_text())
-    return [build.FoldReport(**report | {"cubin": cubins.cubin_of(report["cubin"])}, binary=b"") for report in found]
+    described = [None if report["cubin"] is None else cubin_of(report["cubin"]) for report in found]
+    return [compile.Report(**report | {"cubin": cubin}) for report, cubin in zip(found, described, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def manifest(folder):
-    return cubins.read_manifest(folder / "cubins")
+    return read_manifest(folder / "cubins")
 
 
 def test_sample_covers_every_arch_dtype_layout_and_head_dim(reports):
-    sampled = {(report.arch, report.variant) for report in reports}
+    sampled = {(report.arch, report.kernel) for report in reports}
     assert len(sampled) == len(reports)
     for arch in compile.ARCHS:
         of_arch = [BY_NAME[name] for a, name in sampled if a == arch]
@@ -72,14 +74,14 @@ def test_nothing_spills(reports):
 
 def test_aligned_kernels_leave_room_for_four_programs_of_256_threads(reports):
     for report in reports:
-        if BY_NAME[report.variant].aligned:
+        if BY_NAME[report.kernel].aligned:
             assert 16 <= report.registers <= 64, report
 
 
 def test_aligned_kernels_read_weights_16_bytes_at_a_time(reports):
     """Not only are there enough wide loads: the loop over the heads has no narrow load of weights, and no barrier."""
     for report in reports:
-        variant = BY_NAME[report.variant]
+        variant = BY_NAME[report.kernel]
         loop = loop_of(report.ptx)
         loads = re.findall(r"\bld\.global\.(\S+)", loop)
         narrow = [load for load in loads if load == f"b{8 * variant.dtype.itemsize}"]
@@ -94,7 +96,7 @@ def test_aligned_kernels_read_weights_16_bytes_at_a_time(reports):
 
 def test_16_bit_results_are_rounded_once_and_to_the_nearest(reports):
     for report in reports:
-        dtype = BY_NAME[report.variant].dtype
+        dtype = BY_NAME[report.kernel].dtype
         converts = re.findall(r"\bcvt\.\S+\.f32\b", report.ptx)
         assert all(re.fullmatch(r"cvt\.rn\.b?f16(x2)?\.f32", convert) for convert in converts)
         assert bool(converts) == (dtype.itemsize == 2)
@@ -102,10 +104,10 @@ def test_16_bit_results_are_rounded_once_and_to_the_nearest(reports):
 
 def test_build_sees_plain_loads_and_wrong_rounding(reports):
     """The checks that the command fails by can fail."""
-    plain = next(report for report in reports if report.variant == "bfloat16-rows-128-plain")
-    promised = dataclasses.replace(BY_NAME[plain.variant], aligned=True)
+    plain = next(report for report in reports if report.kernel == "bfloat16-rows-128-plain")
+    promised = dataclasses.replace(BY_NAME[plain.kernel], aligned=True)
     assert build.code_problems(promised, plain.ptx) == ["0 vector loads, 4 expected"]
-    aligned = next(report for report in reports if report.variant == "bfloat16-rows-128-aligned")
+    aligned = next(report for report in reports if report.kernel == "bfloat16-rows-128-aligned")
     assert build.code_problems(promised, aligned.ptx) == []
     (problem,) = build.code_problems(promised, aligned.ptx.replace("cvt.rn.", "cvt.rz."))
     assert "rounded by ['rz']" in problem
@@ -128,10 +130,10 @@ def test_refuses_to_compile_under_the_interpreter():
 def test_the_manifest_describes_every_file(folder, manifest, reports):
     """Of the sample, every aligned kernel is there; each file is the one that was described; there is no other."""
     files = {path.name: path for path in (folder / "cubins").iterdir()}
-    assert set(files) == {cubins.MANIFEST} | {cubin.file for cubin in manifest.cubins}
+    assert set(files) == {MANIFEST} | {cubin.file for cubin in manifest.cubins}
     assert manifest.triton == triton.__version__
-    assert manifest.sources == cubins.digest_of_sources()
-    shipped = {(report.arch, report.variant) for report in reports if BY_NAME[report.variant].aligned}
+    assert manifest.sources == digest_of_sources()
+    shipped = {(report.arch, report.kernel) for report in reports if BY_NAME[report.kernel].aligned}
     assert {(int(re.sub(r"\D", "", cubin.target)), cubin.variant) for cubin in manifest.cubins} == shipped
     for cubin in manifest.cubins:
         assert hashlib.sha256(files[cubin.file].read_bytes()).hexdigest() == cubin.sha256
@@ -147,7 +149,7 @@ def test_each_arch_has_the_target_that_it_can_run(manifest):
 
 def test_the_manifest_agrees_with_the_ptx(manifest, reports):
     """cuobjdump read the numbers in the binary; the PTX, from which ptxas made it, says the same."""
-    code = {report.cubin.file: report.ptx for report in reports}
+    code = {report.cubin.file: report.ptx for report in reports if report.cubin}
     for cubin in manifest.cubins:
         ptx = code[cubin.file]
         assert f".target {cubin.target}\n" in ptx
@@ -184,8 +186,8 @@ def test_cubins_hold_no_path_of_the_machine(folder, manifest):
     ],
 )
 def test_what_a_plain_launch_cannot_do_is_not_shipped(change, problem, reports, tmp_path):
-    report = next(report for report in reports if report.variant == "bfloat16-rows-128-aligned")
-    variant = BY_NAME[report.variant]
+    report = next(report for report in reports if report.kernel == "bfloat16-rows-128-aligned")
+    variant = BY_NAME[report.kernel]
     plain = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False}
     plain |= {"launch_pdl": False, "num_ctas": 1, "num_warps": variant.num_warps}
     assert build.launch_problems(variant, report.cubin, plain) == []
@@ -193,11 +195,11 @@ def test_what_a_plain_launch_cannot_do_is_not_shipped(change, problem, reports, 
     (found,) = build.launch_problems(variant, dataclasses.replace(report.cubin, parameters=parameters), plain | change)
     assert problem in found
     bad = dataclasses.replace(report, problems=[found])
-    assert build.write_cubins([bad], tmp_path / "cubins").cubins == ()
+    assert compile.write_cubins([bad], tmp_path / "cubins").cubins == ()
 
 
 def test_cubins_go_to_a_directory_of_their_own(tmp_path):
     (tmp_path / "precious.txt").write_text("")
     with pytest.raises(FastlockError, match="other files"):
-        build.write_cubins([], tmp_path)
+        compile.write_cubins([], tmp_path)
     assert (tmp_path / "precious.txt").exists()

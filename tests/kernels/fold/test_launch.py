@@ -8,64 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.fold import launch as fold
-from fastlock.kernels.fold.reference import HeadColumns
+from tests.kernels.fold.sites import DEVICE, GUARD, arguments, make_site
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 HEAD_DIMS = [64, 80, 96, 112, 128, 160, 192, 256]
-GUARD = 40
-
-
-@dataclasses.dataclass
-class Site:
-    """One site's arguments, and a result inside a guarded buffer."""
-
-    weight: torch.Tensor
-    heads: tuple[int, ...]
-    values: torch.Tensor
-    bias: torch.Tensor | None
-    guarded: torch.Tensor
-    head_dim: int
-
-    @property
-    def columns(self):
-        return HeadColumns.in_projection(self.weight, self.heads, self.head_dim)
-
-    @property
-    def out(self):
-        return self.guarded[GUARD:-GUARD]
-
-
-def make_site(
-    hidden, head_dim, heads, dtype=torch.bfloat16, transposed=False, bias=True, num_heads=None, offset=0, pad=0, seed=0
-):
-    """Random numbers in the locked columns; NaN in all others, in the padding, around and inside the result."""
-    generator = torch.Generator().manual_seed(seed)
-    num_heads = max(heads, default=0) + 2 if num_heads is None else num_heads
-    lines, length = (num_heads * head_dim, hidden) if transposed else (hidden, num_heads * head_dim)
-    storage = torch.full((offset + lines * (length + pad),), math.nan, dtype=dtype, device=DEVICE)
-    weight = storage[offset:].view(lines, length + pad)[:, :length]
-    weight = weight.t() if transposed else weight
-    for head in heads:
-        columns = torch.randn(hidden, head_dim, generator=generator) / 8
-        weight[:, head * head_dim : (head + 1) * head_dim] = columns.to(DEVICE, dtype)
-    values = torch.randn(len(heads), head_dim, generator=generator, dtype=torch.float64)
-    # Triton's interpreter cuts fp32 off to bf16 instead of rounding it, so there the result stays fp32.
-    out_dtype = dtype if DEVICE == "cuda" else torch.float32
-    return Site(
-        weight,
-        tuple(heads),
-        values,
-        torch.randn(hidden, generator=generator).to(DEVICE, dtype) if bias else None,
-        torch.full((hidden + 2 * GUARD,), math.nan, dtype=out_dtype, device=DEVICE),
-        head_dim,
-    )
-
-
-def arguments(sites):
-    return [[getattr(site, name) for site in sites] for name in ("columns", "values", "bias", "out")]
 
 
 def run(*sites):
@@ -266,7 +214,7 @@ def test_what_is_not_finite_is_flagged_site_by_site(bad, dtype, transposed):
 
 
 def test_what_overflows_only_in_the_result_is_flagged():
-    """float32 sums that float16 can't hold; large ones that it can are finite."""
+    """float32 sums that float16 cannot hold; large ones that it can are finite."""
     largest = torch.finfo(torch.float16).max
     for top, flag in ((largest, 0), (2.0 * largest, 1)):
         site = make_site(40, 64, (0,), torch.float16, bias=False)
@@ -303,8 +251,9 @@ def test_refuses_what_it_would_misread(change, message):
     }
     bad = dataclasses.replace(bad, **change)
     sites = (bad, good) if "float64" in message else (good, bad)
-    with pytest.raises(FastlockError, match=message):
+    with pytest.raises(FastlockError, match=message) as error:
         run(*sites)
+    assert isinstance(error.value, UnsupportedError) == (message in ("not torch.float64", "contiguous rows"))
     assert good.guarded.isnan().all()
 
 
@@ -315,12 +264,12 @@ def test_refuses_lists_of_different_lengths():
 
 
 def test_refuses_large_heads():
-    with pytest.raises(FastlockError, match="head_dim is 513"):
+    with pytest.raises(UnsupportedError, match="head_dim is 513"):
         run(make_site(4, 513, (0,)))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_refuses_cpu_weights():
     site = make_site(40, 64, (0,))
-    with pytest.raises(FastlockError, match="CUDA"):
+    with pytest.raises(UnsupportedError, match="CUDA"):
         run(dataclasses.replace(site, weight=site.weight.cpu()))

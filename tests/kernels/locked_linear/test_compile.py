@@ -9,21 +9,18 @@ import sys
 import pytest
 import torch
 
-from fastlock.kernels.fold import variants
-
 pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
+from fastlock.kernels.ahead_of_time.compile import ARCHS, Report
 from fastlock.kernels.locked_linear import compile as build_locked_linear
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
 from fastlock.kernels.locked_linear.compile import (
-    ARCHS,
     BF16,
     FP16,
     FP32,
     SHARED_BYTES,
     Compilation,
-    LockedLinearReport,
     code_problems,
 )
 from fastlock.kernels.locked_linear.tiles import Tile, Way
@@ -35,25 +32,26 @@ SOUND = COPY * 24 + "wgmma.mma_async.sync\ncvt.rn.bf16x2.f32 %r1, %r2, %r3;\nst.
 
 
 def compiled(folder, *arguments):
-    """Reports of another process: this one may have Triton's interpreter, which can't compile."""
+    """Reports of another process: this one may have Triton's interpreter, which cannot compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastlock.kernels.locked_linear.compile", "--json", str(folder / "reports.json")]
-    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "fastlock.kernels.build", "--only", "locked_linear", *arguments]
+    command += ["--json", str(folder / "reports.json")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    return [LockedLinearReport(**report) for report in json.loads((folder / "reports.json").read_text())]
+    return [Report(**report) for report in json.loads((folder / "reports.json").read_text())]
 
 
 def test_the_sample(tmp_path):
     """All in one test, so that one process compiles it: it takes most of a minute."""
     reports = compiled(tmp_path, "--jobs", "1")
-    found = {(report.arch, report.job): report for report in reports}
+    found = {(report.arch, report.kernel): report for report in reports}
     assert len(found) == len(reports)
     assert {arch for arch, _ in found} == set(ARCHS)
     for report in reports:
         assert (report.spill_bytes, report.local_bytes, report.stack_bytes, report.problems) == (0, 0, 0, []), report
         assert 0 < report.registers <= 255
         assert report.shared_bytes <= SHARED_BYTES[report.arch]
-        assert not re.search(r"\bld\.global\.b16\b", report.ptx) or "no_bias" not in report.job
+        assert not re.search(r"\bld\.global\.b16\b", report.ptx) or "no_bias" not in report.kernel
     for way in build_locked_linear.ways_on(90, BF16, 128):  # every tile that an H100 may be given
         report = found[90, Compilation(way, BF16).name]
         kinds = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\b", report.ptx))
@@ -105,11 +103,6 @@ def test_jobs_have_names_of_their_own():
     for arch in ARCHS:
         for jobs in (set(build_locked_linear.jobs(arch)), set(build_locked_linear.sample(arch))):
             assert len({job.name for job in jobs}) == len(jobs) > 3
-
-
-def test_no_kernel_of_these_is_shipped(tmp_path):
-    """What `build --cubins` compiles are the fold's alone."""
-    assert not {variant.name for variant in variants.variants()} & {job.name for job in build_locked_linear.jobs(90)}
 
 
 @pytest.mark.skipif(not locked_linear_jit.INTERPRETED, reason="needs Triton's interpreter")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from fastlock.kernels.locked_linear import tiles
 
 pytest.importorskip("triton")
 
+from fastlock.errors import UnsupportedError
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
 from fastlock.kernels.locked_linear.launch import run
@@ -207,7 +209,7 @@ def test_edges_of_tiles(kind, tile, rows):
 @pytest.mark.parametrize("width", [8, 20, 33])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_width_that_no_step_divides(width, transposed):
-    """Heads of 4, 10 and 33 columns: whatever is no multiple of 16 can't be shifted as it is read."""
+    """Heads of 4, 10 and 33 columns: whatever is no multiple of 16 cannot be shifted as it is read."""
     inputs = make(9, 33 // width if width == 33 else 2, width // (1 if width == 33 else 2), 24, transposed=transposed)
     assert tiles.shift_tiles([SMALL], inputs.head_dim, torch.float32) == []
     for way in (GATHER, ADD, AROUND):
@@ -405,18 +407,18 @@ def chooser(monkeypatch):
     monkeypatch.setattr(locked_linear, "ways_for", lambda inputs: list(state["times"]))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    locked_linear.forget()
+    locked_linear.CHOICES.forget()
     yield state
-    locked_linear.forget()
+    locked_linear.CHOICES.forget()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
 def test_each_shape_is_timed_once(chooser):
     inputs = make(8, 2, 16, 40)
-    assert locked_linear.chosen(inputs) is None
+    assert locked_linear.CHOICES.of(inputs) is None
     y = locked_linear.locked_linear(inputs)
     assert chooser["timed"] == [GATHER, ADD]
-    assert locked_linear.chosen(inputs) == ADD
+    assert locked_linear.CHOICES.of(inputs) == ADD
     assert torch.equal(y, run(ADD, inputs))
     locked_linear.locked_linear(make(16, 2, 16, 40))  # as many rows, to the next power of two
     assert len(chooser["timed"]) == 2
@@ -437,11 +439,11 @@ def test_nothing_is_timed_while_a_graph_is_captured(chooser):
     chooser["capturing"] = True
     y = locked_linear.locked_linear(inputs)
     assert chooser["timed"] == []
-    assert locked_linear.chosen(inputs) is None
+    assert locked_linear.CHOICES.of(inputs) is None
     assert torch.equal(y, run(BY_TORCH, inputs))
     chooser["capturing"] = False
     locked_linear.locked_linear(inputs)
-    assert locked_linear.chosen(inputs) == ADD
+    assert locked_linear.CHOICES.of(inputs) == ADD
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
@@ -475,6 +477,17 @@ def test_a_way_that_fails_costs_no_more_than_a_warning(monkeypatch, error):
     monkeypatch.setattr(locked_linear, "run", fails)
     with pytest.warns(RuntimeWarning, match=f"fastlock goes without {ADD.name} on this device: {error}"):
         assert locked_linear.seconds(ADD, [make(4, 2, 16, 40)]) == math.inf
+
+
+def test_without_triton_torch_alone_is_left(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastlock.kernels.locked_linear.triton_kernels", None)
+    monkeypatch.delattr("fastlock.kernels.locked_linear.triton_kernels", raising=False)
+    inputs = make(4, 2, 16, 40)
+    with pytest.raises(UnsupportedError, match=r"Triton, .* cannot be imported"):
+        run(ADD, inputs)
+    locked_linear._has_triton.cache_clear()
+    assert locked_linear.ways_for(inputs) == [BY_TORCH]
+    locked_linear._has_triton.cache_clear()
 
 
 def test_x_is_as_it_was_where_the_projection_fails(monkeypatch):
