@@ -33,12 +33,11 @@ def _calibrate(
     from fastlock.locks.lock import Lock
     from fastlock.models.loading import load_model, load_tokenizer
     from fastlock.recipes.calibration import calibrate
-    from fastlock.recipes.calibration_report import LOCK_FILE, to_json, write_calibration
+    from fastlock.recipes.calibration_report import to_json, write_calibration
     from fastlock.recipes.pairs import load_pairs
     from fastlock.storage.places import writable_directory
 
-    prompts = prompts_in(harmful, harmless, texts)
-    chosen = None if pairs is None else load_pairs(pairs)
+    prompts, chosen = prompts_in(harmful, harmless, texts), None if pairs is None else load_pairs(pairs)
     loaded = None if lock is None else Lock.load(lock)
     writable_directory(out)
     with spinner(f"loading {checkpoint}", as_json):
@@ -69,7 +68,7 @@ def _calibrate(
     if as_json:
         print_json(to_json(calibration, facts))
     else:
-        _show(calibration, out / LOCK_FILE)
+        _show(calibration, out)
     return None
 
 
@@ -90,16 +89,16 @@ def _check(out: Path, lock: Path | None, others: dict[str, Path | None]) -> None
         )
 
 
-def _show(calibration: Calibration, lock_file: Path) -> None:
+def _show(calibration: Calibration, out: Path) -> None:
     from fastlock.evaluation.report import cells, columns
-    from fastlock.recipes.calibration_report import trial_cells, trial_columns
+    from fastlock.recipes.calibration_report import LOCK_FILE, trial_cells, trial_columns
 
     print_table(trial_columns(calibration.chosen), [trial_cells(calibration.chosen)], title="chosen")
     print_table(columns(calibration.held_out), map(cells, calibration.held_out), title="held-out requests")
     if calibration.lock is None:
         say(f"{calibration.why_no_lock} No lock was written.")
     else:
-        say(f"{lock_file}: {calibration.lock!r} at strength {calibration.lock.strength:.3g}")
+        say(f"{out / LOCK_FILE}: {calibration.lock!r} at strength {calibration.lock.strength:.3g}")
 
 
 COMMAND = Command(

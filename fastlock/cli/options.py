@@ -63,11 +63,11 @@ FOR = option(
     dest="stacks",
     metavar="STACK",
     action="append",
-    help=f"A serving stack in which the lock must act: {', '.join(STACKS)}. May be repeated, or given several with "
-    f"commas. Default: {', '.join(DEFAULT_STACKS)}.",
+    help=f"A serving stack in which the lock must act: {', '.join(STACKS)}. May be repeated, or name several, with "
+    f"commas between them. Default: {', '.join(DEFAULT_STACKS)}.",
 )
 OUT = option("--out", metavar="DIR", help="The directory or URL to create; nothing may be there yet.")
-COPY = option("--copy", action="store_true", help="Copy the files that do not change instead of linking them.")
+COPY = option("--copy", action="store_true", help="Copy the weights, too, instead of linking them.")
 IN_PLACE = option(
     "--in-place",
     action="store_true",
