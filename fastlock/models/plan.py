@@ -23,7 +23,7 @@ from fastlock.models.relocking import (
     Member,
     changing,
     check_list,
-    displaced,
+    displacements_of,
     each,
     folds_of,
     prepare,
@@ -256,7 +256,7 @@ class _Built:
         return [
             replace(member, strength=strength, displacements=displacements)
             for member, strength, displacements in zip(
-                self._members, strengths, displaced(locks, strengths), strict=True
+                self._members, strengths, displacements_of(locks, strengths), strict=True
             )
         ]
 

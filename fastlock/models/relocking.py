@@ -182,7 +182,7 @@ def each(values: _T | Sequence[_T], count: int, name: str) -> list[_T]:
     return [values] * count
 
 
-def displaced(locks: Sequence[Lock], strengths: Sequence[float]) -> list[Mapping[int, Displacement]]:
+def displacements_of(locks: Sequence[Lock], strengths: Sequence[float]) -> list[Mapping[int, Displacement]]:
     """The displacements of each lock, by layer; the same object where lock and strength are the same."""
     displacements: dict[tuple[int, float], Mapping[int, Displacement]] = {}
     for lock, strength in zip(locks, strengths, strict=True):
@@ -210,7 +210,7 @@ def prepare(
     if len(set(own)) < len(own):
         raise FastlockError("one model is given twice; a model carries one lock. Give each model once.")
     members = []
-    for i, (model, lock, displacements) in enumerate(zip(inner, locks, displaced(locks, applied), strict=True)):
+    for i, (model, lock, displacements) in enumerate(zip(inner, locks, displacements_of(locks, applied), strict=True)):
         if isinstance(model, nn.Module):
             take_over(model, undo)
             members.append(Member(model, lock, applied[i], displacements, sites_for(model, lock)))
