@@ -19,7 +19,7 @@ from fastlock.errors import DamagedError, FastlockError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest
 from fastlock.models.saving import PartOfRelocked, Relocked, swapped_class, unlocked_class
 from fastlock.models.sites import Site, check_foldable, family_of, text_config
-from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, keep, locked_sites, set_receipt
+from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, announce, keep, locked_sites, set_receipt
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -110,6 +110,7 @@ def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
     known = receipt or model.__dict__[RECEIPT]
     undo.callback(set_receipt, model, model.__dict__.get(RECEIPT))
     set_receipt(model, receipt)
+    announce(model, receipt is not None, undo)
     _swap(model, Relocked if receipt else None, undo)
     path = known.sites[0].name.split(".")
     for length in range(1, len(path)):

@@ -21,7 +21,7 @@ from fastlock.architectures.llama_form import llama_config
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
 from fastlock.models.sites import family_of
-from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, locked_sites, with_digests_of
+from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, flag_before, locked_sites, with_digests_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,24 +179,29 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
     config.__dict__.pop("quantization_config", None)  # of a GGUF that loading dequantised: what is saved is plain
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))
+    biases = {site.layer: getattr(site.module, ORIGINAL_BIAS) for site in sites if hasattr(site.module, ORIGINAL_BIAS)}
+    own_biases = any(bias.count_nonzero() for bias in biases.values())
     if family.bias_flag is None:
+        if own_biases:
+            raise UnsupportedError(
+                f"{type(model).__name__}: its output projections had biases before it was relocked, and its own class "
+                "has no place for them: the saved checkpoint could not be unlocked. Nothing was saved. Set them to "
+                "None, then relock and save."
+            )
         original = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
         carrier = CarrierNote("llama", "attention_bias", config.model_type == "qwen2", original_config=original)
         config, cls = _llama_form(model, config)
     elif family.bias_flag:
         text = config.get_text_config()
-        carrier = CarrierNote("native", family.bias_flag, bool(getattr(text, family.bias_flag)))
+        # Biases that somebody put in by hand are the model's own, whatever its config says.
+        carrier = CarrierNote("native", family.bias_flag, flag_before(model, family.bias_flag) or own_biases)
         setattr(text, family.bias_flag, True)
     else:
         carrier = CarrierNote("native", "", True)
     if receipt.original_config is not None:
         carrier = replace(carrier, form="llama", original_config=receipt.original_config)
-    biases = {
-        site.layer: raw_bytes(getattr(site.module, ORIGINAL_BIAS))
-        for site in sites
-        if hasattr(site.module, ORIGINAL_BIAS)
-    }
-    setattr(config, CONFIG_KEY, SavedReceipt(receipt, replace(carrier, original_biases=biases)).to_dict())
+    carrier = replace(carrier, original_biases={layer: raw_bytes(bias) for layer, bias in biases.items()})
+    setattr(config, CONFIG_KEY, SavedReceipt(receipt, carrier).to_dict())
     return config, cls
 
 

@@ -69,11 +69,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
         UnsupportedError: it is not a transformers model, or it is wrapped otherwise, or it carries adapters.
         FastlockError: it is only the inner part of a model.
     """
+    from transformers import PreTrainedModel
+
     inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, nn.Module) or not hasattr(getattr(inner, "config", None), "get_text_config"):
+    if not isinstance(inner, PreTrainedModel):  # a wrapper may have a `config`, too
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model (a PreTrainedModel with a config). "
-            "If it is wrapped (DataParallel, FSDP, DDP), pass the model inside."
+            f"If it is wrapped (DataParallel, DDP, FSDP, a value head), pass the model inside{_held_by(inner)}."
         )
     if hasattr(inner, "get_base_model") or getattr(inner, "_hf_peft_config_loaded", False):
         raise UnsupportedError(
@@ -86,6 +88,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "without the lock. Pass the whole model (AutoModelForCausalLM loads it)."
         )
     return inner
+
+
+def _held_by(wrapper: object) -> str:
+    """Where in a wrapper the model is, for the message: ": its `module`"; nothing where that cannot be told."""
+    from transformers import PreTrainedModel
+
+    children = wrapper.named_children() if isinstance(wrapper, nn.Module) else ()
+    names = [name for name, child in children if isinstance(child, PreTrainedModel)]
+    return f": its `{names[0]}`" if len(names) == 1 else ""
 
 
 def family_of(model: nn.Module) -> Family:

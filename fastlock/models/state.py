@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import weakref
 from collections.abc import Iterable, Sequence
@@ -66,6 +67,53 @@ def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
         model.__dict__.pop(RECEIPT, None)
     else:
         setattr(model, RECEIPT, receipt)
+
+
+# What `announce` changed, with the earlier values: those of the config's flag, and of the model's name.
+_BEFORE = "_fastlock_before"
+_RELOCKED = " (relocked by fastlock)"
+
+
+def announce(model: Any, relocked: bool, undo: ExitStack) -> None:
+    """Let the model itself say that it is relocked, for what saves it without asking fastlock; or no longer.
+
+    Its config (a copy: others may share the original) asks for the biases that its files will hold, and adapters that
+    are trained on it do not name the unlocked model as their base.
+    """
+    if relocked == (_BEFORE in model.__dict__):
+        return
+    attributes = ("config", "name_or_path", _BEFORE)
+    earlier = {name: model.__dict__[name] for name in attributes if name in model.__dict__}
+    undo.callback(_restore_attributes, model, attributes, earlier)
+    flag = family_of(model).bias_flag
+    model.config = (
+        copy.copy(model.config) if model.config.get_text_config() is model.config else copy.deepcopy(model.config)
+    )
+    text = model.config.get_text_config()
+    if relocked:
+        model.__dict__[_BEFORE] = (getattr(text, flag) if flag else None, model.__dict__.get("name_or_path"))
+        if flag:
+            setattr(text, flag, True)
+        if model.__dict__.get("name_or_path"):
+            model.__dict__["name_or_path"] += _RELOCKED
+    else:
+        flag_before, name = model.__dict__.pop(_BEFORE)
+        if flag:
+            setattr(text, flag, flag_before)
+        if name is not None:
+            model.__dict__["name_or_path"] = name
+
+
+def flag_before(model: Any, flag: str) -> bool:
+    """What the config's flag for biases was before the model was relocked."""
+    before = model.__dict__.get(_BEFORE)
+    return bool(getattr(model.config.get_text_config(), flag) if before is None else before[0])
+
+
+def _restore_attributes(model: Any, names: Sequence[str], earlier: dict[str, Any]) -> None:
+    for name in names:
+        model.__dict__.pop(name, None)
+    model.__dict__.update(earlier)
 
 
 class SiteDigests:

@@ -30,7 +30,7 @@ def test_the_native_form_holds_every_bias_that_the_flag_asks_for(tmp_path) -> No
             bias = tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"]
             assert bool(bias.count_nonzero()) == (name == "o" and layer in (0, 2))
     assert json.loads((directory / "config.json").read_text())["attention_bias"] is True
-    assert model.config.attention_bias is False, "the live model's config is left alone"
+    assert model.config.attention_bias is True, "the live model's config says what its files need, until it is unlocked"
     assert model.model.layers[0].self_attn.q_proj.bias is None
 
 
