@@ -7,27 +7,34 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.locks.lock import check_strength
 from fastlock.version import __version__
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 # Where config.json holds it.
 CONFIG_KEY = "fastlock"
 FORMS = ("native", "llama")
-_KEYS = frozenset(
+
+# What a JSON object has to say, and what it may say besides.
+_KEYS = (
     "format_version fastlock_version lock_digest strength model_type dtype sites weights_digest biases_digest".split()
 )
-_SITE_KEYS = frozenset(("layer", "name", "heads", "had_bias"))
-_CARRIER_KEYS = frozenset(
-    "form flag was stacks original_config original_biases config_digest index_digest set_aside".split()
-)
+_SITE_KEYS = "layer name heads had_bias".split()
+_CARRIER_KEYS = "form flag was original_biases".split()
+_OPTIONAL_CARRIER_KEYS = "stacks original_config config_digest set_aside index_digest".split()
+_DIGEST = re.compile("[0-9a-f]{64}")
+_DECIMAL = re.compile("0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class Receipt:
         return self._known().biases
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole receipt, digests included, as data that JSON can hold: the same receipt gives the same data.
+        """The whole receipt, digests included, as data that JSON can hold: the same receipt gives the same bytes.
 
         Raises:
             FastlockError: the digests were not asked for yet, and the model is gone or was changed since.
@@ -142,15 +149,15 @@ class Receipt:
             _check_version(data, where)
             _check_keys(data, _KEYS)
             return cls(
-                lock_digest=_text(data["lock_digest"]),
+                lock_digest=_digest(data["lock_digest"]),
                 strength=_strength(data["strength"]),
                 model_type=_text(data["model_type"]),
-                dtype=_text(data["dtype"]),
-                sites=tuple(_locked_site(site) for site in data["sites"]),
+                dtype=_dtype(data["dtype"]),
+                sites=_locked_sites(data["sites"]),
                 fastlock_version=_text(data["fastlock_version"]),
-                digests=KnownDigests(_text(data["weights_digest"]), _text(data["biases_digest"])),
+                digests=KnownDigests(_digest(data["weights_digest"]), _digest(data["biases_digest"])),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise _damaged(where, error) from None
 
     def renamed(self, names: list[str]) -> Receipt:
@@ -196,7 +203,7 @@ class CarrierNote:
         return self.form == "llama" or bool(self.flag and not self.was)
 
     def to_dict(self) -> dict[str, Any]:
-        """The note as data that JSON can hold; what is None is left out."""
+        """The note as data that JSON can hold: the same note gives the same bytes. What is None is left out."""
         data: dict[str, Any] = {
             "form": self.form,
             "flag": self.flag,
@@ -204,10 +211,10 @@ class CarrierNote:
             "stacks": None if self.stacks is None else list(self.stacks),
             "original_config": self.original_config,
             "original_biases": {
-                str(layer): base64.b64encode(bias).decode() for layer, bias in self.original_biases.items()
+                str(layer): base64.b64encode(bias).decode() for layer, bias in sorted(self.original_biases.items())
             },
             "config_digest": self.config_digest,
-            "set_aside": None if self.set_aside is None else dict(self.set_aside),
+            "set_aside": None if self.set_aside is None else dict(sorted(self.set_aside.items())),
             "index_digest": self.index_digest,
         }
         return {key: value for key, value in data.items() if value is not None}
@@ -224,25 +231,23 @@ class CarrierNote:
             DamagedError: it is not such a note.
         """
         try:
-            _check_keys(data, _CARRIER_KEYS)
-            if data["form"] not in FORMS or type(data["was"]) is not bool:
-                raise ValueError("its form is unknown, or `was` is neither true nor false")
+            _check_keys(data, _CARRIER_KEYS, _OPTIONAL_CARRIER_KEYS)
+            if data["form"] not in FORMS:
+                raise ValueError(f"{str(data['form'])[:80]!a} where one of the forms should be")
             return cls(
                 form=data["form"],
                 flag=_text(data["flag"]),
-                was=data["was"],
-                original_biases={_layer(key): _bias(key, text) for key, text in data["original_biases"].items()},
-                stacks=tuple(map(_text, _list(data["stacks"]))) if "stacks" in data else None,
-                original_config=_object(data["original_config"]) if "original_config" in data else None,
-                config_digest=_text(data["config_digest"]) if "config_digest" in data else None,
-                index_digest=_text(data["index_digest"]) if "index_digest" in data else None,
-                set_aside=(
-                    {name: _text(digest) for name, digest in _object(data["set_aside"]).items()}
-                    if "set_aside" in data
-                    else None
-                ),
+                was=_flag(data["was"]),
+                original_biases={
+                    _layer(key): _bias(key, text) for key, text in _object(data["original_biases"]).items()
+                },
+                stacks=_optional(data, "stacks", _texts),
+                original_config=_optional(data, "original_config", _object),
+                config_digest=_optional(data, "config_digest", _digest),
+                index_digest=_optional(data, "index_digest", _digest),
+                set_aside=_optional(data, "set_aside", _digests),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise _damaged(where, error) from None
 
 
@@ -269,10 +274,8 @@ class SavedReceipt:
             UnsupportedError: they are of a newer format.
             DamagedError: they are damaged.
         """
-        if not isinstance(data, dict):
-            raise _damaged(where, TypeError("it is not a JSON object"))
-        rest = dict(data)
-        carrier = rest.pop("carrier", None)
+        rest = dict(data) if isinstance(data, dict) else data
+        carrier = rest.pop("carrier", None) if isinstance(rest, dict) else None
         return cls(Receipt.from_dict(rest, where), CarrierNote.from_dict(carrier, where))
 
 
@@ -302,18 +305,25 @@ def _damaged(where: str, error: Exception) -> DamagedError:
 
 
 def _check_version(data: Any, where: str) -> None:
-    version = data["format_version"]
+    version = _object(data).get("format_version")
+    if type(version) is not int:  # true and 1.0 are equal to 1
+        raise TypeError(f"{str(version)[:80]!a} where the format's version should be")
     if version != FORMAT_VERSION:
         raise UnsupportedError(
-            f"{where}: receipt format {str(version)[:40]!r}; this fastlock reads {FORMAT_VERSION}. Upgrade fastlock."
+            f"{where}: receipt format {str(version)[:40]}; this fastlock reads {FORMAT_VERSION}. Upgrade fastlock."
         )
 
 
-def _check_keys(data: Any, known: frozenset[str]) -> None:
-    if not isinstance(data, dict):
-        raise TypeError("it is not a JSON object")
-    if unknown := sorted(map(str, data.keys() - known)):
+def _check_keys(data: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    keys = _object(data).keys()
+    if unknown := sorted(map(str, keys - {*required, *optional})):
         raise ValueError(f"it has the key {unknown[0][:80]!a}, which no receipt has")
+    if missing := [key for key in required if key not in keys]:
+        raise ValueError(f"it lacks the key {missing[0]!a}")
+
+
+def _optional(data: dict[str, Any], key: str, read: Callable[[Any], T]) -> T | None:
+    return read(data[key]) if key in data else None
 
 
 def _strength(value: Any) -> float:
@@ -326,6 +336,24 @@ def _strength(value: Any) -> float:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.isascii():
         raise TypeError(f"{str(value)[:80]!a} where ASCII text should be")
+    return value
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise TypeError(f"{str(value)[:80]!a} where a digest should be")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    if not isinstance(value, str) or value not in BY_TORCH_NAME:
+        raise TypeError(f"{str(value)[:80]!a} where one of {', '.join(BY_TORCH_NAME)} should be")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{str(value)[:80]!a} where true or false should be")
     return value
 
 
@@ -347,22 +375,43 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _layer(key: str) -> int:
-    if not (key.isascii() and key.isdigit() and len(key) <= 9 and str(int(key)) == key):
-        raise ValueError(f"{key[:80]!a} where the number of a layer should be")
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(_text, _list(value)))
+
+
+def _digests(value: Any) -> dict[str, str]:
+    return {name: _digest(digest) for name, digest in _object(value).items()}
+
+
+def _layer(key: Any) -> int:
+    if not isinstance(key, str) or not _DECIMAL.fullmatch(key):
+        raise ValueError(f"{str(key)[:80]!a} where the number of a layer should be")
     return int(key)
 
 
 def _bias(key: str, text: Any) -> bytes:
     try:
-        return base64.b64decode(_text(text), validate=True)
+        data = base64.b64decode(_text(text), validate=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the original bias of layer {key}: {error}") from None
+    if base64.b64encode(data).decode() != text:
+        raise ValueError(f"the original bias of layer {key} is not as base64 is written")
+    return data
 
 
-def _locked_site(data: Any) -> LockedSite:
-    _check_keys(data, _SITE_KEYS)
-    if type(data["had_bias"]) is not bool:
-        raise TypeError("had_bias is neither true nor false")
-    heads = tuple(_index(head) for head in data["heads"])
-    return LockedSite(_index(data["layer"]), _text(data["name"]), heads, data["had_bias"])
+def _locked_sites(value: Any) -> tuple[LockedSite, ...]:
+    sites = tuple(map(_locked_site, _list(value)))
+    _check_ascending([site.layer for site in sites], "layers")
+    return sites
+
+
+def _locked_site(value: Any) -> LockedSite:
+    _check_keys(value, _SITE_KEYS)
+    heads = tuple(map(_index, _list(value["heads"])))
+    _check_ascending(heads, "heads")
+    return LockedSite(_index(value["layer"]), _text(value["name"]), heads, _flag(value["had_bias"]))
+
+
+def _check_ascending(numbers: Sequence[int], what: str) -> None:
+    if any(after <= before for before, after in pairwise(numbers)):
+        raise ValueError(f"its {what} are not in ascending order, each once")
