@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastlock.locks.lock import Lock, strength_for
-from fastlock.models.sites import sites_for
+from fastlock.models.sites import Site, sites_for
 
 
 @contextlib.contextmanager
@@ -28,16 +29,25 @@ def unfolded(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         FastlockError, and its kinds: as for `fastlock.relock`.
     """
     displacements = lock.displacement(strength_for(lock, strength))
-    handles = []
-    try:
-        for site in sites_for(model, lock):
-            d = displacements[site.layer].dense(site.num_heads * site.head_dim)
-
-            def shift(module: nn.Module, args: tuple[torch.Tensor], d: torch.Tensor = d) -> tuple[torch.Tensor]:
-                return (args[0] + d.to(args[0]),)
-
-            handles.append(site.module.register_forward_pre_hook(shift))
+    shifts = [
+        (site, displacements[site.layer].dense(site.num_heads * site.head_dim)) for site in sites_for(model, lock)
+    ]
+    with displaced(shifts):
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextlib.contextmanager
+def displaced(shifts: Iterable[tuple[Site, torch.Tensor]]) -> Iterator[None]:
+    """Add to what enters some output projections.
+
+    Args:
+        shifts: sites, each with what is added to its input at every position, [num_heads · head_dim].
+    """
+    with contextlib.ExitStack() as hooks:
+        for site, d in shifts:
+
+            def shift(_module: nn.Module, args: tuple[torch.Tensor, ...], d: torch.Tensor = d) -> tuple[Any, ...]:
+                return (args[0] + d.to(args[0]), *args[1:])
+
+            hooks.callback(site.module.register_forward_pre_hook(shift).remove)
+        yield

@@ -1,13 +1,13 @@
 """A lock that is trained: one displacement of the heads that makes fine-tunes refuse as their aligned base does.
 
-LoFiT (arXiv 2406.01563) learns offsets that are added to the outputs of attention heads; they are what a lock holds.
+LoFiT (arXiv 2406.01563) learns offsets that are added to the outputs of attention heads, which is what a lock holds.
 Here they are learned once, on a few fine-tunes of the base, by gradient descent on the sum of
 
     cross-entropy          of the base's own refusals of harmful requests
     2 x KL divergence      from the fine-tune without the lock, in its own answers to harmless requests
     3 x KL divergence      from the fine-tune without the lock, in ordinary texts
 
-so that nothing is read off the activations, and what the lock costs is part of what is minimised.
+Nothing is read off the activations, and what the lock costs is part of what is minimised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError, check_number
+from fastlock.errors import DamagedError, FastlockError, MismatchError, check_number
 from fastlock.evaluation.evaluator import evaluate
 from fastlock.evaluation.prompts import Prompts
 from fastlock.inference.batching import Progress, no_progress
@@ -30,7 +30,8 @@ from fastlock.inference.generation import in_eval_mode, input_device
 from fastlock.locks.lock import Lock
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
-from fastlock.recipes.extraction import base_name
+from fastlock.models.unfolded import displaced
+from fastlock.recipes.bases import base_name
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs, shipped_texts
 from fastlock.version import __version__
 
@@ -42,7 +43,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class _Row:
-    """Tokens, and how many of them at the end count."""
+    """Tokens, and how many of them count, from the end."""
 
     ids: list[int]
     counted: int
@@ -50,7 +51,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Lessons:
-    """A fine-tune and its sites, with what it learns to refuse, and what it shall go on saying."""
+    """A fine-tune and its sites, with what it learns to refuse, and what it should still say."""
 
     model: nn.Module
     sites: Sequence[Site]
@@ -73,22 +74,22 @@ def train_lock(
     seed: int = 42,
     progress: Progress | None = None,
 ) -> Lock:
-    """Train a lock of an aligned base on some fine-tunes of it; its strength is 1.
+    """Train a lock of an aligned base on some fine-tunes of it, as LoFiT (arXiv 2406.01563) does; its strength is 1.
 
     The models' weights are left as they were; a step is a forward and a backward pass of three batches through one of
     the fine-tunes, in turn. The same inputs on the same machine give the same lock.
 
     Args:
         base: the aligned base, a transformers model, whose answers to the harmful requests are learned.
-        fine_tunes: models of the same geometry that refuse less, on any devices: at least one. The more their kinds
-            differ, the better the lock suits another.
+        fine_tunes: at least one model of the same geometry that refuses less, on any device. The more they differ in
+            kind, the better the lock suits others.
         tokenizer: theirs.
         pairs: their questions are the harmful requests; the safe answer is learned where the base does not refuse. By
             default the shipped ones.
         harmless: requests to be answered as before; by default the shipped ones.
         texts: ordinary texts to be read as before; by default the shipped ones.
         heads: how many heads to lock, those that moved most in the first half of the steps; by default all of them.
-        steps: how many steps; at least 2 where `heads` is given.
+        steps: how many steps; at least 2 if `heads` is given.
         batch_size: how many requests, and how many texts, a step reads.
         seed: decides the order, 0 to 2**32 - 1.
         progress: wraps the loop over the steps as `progress(items, description)`.
@@ -97,69 +98,87 @@ def train_lock(
         The lock, with the base's geometry and its provenance; each scale is the length of the displacement.
 
     Raises:
-        FastlockError: there is nothing to train on, the geometries differ, a model is relocked or of a family that
-            fastlock refuses, a number can't be used, or the loss becomes NaN or infinite.
+        MismatchError: the geometry of a fine-tune is not the base's.
+        UnsupportedError: the models' family is refused.
+        DamagedError: a fine-tune says nothing, or the loss becomes NaN or infinite.
+        FastlockError: there is nothing to train on, a model is relocked, or a number cannot be used.
     """
-    given = shipped_pairs() if pairs is None else pairs
-    learnt = [pair_from(pair, f"pair {n}") for n, pair in enumerate(given, 1)]
+    entries = shipped_pairs() if pairs is None else pairs
+    learned = [pair_from(pair, f"pair {n}") for n, pair in enumerate(entries, 1)]
     harmless = shipped_harmless() if harmless is None else tuple(harmless)
     texts = shipped_texts() if texts is None else tuple(texts)
     models = [unwrapped(model) for model in fine_tunes]
-    geometry = sites(unwrapped(base))
-    total = len(geometry) * geometry[0].num_heads
-    _check(base, models, geometry, learnt, harmless, texts)
+    base_sites = sites(unwrapped(base))
+    total = len(base_sites) * base_sites[0].num_heads
+    _check(base, models, base_sites, {"pairs": learned, "harmless": harmless, "texts": texts})
     check_number("heads", total if heads is None else heads, 1, total)
     check_number("steps", steps, 1 if heads is None else 2, 2**31)  # heads are chosen after the first half
     check_number("batch_size", batch_size, 1, 2**31)
     check_number("seed", seed, 0, 2**32 - 1)
-    lessons = list(_lessons(base, models, tokenizer, learnt, harmless, texts))
-    order = random.Random(seed)
-    kept = torch.ones(len(geometry), geometry[0].num_heads, 1)
-    d = torch.zeros(len(geometry), geometry[0].num_heads, geometry[0].head_dim, requires_grad=True)
-    optimizer = torch.optim.Adam([d], lr=RATE)
+    lessons = list(_lessons(base, models, tokenizer, learned, harmless, texts))
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
         for model in models:
             undo.enter_context(_frozen(model))
-        for step in (progress or no_progress)(range(steps), "Training the lock"):
-            if heads is not None and step == steps // 2:
-                kept = _largest(d.detach(), heads)
-                optimizer = torch.optim.Adam([d], lr=RATE)
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / steps)
-            _step(lessons[step % len(lessons)], d, kept, batch_size, order, step)
-            optimizer.step()
-            optimizer.zero_grad()
-    return _lock(d.detach() * kept, base, len(models), steps, seed, pairs_digest(learnt, (*harmless, *texts)))
+        rounds = (progress or no_progress)(range(steps), "Training the lock")
+        d = _displacement(lessons, rounds, steps, heads, batch_size, random.Random(seed))
+    return _lock(d, base, len(models), steps, seed, pairs_digest(learned, (*harmless, *texts)))
 
 
-def _step(of: _Lessons, d: torch.Tensor, kept: torch.Tensor, batch_size: int, order: random.Random, step: int) -> None:
-    """The gradients of one step, each batch by itself, so that only one is in memory."""
+def _displacement(
+    lessons: Sequence[_Lessons],
+    rounds: Iterable[int],
+    steps: int,
+    heads: int | None,
+    batch_size: int,
+    order: random.Random,
+) -> torch.Tensor:
+    """The trained displacement, [num_layers, num_heads, head_dim] float32; zero off the chosen heads."""
+    site = lessons[0].sites[0]
+    d = torch.zeros(len(lessons[0].sites), site.num_heads, site.head_dim, requires_grad=True)
+    kept = torch.ones(*d.shape[:2], 1)
+    optimizer = torch.optim.Adam([d], lr=RATE)
+    for step in rounds:
+        if heads is not None and step == steps // 2:
+            kept = _largest(d.detach(), heads)
+            optimizer = torch.optim.Adam([d], lr=RATE)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / steps)
+        _step(lessons[step % len(lessons)], d, kept, batch_size, order, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return d.detach() * kept
+
+
+def _step(
+    lesson: _Lessons, d: torch.Tensor, kept: torch.Tensor, batch_size: int, order: random.Random, step: int
+) -> None:
+    """The gradients of one step; each batch goes by itself, and only one is in memory."""
     total = 0.0
-    batches = ((of.refusals, None), (of.own, OWN_WEIGHT), (of.texts, TEXT_WEIGHT))
+    batches = ((lesson.refusals, None), (lesson.own, OWN_WEIGHT), (lesson.texts, TEXT_WEIGHT))
     for rows, weight in batches:
         batch = order.sample(rows, min(batch_size, len(rows)))
         if weight is None:
-            with _displaced(of.sites, d * kept):
-                predicted, targets = _predictions(of.model, batch)
+            with _displaced(lesson.sites, d * kept):
+                predicted, targets = _predictions(lesson.model, batch)
             loss = nn.functional.cross_entropy(predicted, targets)
         else:
             with torch.no_grad():
-                before = _predictions(of.model, batch)[0].log_softmax(-1)
-            with _displaced(of.sites, d * kept):
-                after = _predictions(of.model, batch)[0].log_softmax(-1)
+                before = _predictions(lesson.model, batch)[0].log_softmax(-1)
+            with _displaced(lesson.sites, d * kept):
+                after = _predictions(lesson.model, batch)[0].log_softmax(-1)
             loss = weight * nn.functional.kl_div(after, before, reduction="batchmean", log_target=True)
         loss.backward()
         total += float(loss.detach())
     if not torch.tensor(total).isfinite():
-        raise FastlockError(
+        raise DamagedError(
             f"step {step + 1}: the loss is {total}. The weights are damaged, or overflow in this dtype: load the "
             "models in bfloat16 or float32."
         )
 
 
 def _predictions(model: nn.Module, batch: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits, [counted tokens, vocabulary] float32, before each counted token; and those tokens."""
+    """The logits before each token that counts, [counted tokens, vocabulary] float32, and these tokens."""
     width, device = max(len(row.ids) for row in batch), input_device(model)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in batch], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in batch], device=device)
@@ -172,22 +191,14 @@ def _predictions(model: nn.Module, batch: Sequence[_Row]) -> tuple[torch.Tensor,
     return logits[:, :-1][counted].float(), targets[counted]
 
 
-@contextlib.contextmanager
-def _displaced(all_sites: Sequence[Site], d: torch.Tensor) -> Iterator[None]:
-    """The displacement d, [num_layers, num_heads, head_dim], is added to what enters the output projections."""
-    with contextlib.ExitStack() as hooks:
-        for site in all_sites:
-
-            def add(_module: nn.Module, args: tuple[torch.Tensor, ...], layer: int = site.layer) -> tuple[Any, ...]:
-                return (args[0] + d[layer].flatten().to(args[0]), *args[1:])
-
-            hooks.callback(site.module.register_forward_pre_hook(add).remove)
-        yield
+def _displaced(all_sites: Sequence[Site], d: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Add the displacement d, [num_layers, num_heads, head_dim], to what enters the output projections."""
+    return displaced((site, d[site.layer].flatten()) for site in all_sites)
 
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Every parameter without gradients, every module in eval mode; afterwards as before."""
+    """Put every parameter out of training, and every module into eval mode; afterwards, all are as before."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -207,34 +218,35 @@ def _lessons(
     harmless: Sequence[str],
     texts: Sequence[str],
 ) -> Iterator[_Lessons]:
-    asked = Prompts(harmful=tuple(pair.question for pair in pairs))
-    said = evaluate(base, tokenizer, asked, new_tokens=ANSWER_TOKENS)[0].harmful
+    prompts = Prompts(harmful=tuple(pair.question for pair in pairs))
+    answers = evaluate(base, tokenizer, prompts, new_tokens=ANSWER_TOKENS)[0].harmful
     refusals = [
         _row(tokenizer, pair.question, answer.text if answer.refused else pair.safe)
-        for pair, answer in zip(pairs, said, strict=True)
+        for pair, answer in zip(pairs, answers, strict=True)
     ]
-    read = [list(tokenizer(text)["input_ids"])[:TEXT_TOKENS] for text in texts]
-    of_texts = [_Row(ids, len(ids) - 1) for ids in read if len(ids) > 1]
-    if not of_texts:
-        raise FastlockError(
-            "texts: none of them has two tokens, so that there is nothing to predict. Give longer ones."
-        )
+    ids = [list(tokenizer(text)["input_ids"])[:TEXT_TOKENS] for text in texts]
+    rows = [_Row(tokens, len(tokens) - 1) for tokens in ids if len(tokens) > 1]
+    if not rows:
+        raise FastlockError("texts: none of them has two tokens, and there is nothing to predict. Give longer ones.")
     for number, model in enumerate(models, 1):
-        own = evaluate(model, tokenizer, Prompts(harmless=tuple(harmless)), new_tokens=ANSWER_TOKENS)[0].harmless
-        answers = [_row(tokenizer, answer.prompt, answer.text) for answer in own if answer.text]
-        if not answers:
-            raise FastlockError(f"fine-tune {number} says nothing to any harmless request. Are its weights damaged?")
-        yield _Lessons(model, sites(model), refusals, answers, of_texts)
+        answers = evaluate(model, tokenizer, Prompts(harmless=tuple(harmless)), new_tokens=ANSWER_TOKENS)[0].harmless
+        own = [_row(tokenizer, answer.prompt, answer.text) for answer in answers if answer.text]
+        if not own:
+            raise DamagedError(
+                f"fine-tune {number} says nothing to any harmless request: its weights may be damaged. Load it again, "
+                "or leave it out."
+            )
+        yield _Lessons(model, sites(model), refusals, own, rows)
 
 
 def _row(tokenizer: Any, question: str, answer: str) -> _Row:
     prompt, space = prompt_tokens(tokenizer, question)
-    said = list(tokenizer(space + answer, add_special_tokens=False)["input_ids"])[:ANSWER_TOKENS]
-    return _Row(prompt + said, len(said))
+    words = list(tokenizer(space + answer, add_special_tokens=False)["input_ids"])[:ANSWER_TOKENS]
+    return _Row(prompt + words, len(words))
 
 
 def _largest(d: torch.Tensor, heads: int) -> torch.Tensor:
-    """Ones for the heads of the longest displacements, else zeros: [num_layers, num_heads, 1]."""
+    """Ones for the heads with the longest displacements, zeros for the others: [num_layers, num_heads, 1]."""
     length = d.norm(dim=-1)
     kept = torch.zeros_like(length).flatten()
     kept[length.flatten().argsort(descending=True, stable=True)[:heads]] = 1
@@ -264,23 +276,17 @@ def _lock(d: torch.Tensor, base: nn.Module, models: int, steps: int, seed: int, 
 
 
 def _check(
-    base: nn.Module,
-    models: Sequence[nn.Module],
-    geometry: Sequence[Site],
-    pairs: Sequence[Pair],
-    harmless: Sequence[str],
-    texts: Sequence[str],
+    base: nn.Module, models: Sequence[nn.Module], base_sites: Sequence[Site], material: Mapping[str, Sequence[Any]]
 ) -> None:
-    for name, given in (("fine_tunes", models), ("pairs", pairs), ("harmless", harmless), ("texts", texts)):
-        if not given:
-            raise FastlockError(f"{name}: there are none, and a lock can't be trained without.")
+    for name, items in {"fine_tunes": models, **material}.items():
+        if not items:
+            raise FastlockError(f"{name}: there are none, and a lock cannot be trained without them.")
+    layers, site = len(base_sites), base_sites[0]
     for name, model in (("the base", unwrapped(base)), *((f"fine-tune {n}", m) for n, m in enumerate(models, 1))):
         check_unlocked(model, "a lock is trained on models without one", name=name)
-        there = sites(model)
-        if (len(there), there[0].num_heads, there[0].head_dim) != (
-            *(len(geometry), geometry[0].num_heads, geometry[0].head_dim),
-        ):
-            raise FastlockError(
-                f"{name} has {len(there)} layers of {there[0].num_heads} heads of {there[0].head_dim}, and the base "
-                f"{len(geometry)} of {geometry[0].num_heads} of {geometry[0].head_dim}. Give fine-tunes of this base."
+        own = sites(model)
+        if (len(own), own[0].num_heads, own[0].head_dim) != (layers, site.num_heads, site.head_dim):
+            raise MismatchError(
+                f"{name} has {len(own)} layers of {own[0].num_heads} heads of {own[0].head_dim}, and the base "
+                f"{layers} of {site.num_heads} of {site.head_dim}. Give fine-tunes of this base."
             )

@@ -22,7 +22,8 @@ from fastlock.errors import FastlockError
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
 from fastlock.recipes.calibration import Calibration, calibrate
 from fastlock.recipes.calibration_report import calibration_html, picture, trial_cells, trial_columns
-from fastlock.recipes.trials import Trial, best, best_strength, frontier, next_strength
+from fastlock.recipes.measuring import Measuring
+from fastlock.recipes.trials import Measurement, Trial, best, best_strength, frontier, next_strength
 from tests.helpers.families import random_lock, same_state, state, tiny_model, word_tokenizer
 
 module = importlib.import_module("fastlock.recipes.calibration")
@@ -94,11 +95,11 @@ def test_calibration_finds_what_is_planted(monkeypatch: pytest.MonkeyPatch) -> N
     """Stand-in measurements with one good corner: many refusals only from prompt-end, at a strength about 2."""
     model, tokenizer = small()
 
-    def measure(_self: Any, lock: Any, strength: float) -> dict[str, float]:
+    def measure(_self: Any, lock: Any, strength: float) -> Measurement:
         right = lock.recipe.startswith("prompt-end")
-        return {"refusals": math.exp(-(math.log(strength / 2) ** 2)) if right else 0.1, "over_refusals": 0.0, "cost": 1}
+        return Measurement(math.exp(-(math.log(strength / 2) ** 2)) if right else 0.1, over_refusals=0.0, cost=1)
 
-    monkeypatch.setattr(module._Measuring, "measure", measure)
+    monkeypatch.setattr(Measuring, "measure", measure)
     found = calibrate(model, tokenizer, PAIRS, prompts=PROMPTS, trials=40, new_tokens=1)
     assert found.chosen.recipe == "prompt-end"
     assert found.chosen.refusals > 0.9
@@ -202,7 +203,7 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     assert (counted, len(found.trials)) == ([2], 5)
     again = calibrate(model, tokenizer, PAIRS, trials=5, **options)
     assert again.trials == found.trials
-    with pytest.raises(FastlockError, match=r"journal.jsonl: is of another search \(another length of answers\)"):
+    with pytest.raises(FastlockError, match=r"journal.jsonl: it is of another search \(another length of answers\)"):
         calibrate(model, tokenizer, PAIRS, trials=5, **(options | {"new_tokens": 2}))
 
 
@@ -210,12 +211,12 @@ def steered(monkeypatch: pytest.MonkeyPatch, stop_in: int | None = None) -> None
     """Stand-in measurements that the search can follow; Ctrl-C in one of them, counted from 0."""
     counted = iter(range(1000))
 
-    def measure(_self: Any, lock: Any, strength: float) -> dict[str, float]:
+    def measure(_self: Any, lock: Any, strength: float) -> Measurement:
         if next(counted) == stop_in:
             raise KeyboardInterrupt
-        return {"refusals": len(lock) / 16, "over_refusals": strength / 8, "cost": 1 + abs(strength - 2)}
+        return Measurement(len(lock) / 16, over_refusals=strength / 8, cost=1 + abs(strength - 2))
 
-    monkeypatch.setattr(module._Measuring, "measure", measure)
+    monkeypatch.setattr(Measuring, "measure", measure)
 
 
 @pytest.mark.parametrize("stops", [[4], [0, 1, 0], [12], [3, 9]], ids=str)
@@ -305,7 +306,7 @@ def test_a_journal_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytes
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(backend, "append_logs", appending)
-        with pytest.raises(FastlockError, match=r"journal.jsonl: can't be written .*No space .* the same command goes"):
+        with pytest.raises(FastlockError, match=r"journal.jsonl: cannot be written .*No space .* run the same command"):
             calibrate(model, tokenizer, PAIRS, journal=journal, **options)
         monkeypatch.setattr(backend, "append_logs", append)
         assert calibrate(model, tokenizer, PAIRS, journal=journal, **options).trials == whole
@@ -464,8 +465,8 @@ def test_of_a_given_lock_the_strength_is_searched() -> None:
 @pytest.mark.parametrize(
     ("refused", "why"),
     [
-        (lambda prompt, _: prompt in PROMPTS.harmful, "This checkpoint needs no lock: as it is, it refuses 100% of"),
-        (lambda *_: False, "This checkpoint is not helped by this lock: as it is, it refuses 0% of the harmful"),
+        (lambda prompt, _: prompt in PROMPTS.harmful, "This checkpoint needs no lock: without one, it refuses 100% of"),
+        (lambda *_: False, "This checkpoint is not helped by this lock: without one, it refuses 0% of the harmful"),
     ],
 )
 def test_a_lock_that_helps_nothing_is_not_chosen(refused: Any, why: str) -> None:
@@ -553,7 +554,7 @@ def test_a_journal_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     model, tokenizer = small()
     journal = tmp_path / "journal.jsonl"
     journal.write_text(text)
-    with pytest.raises(FastlockError, match=r"journal.jsonl: can't be gone on with .* Give another place"):
+    with pytest.raises(fastlock.DamagedError, match=r"journal.jsonl: cannot be resumed .* Give another place"):
         calibrate(model, tokenizer, lock=random_lock(model), prompts=PROMPTS, new_tokens=1, journal=journal)
     assert journal.read_text() == text
 
@@ -564,10 +565,11 @@ def test_what_can_not_be_done_with_a_given_lock(tmp_path: Path) -> None:
     lock = random_lock(model)
     journal = tmp_path / "out" / "journal.jsonl"
 
-    def refused(match: str, **options: Any) -> None:
+    def refused(match: str, kind: type[FastlockError] = FastlockError, **options: Any) -> None:
         given = {"model": model, "lock": lock, "prompts": PROMPTS, "journal": journal} | options
-        with pytest.raises(FastlockError, match=match):
+        with pytest.raises(FastlockError, match=match) as error:
             calibrate(tokenizer=tokenizer, **given)
+        assert type(error.value) is kind
         assert not journal.parent.exists()
 
     refused("lock is a str; load it first", lock="a.lock.safetensors")
@@ -575,17 +577,19 @@ def test_what_can_not_be_done_with_a_given_lock(tmp_path: Path) -> None:
     refused("lock and pairs are both given", pairs=PAIRS)
     refused("lock and harmless are both given", harmless=["a", "b"])
     refused("trials is 0; it must be an integer from 1", trials=0)
-    refused("16", lock=random_lock(tiny_model("llama", head_dim=16)))
-    refused("layer 6", lock=random_lock(model, [(6, 0)]))
+    refused("16", fastlock.MismatchError, lock=random_lock(tiny_model("llama", head_dim=16)))
+    refused("layer 6", fastlock.MismatchError, lock=random_lock(model, [(6, 0)]))
     for key, value in (("num_layers", {"num_hidden_layers": 3}), ("head_dim", {"head_dim": 16})):
         base = tiny_model("llama", **({"num_hidden_layers": 4, "vocab_size": 4096} | value))
-        refused(f"base: its {key} is {next(iter(value.values()))}, but .* Give the aligned base", lock=None, base=base)
+        message = f"base: its {key} is {next(iter(value.values()))}, but .* Give the aligned base"
+        refused(message, fastlock.MismatchError, lock=None, base=base)
     base = small()[0]
     fastlock.relock(base, lock)
     refused("LlamaForCausalLM is relocked, .* Unlock it first", lock=None, base=base)
     no_plain = small()[0]
     no_plain.model.layers[2].self_attn.o_proj = torch.nn.Identity()
-    refused(r"layers.2.self_attn.o_proj is a .*Identity, not a plain linear layer", lock=None, model=no_plain)
+    message = r"layers.2.self_attn.o_proj is a .*Identity, not a plain linear layer"
+    refused(message, fastlock.UnsupportedError, lock=None, model=no_plain)
     fastlock.relock(model, lock)
     refused("LlamaForCausalLM is relocked, .* Unlock it first")
     refused("LlamaForCausalLM is relocked, .* Unlock it first", lock=None, base=small()[0])
@@ -595,10 +599,10 @@ def test_a_cost_without_end_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_
     """A strength that breaks the model has no finite perplexity."""
     model, tokenizer = small()
 
-    def measure(_self: Any, _lock: Any, strength: float) -> dict[str, float]:
-        return {"refusals": min(strength, 1.0), "over_refusals": 0.0, "cost": math.inf if strength > 1 else 1.0}
+    def measure(_self: Any, _lock: Any, strength: float) -> Measurement:
+        return Measurement(min(strength, 1.0), over_refusals=0.0, cost=math.inf if strength > 1 else 1.0)
 
-    monkeypatch.setattr(module._Measuring, "measure", measure)
+    monkeypatch.setattr(Measuring, "measure", measure)
     options: dict[str, Any] = {"lock": random_lock(model), "prompts": PROMPTS, "new_tokens": 1}
     for _ in range(2):
         found = calibrate(model, tokenizer, trials=8, journal=tmp_path / "journal.jsonl", **options)
@@ -614,9 +618,9 @@ def test_a_cost_without_end_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_
         ({"trials": 0}, "trials is 0; it must be an integer from 1"),
         ({"trials": True}, "trials is True"),
         ({"seed": -1}, "seed is -1"),
-        ({"prompts": Prompts(harmful=("a", "b"))}, "prompts: harmful and harmless prompts are both needed"),
-        ({"held_out": Prompts(harmless=("a", "b"))}, "held_out: harmful and harmless prompts are both needed"),
-        ({"prompts": Prompts(("a",), ("b", "c"))}, "harmful: one alone can't both decide and be held out"),
+        ({"prompts": Prompts(harmful=("a", "b"))}, "prompts: both harmful and harmless prompts are needed"),
+        ({"held_out": Prompts(harmless=("a", "b"))}, "held_out: both harmful and harmless prompts are needed"),
+        ({"prompts": Prompts(("a",), ("b", "c"))}, "harmful: a single one cannot both decide and be held out"),
         ({"held_out": Prompts(("x", "harm 3 it"), ("y",))}, "'harm 3 it' both decides and is held out"),
         ({"cost": lambda *_: math.nan}, "the model's cost without a lock is nan"),
     ],
@@ -674,10 +678,10 @@ def test_the_command(command: Any) -> None:
 def planted(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
     """Stand-in measurements of a model that refuses that much as it is; of a lock best at strength 1."""
 
-    def measure(_self: Any, _lock: Any, strength: float) -> dict[str, float]:
-        return {"refusals": max(kept, min(1.0, strength)), "over_refusals": 0.0, "cost": 1 + max(0, strength - 1)}
+    def measure(_self: Any, _lock: Any, strength: float) -> Measurement:
+        return Measurement(max(kept, min(1.0, strength)), over_refusals=0.0, cost=1 + max(0, strength - 1))
 
-    monkeypatch.setattr(module._Measuring, "measure", measure)
+    monkeypatch.setattr(Measuring, "measure", measure)
 
 
 def test_the_command_for_a_lock(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -704,7 +708,7 @@ def test_the_command_writes_no_lock_where_none_is_needed(command: Any, monkeypat
     Path("OUT/journal.jsonl").unlink()
     planted(monkeypatch, 1.0)
     printed = command(*options)
-    assert "This checkpoint needs no lock: as it is, it refuses 100% of the harmful requests" in printed
+    assert "This checkpoint needs no lock: without one, it refuses 100% of the harmful requests" in printed
     assert "No lock was written." in printed
     assert not Path("OUT/lock.safetensors").exists()
     assert json.loads(Path("OUT/calibration.json").read_text())["lock"] is None
@@ -741,7 +745,7 @@ def test_the_command_says_where_it_can_not_write(command: Any, monkeypatch: pyte
 def test_the_command_without_texts(command: Any) -> None:
     printed = json.loads(command("--out", "OUT", "--trials", "1", "--json", kinds=("harmful", "harmless")))
     assert printed["held_out"][0]["perplexity"] > 1
-    assert "prompts: harmful and harmless" in command("--out", "NEW", code=cli.REFUSED, kinds=("harmful", "texts"))
+    assert "prompts: both harmful and harmless" in command("--out", "NEW", code=cli.REFUSED, kinds=("harmful", "texts"))
 
 
 def test_the_command_that_is_stopped_goes_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -768,7 +772,9 @@ def test_the_command_keeps_out_of_another_calibration(command: Any) -> None:
     assert "another model" in command("--lock", "given.safetensors", "--out", "OUT", **refused)
     assert {path: path.read_bytes() for path in Path("OUT").iterdir()} == before
     given.save("OUT/lock.safetensors")
-    assert "--lock is the file that would be written" in command("--lock", "OUT/lock.safetensors", "--out", "./OUT", code=2)
+    assert "--lock is the file that would be written" in command(
+        "--lock", "OUT/lock.safetensors", "--out", "./OUT", code=2
+    )
     assert fastlock.Lock.load("OUT/lock.safetensors") == given
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import importlib
@@ -23,8 +24,10 @@ from fastlock.evaluation.prompts import shipped_prompts
 from fastlock.inference.chat import prompt_tokens
 from fastlock.recipes.activations import Activations
 from fastlock.recipes.extraction import extract, rank_heads
-from fastlock.recipes.head_scores import statistics
+from fastlock.recipes.head_scores import EFFECT_SIZE, Scoring, statistics
 from fastlock.recipes.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
+from fastlock.recipes.recipe import LabelledText, Recipe
+from fastlock.recipes.recipe_table import RECIPES
 from tests.helpers.families import random_lock, same_state, state, tiny_model, word_tokenizer
 
 extract_module = importlib.import_module(
@@ -239,6 +242,33 @@ def test_a_head_that_is_the_same_for_all_prompts_has_no_effect() -> None:
 def test_recipes_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(FastlockError, match=message):
         extract(tiny_model("llama"), Words(), PAIRS, 4, **options)
+
+
+def test_another_recipe_is_a_line_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts, its number of tokens, its scoring and its name in a lock are its own."""
+
+    def texts(model: Any, tokenizer: Any, pairs: Any, harmless: Any, tokens: int) -> list[LabelledText]:
+        assert harmless == ()
+        questions = [Words()(pair.question)["input_ids"] for pair in pairs]
+        return [LabelledText(ids, tokens, f"q {n}", n, safe=n < 3) for n, ids in enumerate(questions)]
+
+    mine = Recipe("mine", "last {} question tokens", tokens=2, searched=(1,), texts=texts, scoring=EFFECT_SIZE)
+    monkeypatch.setitem(RECIPES, "mine", mine)
+    ranking = rank_heads(tiny_model("llama"), Words(), PAIRS, recipe="mine")
+    assert ranking.lock(3).recipe == "mine: last 2 question tokens, 3 heads by effect size"
+    scores = np.array(ranking.scores)
+
+    def scored(x: torch.Tensor, along: torch.Tensor, safe: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+        assert (x.shape[1], int(safe.sum()), int(train.sum())) == (12, 6, 6)  # 60 % of 6, rounded down, train
+        return EFFECT_SIZE.scores(x, along, safe, train) + 1
+
+    split = dataclasses.replace(mine, scoring=Scoring("a spy", splits=True, scores=scored))
+    monkeypatch.setitem(RECIPES, "mine", split)
+    ranking = rank_heads(tiny_model("llama"), Words(), PAIRS, recipe="mine", seed=3)
+    np.testing.assert_allclose(ranking.scores, scores + 1)
+    assert ranking.lock(3).recipe == "mine: last 2 question tokens, 3 heads by a spy, seed 3"
+    with pytest.raises(FastlockError, match="the recipe mine reads no harmless prompts.*, or choose prompt-end"):
+        rank_heads(tiny_model("llama"), Words(), PAIRS, recipe="mine", harmless=["a", "b"])
 
 
 def test_the_shipped_harmless_prompts_are_not_those_that_are_evaluated() -> None:

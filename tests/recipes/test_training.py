@@ -151,8 +151,9 @@ def test_without_refusals_the_safe_answers_are_learnt() -> None:
     ],
 )
 def test_what_is_refused(fine_tunes: list[Any], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(FastlockError, match=message):
+    with pytest.raises(FastlockError, match=message) as error:
         train_lock(model_of(0), fine_tunes, tokenizer(), **({"pairs": PAIRS} | OPTIONS | options))
+    assert isinstance(error.value, fastlock.MismatchError) == ("fine-tune 2 has" in message)
 
 
 def test_gradients_that_are_off_around_it() -> None:
@@ -170,7 +171,7 @@ def test_a_relocked_model_and_a_damaged_one_are_refused() -> None:
         train_lock(model_of(0), [relocked], tokenizer(), PAIRS, steps=1, **OPTIONS)
     damaged = model_of(1)
     damaged.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(FastlockError, match="fine-tune 1 says nothing to any harmless request"):
+    with pytest.raises(fastlock.DamagedError, match="fine-tune 1 says nothing to any harmless request"):
         train_lock(model_of(0), [damaged], tokenizer(), PAIRS, steps=1, **OPTIONS)
 
 
@@ -182,7 +183,7 @@ def test_a_loss_that_is_no_number_ends_it(monkeypatch: pytest.MonkeyPatch) -> No
         return predicted * float("inf"), targets
 
     monkeypatch.setattr(module, "_predictions", overflowing)
-    with pytest.raises(FastlockError, match=r"step 1: the loss is nan. The weights are damaged"):
+    with pytest.raises(fastlock.DamagedError, match=r"step 1: the loss is nan. The weights are damaged"):
         train_lock(model_of(0), [model_of(1)], tokenizer(), PAIRS, steps=1, **OPTIONS)
 
 
