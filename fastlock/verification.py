@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
+from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, SavedReceipt
@@ -60,6 +61,8 @@ class _Evidence:
         terms: the length of the sums in it.
         dtype: of the weight.
         bias: what is there, [hidden], or None.
+        rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if a checkpoint
+            was loaded in a narrower dtype than it was relocked in.
     """
 
     layer: int
@@ -68,6 +71,7 @@ class _Evidence:
     terms: int
     dtype: torch.dtype
     bias: torch.Tensor | None
+    rounding: float = 0.0
 
     def is_fold(self, strength: float, original: torch.Tensor | None) -> bool:
         """Whether the bias is the fold at this strength on top of the original, within the bound of a right one."""
@@ -77,7 +81,8 @@ class _Evidence:
         expected = strength * self.fold + before
         size = strength * self.magnitude + before.abs()
         error = (self.bias.detach().to(expected) - expected).abs()
-        return bool((error <= bound(expected, size, self.terms, self.dtype)).all())
+        rounded = self.rounding * size
+        return bool((error <= bound(expected, size, self.terms, self.dtype) + rounded).all())
 
 
 def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification:
@@ -113,6 +118,10 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
         _evidence(site.layer, site.head_columns(unit[site.layer].heads), unit[site.layer].values, site.bias)
         for site in sites
     ]
+
+    if receipt is not None:
+        written = dict(zip(receipt.layers, receipt.dtypes, strict=True))
+        evidence = [replace(e, rounding=_rounding(written.get(e.layer), e.dtype)) for e in evidence]
 
     def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
         by_name = original_biases(model, known)
@@ -156,6 +165,12 @@ def _lost(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
         if (reason := _why_lost(checkpoint, stack[:40])) is not None:
             return reason
     return None
+
+
+def _rounding(written: str | None, loaded: torch.dtype) -> float:
+    """How far weights may be, relative to themselves, from those that were folded: their dtype may be narrower now."""
+    dtype = loaded if written is None else BY_TORCH_NAME.get(written, loaded)
+    return 0.0 if torch.promote_types(dtype, loaded) == loaded else torch.finfo(loaded).eps
 
 
 def _evidence(layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None) -> _Evidence:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import fastlock
 from fastlock.kernels.fold import reference
@@ -278,3 +279,29 @@ def test_on_disk_weights_trained_since(tmp_path) -> None:
     path.unlink()
     save_file(tensors, path, metadata={"format": "pt"})
     assert fastlock.verify(out, lock).altered == (0,)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("llama", 2), ("gpt2", 0)])
+def test_sites_of_different_dtypes(kind: str, other: int, tmp_path) -> None:
+    """As after merging a LoRA into some layers in float32; loading brings all of them to one dtype."""
+    model = tiny_model(kind, torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    for name in tensors:
+        if f".{other}." in name and ("o_proj" in name or "attn.c_proj" in name):
+            tensors[name] = tensors[name].float() + 1e-4
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    lock = random_lock(model, [(0, 1), (2, 3)])
+    fastlock.relock_checkpoint(tmp_path / "source", lock, tmp_path / "out", stacks=["transformers"])
+    assert fastlock.verify(tmp_path / "out", lock)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.bfloat16)
+    for work in (fastlock.unlock, lambda model: fastlock.relock(model, lock, 2.0), lambda model: None):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        assert fastlock.verify(loaded, lock)
+        work(loaded)
+        if work is fastlock.unlock:
+            assert same_state(state(loaded), state(plain))
+    fastlock.unlock_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "source").iterdir()
+    }

@@ -194,7 +194,7 @@ def _fold_site(
 
 
 def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_Folded]) -> Receipt:
-    return Receipt(
+    receipt = Receipt(
         lock_digest=lock.digest,
         strength=strength,
         model_type=checkpoint.model_type,
@@ -202,6 +202,7 @@ def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_
         sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded),
         digests=KnownDigests(weights_digest(f.digest for f in folded), biases_digest(f.bias for f in folded)),
     )
+    return receipt.with_dtypes([torch_name(f.site.dtype) for f in folded])
 
 
 def _write(new: Target, relocked: _Relocked) -> None:

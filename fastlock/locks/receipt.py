@@ -39,12 +39,21 @@ _DECIMAL = re.compile("0|[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class LockedSite:
-    """One relocked output projection: its layer, module path, locked heads, and whether it had a bias before."""
+    """One relocked output projection: its layer, module path, locked heads, and whether it had a bias before.
+
+    Its dtype is there where it is another than the receipt's, as after merging adapters into some layers in float32.
+    """
 
     layer: int
     name: str
     heads: tuple[int, ...]
     had_bias: bool
+    dtype: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data that JSON can hold."""
+        data = {"layer": self.layer, "name": self.name, "heads": list(self.heads), "had_bias": self.had_bias}
+        return data if self.dtype is None else data | {"dtype": self.dtype}
 
 
 class Digests(Protocol):
@@ -97,6 +106,19 @@ class Receipt:
         return tuple(site.layer for site in self.sites)
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtype of each site."""
+        return tuple(site.dtype or self.dtype for site in self.sites)
+
+    def with_dtypes(self, dtypes: Sequence[str]) -> Receipt:
+        """The same receipt with these dtypes, one a site; its own is the first's."""
+        sites = tuple(
+            replace(site, dtype=None if dtype == dtypes[0] else dtype)
+            for site, dtype in zip(self.sites, dtypes, strict=True)
+        )
+        return replace(self, dtype=dtypes[0], sites=sites)
+
+    @property
     def weights_digest(self) -> str:
         """SHA-256 over the SHA-256 of the weights read at each site, by layer: its locked columns, row by row.
 
@@ -125,10 +147,7 @@ class Receipt:
             "strength": self.strength,
             "model_type": self.model_type,
             "dtype": self.dtype,
-            "sites": [
-                {"layer": site.layer, "name": site.name, "heads": list(site.heads), "had_bias": site.had_bias}
-                for site in self.sites
-            ],
+            "sites": [site.to_dict() for site in self.sites],
             "weights_digest": self.weights_digest,
             "biases_digest": self.biases_digest,
         }
@@ -406,10 +425,11 @@ def _locked_sites(value: Any) -> tuple[LockedSite, ...]:
 
 
 def _locked_site(value: Any) -> LockedSite:
-    _check_keys(value, _SITE_KEYS)
+    _check_keys(value, _SITE_KEYS, ["dtype"])
     heads = tuple(map(_index, _list(value["heads"])))
     _check_ascending(heads, "heads")
-    return LockedSite(_index(value["layer"]), _text(value["name"]), heads, _flag(value["had_bias"]))
+    dtype = _dtype(value["dtype"]) if "dtype" in value else None
+    return LockedSite(_index(value["layer"]), _text(value["name"]), heads, _flag(value["had_bias"]), dtype)
 
 
 def _check_ascending(numbers: Sequence[int], what: str) -> None:

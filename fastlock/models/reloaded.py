@@ -69,7 +69,9 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
         return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
     kept = _carrier(model).original_biases
     return {
-        site.name: _decoded(model, kept.get(site.layer), site, receipt.dtype) if locked.had_bias else None
+        site.name: _decoded(model, kept.get(site.layer), site, locked.dtype or receipt.dtype)
+        if locked.had_bias
+        else None
         for locked, site in zip(receipt.sites, sites, strict=True)
     }
 
@@ -153,13 +155,15 @@ def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: CarrierNote,
 
 def unchanged(model: nn.Module, receipt: Receipt) -> bool:
     """Whether the locked biases are those that fastlock wrote, as far as the dtype they were loaded in can tell."""
-    written = BY_TORCH_NAME.get(receipt.dtype)
-    biases = [site.bias for site in locked_sites(model, receipt)]
-    if written is None or any(bias is None for bias in biases):
-        return False
-    if any(bias is not None and torch.promote_types(bias.dtype, written) != bias.dtype for bias in biases):
-        return True
-    return biases_digest(bias if bias is None else bias.to(written) for bias in biases) == receipt.biases_digest
+    written = []
+    for name, site in zip(receipt.dtypes, locked_sites(model, receipt), strict=True):
+        dtype, bias = BY_TORCH_NAME.get(name), site.bias
+        if dtype is None or bias is None:
+            return False
+        if torch.promote_types(bias.dtype, dtype) != bias.dtype:  # rounded since: who could tell?
+            return True
+        written.append(bias.to(dtype))
+    return biases_digest(written) == receipt.biases_digest
 
 
 def _decoded(model: nn.Module, data: bytes | None, site: Site, dtype: str) -> torch.Tensor:

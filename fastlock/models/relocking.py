@@ -295,7 +295,7 @@ def receipt_for(member: Member) -> Receipt:
     """The receipt of a member that has a model, without its digests."""
     model: Any = member.model
     earlier = receipt_of(model)
-    return Receipt(
+    receipt = Receipt(
         lock_digest=member.lock.digest,
         strength=member.strength,
         model_type=text_config(model).model_type,
@@ -306,6 +306,7 @@ def receipt_for(member: Member) -> Receipt:
         ),
         original_config=earlier.original_config if earlier else None,
     )
+    return receipt.with_dtypes([site.dtype_name for site in member.sites])
 
 
 def _place_all(

@@ -174,7 +174,7 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     """The config and class that carry the lock, the receipt written into the config."""
     receipt: Receipt = getattr(model, RECEIPT)
     sites = locked_sites(model, receipt)
-    receipt = with_digests_of(replace(receipt, dtype=sites[0].dtype_name), sites)
+    receipt = with_digests_of(receipt.with_dtypes([site.dtype_name for site in sites]), sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
     config.__dict__.pop("quantization_config", None)  # of a GGUF that loading dequantised: what is saved is plain

@@ -20,8 +20,8 @@ RECEIPT = Receipt(
     model_type="qwen2",
     dtype="bfloat16",
     sites=(
-        LockedSite(0, "model.layers.0.self_attn.o_proj", (1, 3), True),
-        LockedSite(11, "model.layers.11.self_attn.o_proj", (2,), False),
+        LockedSite(0, "model.layers.0.self_attn.o_proj", (1, 3), True, "float16"),
+        LockedSite(11, "model.layers.11.self_attn.o_proj", (2,), False, "float32"),
     ),
     fastlock_version="0.0.1",
     digests=KnownDigests(DIGESTS[2], DIGESTS[3]),
