@@ -10,7 +10,7 @@ from bench.lib.tables import head_lines, row_line
 
 def say(text: str) -> None:
     """A paragraph."""
-    print(f"{text}\n", flush=True)
+    print(f"\n{text}", flush=True)
     record_row({"text": text})
 
 
@@ -19,7 +19,7 @@ class PrintedTable:
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
-        print("\n".join(head_lines(columns)), flush=True)
+        print("\n".join(["", *head_lines(columns)]), flush=True)
 
     def row(self, *cells: str) -> None:
         """The next row."""

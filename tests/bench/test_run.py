@@ -173,3 +173,14 @@ def test_a_line_that_was_cut_off_does_not_count(tmp_path) -> None:
     path.write_text('{"began": "a"}\n{"row": {"number": 1}}\n{"row": {"num')
     records = read_records(path)
     assert (records.rows, records.outcomes) == ([{"number": 1}], {"a": "began"})
+
+
+@pytest.mark.slow
+def test_the_cheap_benchmarks_run(tmp_path) -> None:
+    """What they measure here means nothing; that they still run does."""
+    only = ["--only", "host", "--only", "rows", "--out", str(tmp_path / "results")]
+    assert run.main([*only, "--", "-k", "small or (planned and 1)"], work=tmp_path / "work") == 0
+    (path,) = (tmp_path / "results").glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["what"] for row in rows["host"]] == ["bare projections", "a model"]
+    assert {row["rows"] for row in rows["rows"]} >= {1, 16, 64}
