@@ -6,11 +6,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import stat
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from fastlock.errors import FastlockError
@@ -68,14 +69,11 @@ class NewDirectory:
             with place.open("rb") as file:
                 _settle(file.fileno(), source.mode)
             return
-        with _where_there_is(_NO_HARD_LINK):
-            os.link(source.path, place)
-            return
-        if not self._in_place:  # a symbolic link would point into what is about to be removed
-            with _where_there_is(_LACKING):
-                place.symlink_to(source.path)
-                return
-        self.copy(name, source)
+        linked = _tried(lambda: os.link(source.path, place), _NO_HARD_LINK)
+        if not linked and not self._in_place:  # a symbolic link would point into what is about to be removed
+            linked = _tried(lambda: place.symlink_to(source.path), _LACKING)
+        if not linked:
+            self.copy(name, source)
 
     def copy(self, name: str, source: LocalFile | RemoteFile) -> None:
         """A copy, synced, with the file's permissions and its patches in it."""
@@ -255,19 +253,17 @@ def _claimed(out: Path) -> Iterator[Path]:
 def _locked(directory: Path, out: Path, make: bool = False) -> Iterator[int]:
     """A descriptor of a directory that no other process has locked; `out` is what the error names."""
     while True:
-        found = make and not _make(directory)
+        was_there = make and not _make(directory)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             try:
-                with _where_there_is(_LACKING):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    found = False
+                locked = _tried(functools.partial(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB), _LACKING)
             except BlockingIOError:
                 raise FastlockError(f"{out}: another process is making it right now. Wait for it to end.") from None
-            if found:
+            if was_there and not locked:
                 raise FastlockError(
-                    f"{directory}: another run works there, or was stopped; this file system has no locks to tell. If "
-                    "nothing works there, remove it and run again."
+                    f"{directory}: another run is working there, or was stopped: this file system has no locks to tell "
+                    "which. If nothing is working there, remove it and run again."
                 )
             if _is_at(fd, directory):
                 yield fd
@@ -330,22 +326,21 @@ def _exchange(a: Path, b: Path) -> None:
 def _settle(fd: int, mode: int | None) -> None:
     """Give a new file or directory its permissions, and sync it."""
     if mode is not None:
-        with _where_there_is(_LACKING):
-            os.fchmod(fd, mode)
-    with _where_there_is(_LACKING if stat.S_ISDIR(os.fstat(fd).st_mode) else frozenset()):
-        os.fsync(fd)
+        _tried(lambda: os.fchmod(fd, mode), _LACKING)
+    _tried(lambda: os.fsync(fd), _LACKING if stat.S_ISDIR(os.fstat(fd).st_mode) else frozenset())
 
 
-@contextlib.contextmanager
-def _where_there_is(lacking: Set[int]) -> Iterator[None]:
-    """Do something that the file system may not have: if it answers with one of these errno, go on without."""
+def _tried(step: Callable[[], None], lacking: Set[int]) -> bool:
+    """Do something that the file system may not have; False if it answers with one of these errno."""
     try:
-        yield
+        step()
     except BlockingIOError:
         raise
     except OSError as error:
         if error.errno not in lacking:
             raise
+        return False
+    return True
 
 
 def _sync(directory: Path, mode: int | None = None) -> None:
