@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import importlib
 import json
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,53 +18,19 @@ from sklearn.linear_model import LogisticRegression
 
 import fastlock
 from fastlock import FastlockError
-from fastlock.evaluation.prompts import shipped_prompts
-from fastlock.inference.chat import prompt_tokens
 from fastlock.recipes.activations import Activations
 from fastlock.recipes.extraction import extract, rank_heads
 from fastlock.recipes.head_scores import EFFECT_SIZE, Scoring, statistics
-from fastlock.recipes.pairs import Pair, load_pairs, shipped_harmless, shipped_pairs
+from fastlock.recipes.pairs import Pair
 from fastlock.recipes.recipe import LabelledText, Recipe
 from fastlock.recipes.recipe_table import RECIPES
-from tests.helpers.families import random_lock, same_state, state, tiny_model, word_tokenizer
+from tests.helpers.families import random_lock, same_state, state, tiny_model
+from tests.helpers.words import PAIRS, ChatWords, Words
 
-extract_module = importlib.import_module(
-    "fastlock.recipes.extraction"
-)  # the attribute fastlock.extract is the function
+extract_module = importlib.import_module("fastlock.recipes.extraction")
 
-PAIRS = [
-    Pair("may I", "sorry I can not", "sure here it is"),
-    Pair("can you", "that would be wrong so no", "yes of course I will do that now"),
-    Pair("tell me", "no I will not tell", "gladly here you go"),
-    Pair("how do I", "please do not do this at all", "first you go there and then"),
-    Pair("help me", "I can not be of help", "I can be of help"),
-    Pair("show it", "that is private I am afraid", "look over here then you see"),
-]
 PATHS = {"llama": "model.layers.{}.self_attn.o_proj", "gpt2": "transformer.h.{}.attn.c_proj"}
 MODELS = {"llama": (4, 32), "gpt2": (4, 16)}  # num_heads, head_dim
-AUTHORS_KEYS = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
-
-
-class Words:
-    """A tokenizer that hashes words; its special token is 1."""
-
-    chat_template: str | None = None
-
-    def __init__(self, vocabulary: int = 119) -> None:
-        self.vocabulary = vocabulary
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = [3 + int(hashlib.md5(word.encode()).hexdigest(), 16) % (self.vocabulary - 3) for word in text.split()]
-        return {"input_ids": [1] * add_special_tokens + ids}
-
-
-class ChatWords(Words):
-    chat_template = "a template"
-
-    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, **options: Any) -> str:
-        assert not tokenize
-        assert options == {"add_generation_prompt": len(messages) == 1, "date_string": "26 Jul 2024"} or messages[1:]
-        return " ".join(f"<{m['role']}> {m['content']} <end>" for m in messages) + " <assistant>"
 
 
 def naive_vectors(
@@ -271,13 +235,6 @@ def test_another_recipe_is_a_line_in_the_table(monkeypatch: pytest.MonkeyPatch) 
         rank_heads(tiny_model("llama"), Words(), PAIRS, recipe="mine", harmless=["a", "b"])
 
 
-def test_the_shipped_harmless_prompts_are_not_those_that_are_evaluated() -> None:
-    harmless, asked = shipped_harmless(), shipped_prompts()
-    assert len(set(harmless)) == len(harmless) == 100
-    assert not {text.lower() for text in harmless} & {text.lower() for text in (*asked.harmful, *asked.harmless)}
-    assert not {pair.question.lower() for pair in shipped_pairs()} & {text.lower() for text in asked.harmful}
-
-
 def test_a_planted_head_is_found_with_its_direction_and_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Everything is noise except layer 1, head 2, which is shifted by +u for safe answers and by -u for unsafe ones."""
     model, u = tiny_model("llama"), np.zeros(32)
@@ -352,17 +309,6 @@ def test_provenance(tmp_path: Path) -> None:
     assert extract(model, Words(), PAIRS, heads=1).base_model == "aligned"
 
 
-def test_dictionaries_are_pairs_too() -> None:
-    model = tiny_model("llama")
-    ours = [{"question": p.question, "safe": p.safe, "unsafe": p.unsafe} for p in PAIRS]
-    theirs = [
-        {"question": p.question, "answer_matching_behavior": p.safe, "answer_not_matching_behavior": p.unsafe}
-        for p in PAIRS
-    ]
-    assert extract(model, Words(), ours, heads=2) == extract(model, Words(), theirs, heads=2)
-    assert extract(model, Words(), ours, heads=2) == extract(model, Words(), PAIRS, heads=2)
-
-
 def test_the_model_is_left_as_it_was_and_the_lock_fits_it() -> None:
     model: Any = tiny_model("llama", attention_dropout=0.5)
     expected = extract(model, Words(), PAIRS, heads=3)
@@ -409,216 +355,6 @@ def test_a_compiled_model_and_progress() -> None:
     lock = extract(compiled, Words(), PAIRS, heads=3, progress=progress)
     assert lock.digest == extract(model, Words(), PAIRS, heads=3).digest
     assert loops == ["Reading answers"] + ["Scoring heads"] * 3
-
-
-def real_tokenizer(template: str) -> Any:
-    words = word_tokenizer(PAIRS)
-    words.chat_template = template
-    return words
-
-
-def test_a_lock_does_not_depend_on_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = (
-        "{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
-        "{{ date_string }} {{ messages[0]['content'] }}"
-    )
-    digests = set()
-    for day in (24, 25):
-
-        class Clock(datetime.datetime):
-            @classmethod
-            def now(cls, *_: Any, day: int = day) -> Any:
-                return datetime.datetime(2026, 11, day)
-
-        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
-        words = real_tokenizer(template)
-        assert str(day) in words.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-        digests.add(prompt_tokens(words, "x y")[0][0])
-    assert len(digests) == 1
-
-
-@pytest.mark.parametrize(
-    ("between", "space"),
-    [(" ", " "), ("", ""), ("{{ '\\n\\n' }}", "\n\n"), ("<think></think>", ""), ("{{ raise() }}", "")],
-)
-def test_what_a_template_puts_before_an_answer(between: str, space: str) -> None:
-    """Its words are tokenized as the model reads them; what is no space is for the model to say."""
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} bot:{% else %}"
-        + between
-        + "{{ m['content'] }} end{% endif %}{% endfor %}"
-    )
-    assert prompt_tokens(real_tokenizer(template), "answer me")[1] == space
-
-
-def test_a_prompt_does_not_end_in_the_end_of_all_text() -> None:
-    class Ending(Words):
-        eos_token_id = 2
-
-        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-            return {"input_ids": super().__call__(text, add_special_tokens)["input_ids"] + [2] * add_special_tokens}
-
-    assert prompt_tokens(Ending(), "may I") == prompt_tokens(Words(), "may I")
-
-
-def test_a_pair_given_twice_counts_once() -> None:
-    once, twice = (extract(tiny_model("llama"), Words(), pairs, heads=3) for pairs in (PAIRS, PAIRS + PAIRS[:2]))
-    assert once.digest == twice.digest
-    assert once.extraction_digest == twice.extraction_digest
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_bytes(text.encode())
-    return path
-
-
-def lines(keys: tuple[str, ...] = ("question", "safe", "unsafe")) -> list[str]:
-    return [json.dumps(dict(zip(keys, (p.question, p.safe, p.unsafe), strict=True))) for p in PAIRS]
-
-
-@pytest.mark.parametrize("keys", [("question", "safe", "unsafe"), AUTHORS_KEYS])
-def test_every_layout_gives_the_same_pairs(tmp_path: Path, keys: tuple[str, ...]) -> None:
-    entries = [json.loads(line) | {"id": 1} for line in lines(keys)]
-    for text in (
-        "\n".join(lines(keys)),
-        "\ufeff" + "\r\n\r\n".join(lines(keys)) + "\r\n",
-        " \n" + json.dumps(entries, indent=4),
-    ):
-        assert load_pairs(write(tmp_path / "pairs", text)) == tuple(PAIRS)
-
-
-def message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content, "name": ""}
-
-
-def layouts(pair: Pair) -> dict[str, dict[str, Any]]:
-    """The pair in every layout, texts and messages."""
-    question, safe, unsafe = pair.question, pair.safe, pair.unsafe
-    asked, good, bad = [message("user", question)], [message("assistant", safe)], [message("assistant", unsafe)]
-    return {
-        "texts": {"question": question, "safe": safe, "unsafe": unsafe},
-        "authors": dict(zip(AUTHORS_KEYS, (question, safe, unsafe), strict=True)),
-        "messages": {"question": asked, "safe": good, "unsafe": bad},
-        "a message and texts": {"question": asked, "safe": safe, "unsafe": unsafe},
-        "preferences": {"prompt": question, "chosen": safe, "rejected": unsafe},
-        "preferences in messages": {"prompt": asked, "chosen": good, "rejected": bad},
-        "conversations": {"prompt": question, "chosen": asked + good, "rejected": asked + bad, "score": 1.0},
-        "implicit prompt": {"chosen": asked + good, "rejected": asked + bad},
-    }
-
-
-class Dataset:
-    """What `datasets.Dataset` is to one who loops over it: rows, as often as one likes."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-
-@pytest.mark.parametrize("layout", layouts(PAIRS[0]))
-def test_every_layout_and_any_iterable_give_the_same_pairs(tmp_path: Path, layout: str) -> None:
-    rows = [layouts(pair)[layout] for pair in PAIRS]
-    assert load_pairs(write(tmp_path / "pairs", "\n".join(map(json.dumps, rows)))) == tuple(PAIRS)
-    expected = extract(tiny_model("llama"), Words(), PAIRS, heads=3)
-    for given in (Dataset(rows), (types.MappingProxyType(row) for row in rows)):
-        lock = extract(tiny_model("llama"), Words(), given, heads=3)
-        assert (lock.digest, lock.extraction_digest) == (expected.digest, expected.extraction_digest)
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"prompt": []}, "`prompt` holds the messages ''"),
-        (
-            {"prompt": [message("system", "be good"), message("user", "q")]},
-            "`prompt` holds the messages 'system, user'",
-        ),
-        ({"prompt": [message("assistant", "q")]}, "it must be one message, of the user"),
-        (
-            {"chosen": [message("user", "no")]},
-            "`chosen` holds the messages 'user'; it must be one message, of the assistant",
-        ),
-        ({"chosen": [message("user", "other"), message("assistant", "no")]}, "`chosen` holds the messages 'user, assi"),
-        ({"rejected": [message("assistant", "a")] * 2}, "`rejected` holds the messages 'assistant, assistant'"),
-        ({"rejected": ["yes"]}, "`rejected` is a list, but not of messages"),
-        ({"rejected": [{"role": "assistant"}]}, "`rejected` is a list, but not of messages"),
-        ({"rejected": [{"role": "assistant", "content": [{"type": "text"}]}]}, "`rejected`: its message holds a list"),
-        ({"rejected": [message("assistant", " ")]}, "`unsafe` is empty"),
-        ({"chosen": "", "prompt": "q"}, "`safe` is empty"),
-        ({"chosen": [message("assistant", "yes")], "rejected": "yes"}, "the safe and the unsafe answer to 'q' are the"),
-        ({"prompt": None, "chosen": "a"}, "`question` is of type NoneType"),
-    ],
-)
-def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], found: str) -> None:
-    entry = {"prompt": "q", "chosen": "no", "rejected": "yes"} | changes
-    with pytest.raises(FastlockError, match=f"pair 2: .*{found}"):
-        extract(tiny_model("llama"), Words(), [PAIRS[0], entry], heads=3)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"chosen": [], "rejected": []},
-        {"chosen": [message("user", "q"), message("assistant", "a")], "rejected": [message("assistant", "b")] * 2},
-        {"chosen": [message("user", "q"), message("assistant", "a")], "rejected": "b"},
-        {"chosen": "a", "rejected": "b"},
-    ],
-)
-def test_preferences_without_a_prompt_need_the_same_question(entry: dict[str, Any]) -> None:
-    with pytest.raises(FastlockError, match="pair 1: .*(holds the messages|a pair has the keys)"):
-        extract(tiny_model("llama"), Words(), [entry, PAIRS[0]], heads=3)
-
-
-def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path: Path) -> None:
-    line = json.dumps({"question": "one\u2028two", "safe": "no", "unsafe": "yes"}, ensure_ascii=False)
-    assert load_pairs(write(tmp_path / "pairs", line))[0].question == "one\u2028two"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no pairs"),
-        ("[]", "no pairs"),
-        ("{}", r"line 1: a pair has the keys question, safe, unsafe, or .*; this one has none"),
-        (lines()[0] + '\n\n{"question": "q", "safe": "s"}', "line 3: a pair has the keys"),
-        (lines()[0] + "\nquestion,safe", "line 2: not JSON"),
-        ("[" + lines()[0] + ', {"question": 1}]', "entry 2: a pair has the keys"),
-        ("[" + lines()[0] + ", 7]", "entry 2: it is of type int"),
-        ("[1, 2", "not JSON"),
-        ("7", "line 1: it is of type int"),
-        ('{"question": ["q"], "safe": "s", "unsafe": "u"}', "line 1: `question` is a list"),
-        ('{"question": "q", "safe": " ", "unsafe": "u"}', "line 1: `safe` is empty"),
-        ('{"question": "", "safe": "s", "unsafe": "u"}', "line 1: `question` is empty"),
-        ('{"question": "q", "safe": "s", "unsafe": null}', "line 1: `unsafe` is of type NoneType"),
-        (
-            '{"question": "q", "safe": "s", "unsafe": "s "}',
-            "line 1: the safe and the unsafe answer to 'q' are the same",
-        ),
-        ('{"question": "q", "safe": "s", "unsafe": "\\ud800"}', "line 1: `unsafe` holds half a character"),
-        ("[" * 200_000, "not JSON"),
-        ('{"a":' * 200_000, "line 1: not JSON"),
-        ("9" * 10_000, "line 1: not JSON"),
-    ],
-)
-def test_bad_files_are_refused_by_the_line(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(fastlock.DamagedError, match=message):
-        load_pairs(write(tmp_path / "pairs", text))
-
-
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FastlockError, match="does not exist"):
-        load_pairs(tmp_path / "nothing")
-    (tmp_path / "latin").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(fastlock.DamagedError, match="UTF-8"):
-        load_pairs(tmp_path / "latin")
-    monkeypatch.setattr("fastlock.recipes.pairs.MAX_FILE_BYTES", 8)
-    with pytest.raises(FastlockError, match="larger than"):
-        load_pairs(tmp_path / "latin")
 
 
 @pytest.mark.parametrize(
@@ -691,12 +427,3 @@ def test_a_head_without_a_direction_is_refused() -> None:
     assert (ranking.scores[1] == 0).all()
     assert (ranking.scores[[0, 2]] > 0).all()
     assert ranking.lock(8).layers.tolist() == [0] * 4 + [2] * 4
-
-
-def test_the_shipped_pairs() -> None:
-    pairs = shipped_pairs()
-    assert len(set(pairs)) == len(pairs) == 100
-    for texts in ([p.question for p in pairs], [p.safe for p in pairs], [p.unsafe for p in pairs]):
-        assert len(set(texts)) == 100
-    # At least five words, so at least five tokens; and short, so that extraction is quick.
-    assert all(5 <= len(text.split()) <= 25 for pair in pairs for text in (pair.safe, pair.unsafe))
