@@ -69,10 +69,8 @@ def original_biases(model: nn.Module, receipt: Receipt) -> dict[str, torch.Tenso
         return {site.name: getattr(site.module, ORIGINAL_BIAS, None) for site in sites}
     kept = _carrier(model).original_biases
     return {
-        site.name: _decoded(model, kept.get(site.layer), site, locked.dtype or receipt.dtype)
-        if locked.had_bias
-        else None
-        for locked, site in zip(receipt.sites, sites, strict=True)
+        site.name: _decoded(model, kept.get(site.layer), site, dtype) if locked.had_bias else None
+        for locked, site, dtype in zip(receipt.sites, sites, receipt.dtypes, strict=True)
     }
 
 
