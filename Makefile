@@ -43,7 +43,8 @@ lint: $(VENV)/ready build/package
 	cd build/package && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
 types: $(VENV)/ready build/package
-	cd build/package && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml fastlock bench examples
+	cd build/package && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+	  fastlock bench examples
 
 # The package as it will be installed, for tools that do not follow setup.py's package_dir; and what imports it.
 build/package: FORCE
