@@ -21,6 +21,7 @@ from fastlock.evaluation.prompts import Prompts
 from fastlock.evaluation.report import report_html, report_markdown
 from fastlock.models.loading import load_model, load_tokenizer
 from fastlock.models.unfolded import unfolded
+from tests.helpers.command import run_command
 from tests.helpers.families import random_lock, same_state, state
 from tests.helpers.reading import Numbers, exact_model
 
@@ -128,7 +129,10 @@ def test_the_real_harness(directory, monkeypatch) -> None:
     task = {
         "task": "words",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(directory / "words.jsonl")}},
+        "dataset_kwargs": {
+            "data_files": {"test": str(directory / "words.jsonl")},
+            "cache_dir": str(directory / "cache"),
+        },
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{q}}",
@@ -153,3 +157,9 @@ def test_the_real_harness(directory, monkeypatch) -> None:
             right += int(second > first) == entry["gold"]
         assert [(score.metric, score.value) for score in one.tasks] == [("acc", right / len(entries))]
     assert same_state(state(model), before)
+    # And by the command.
+    tokenizer.save_pretrained(directory / "model")
+    lock.save(directory / "lock.safetensors")
+    options = ["--lock", directory / "lock.safetensors", "--strength", 9, "--texts", directory / "texts.txt", "--json"]
+    printed = run_command("evaluate", directory / "model", *options, "--task", "words")
+    assert [one["tasks"] for one in json.loads(printed.out)["evaluations"]] == [[vars(one.tasks[0])] for one in found]
