@@ -47,6 +47,7 @@ class NewDirectory:
         self._source = source
         self._mode = mode
         self._in_place = in_place
+        self._origins: dict[Path, Path] = {}  # of directories that have another name in the source
 
     def write(self, name: str, data: bytes) -> None:
         """A new file, synced."""
@@ -64,7 +65,7 @@ class NewDirectory:
         if isinstance(source, RemoteFile):
             self.copy(name, source)
             return
-        place = self._place(name)
+        place = self._place(name, source)
         if reflink(source.path, place):
             with place.open("rb") as file:
                 _settle(file.fileno(), source.mode)
@@ -77,7 +78,7 @@ class NewDirectory:
 
     def copy(self, name: str, source: LocalFile | RemoteFile) -> None:
         """A copy, synced, with the file's permissions and its patches in it."""
-        place = self._place(name)
+        place = self._place(name, source)
         source.copy_to(place)
         with place.open("r+b") as file:
             for start, data in source.patches:
@@ -100,18 +101,28 @@ class NewDirectory:
                     return path.stat().st_mode & 0o777
         return None
 
-    def _place(self, name: str) -> Path:
+    def _place(self, name: str, source: LocalFile | RemoteFile | None = None) -> Path:
+        if isinstance(source, LocalFile) and isinstance(self._source, Path):
+            below, origin = Path(name).parent, source.path.parent
+            while below.name and below.name == origin.name and self._source in origin.parents:
+                self._origins[below] = origin
+                below, origin = below.parent, origin.parent
         place = self.path / name
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
     def _finish(self) -> None:
-        """Sync the directories, each with the permissions of the source's of that name; the innermost first."""
+        """Sync the directories, each with the permissions that it has in the source; the innermost first."""
         for directory, _, _ in os.walk(self.path, topdown=False):
-            below = Path(directory).relative_to(self.path)
-            like = self._source / below if isinstance(self._source, Path) else None
-            _sync(Path(directory), like.stat().st_mode & 0o777 if like is not None and like.is_dir() else None)
+            _sync(Path(directory), self._mode_of_directory(Path(directory).relative_to(self.path)))
         _sync(self.path, self._mode)
+
+    def _mode_of_directory(self, below: Path) -> int | None:
+        if isinstance(self._source, Path):
+            for path in (self._source / below, self._origins.get(below)):
+                if path is not None and path.is_dir():
+                    return path.stat().st_mode & 0o777
+        return None
 
 
 @contextlib.contextmanager

@@ -219,6 +219,25 @@ def check_permissions(kind: str, copy: bool, tmp_path) -> None:
     assert contents(back) == contents(source)
 
 
+@pytest.mark.parametrize("copy", [False, True], ids=["linked", "copied"])
+def test_permissions_of_directories_that_are_set_aside(copy: bool, tmp_path) -> None:
+    """Nobody else can read them there, nor when they are back."""
+    model = tiny_model("llama", torch.bfloat16)
+    source, out, back = tmp_path / "source", tmp_path / "out", tmp_path / "back"
+    model.save_pretrained(source)
+    (source / "checkpoint-5" / "deep").mkdir(parents=True)
+    for name in ("checkpoint-5/pytorch_model.bin", "checkpoint-5/deep/pytorch_model.bin"):
+        (source / name).write_text("weights")
+    modes_of = {"checkpoint-5": 0o700, "checkpoint-5/deep": 0o750}
+    for name, mode in modes_of.items():
+        (source / name).chmod(mode)
+    fastlock.relock_checkpoint(source, random_lock(model), out, copy=copy)
+    fastlock.unlock_checkpoint(out, back)
+    for directory in (out / "fastlock" / "original", back):
+        assert {name: (directory / name).stat().st_mode & 0o777 for name in modes_of} == modes_of
+    assert (out / "fastlock" / "original").stat().st_mode & 0o777 == (out / "fastlock").stat().st_mode & 0o777
+
+
 def test_permissions_of_what_transformers_saved(tmp_path) -> None:
     model = tiny_model("llama", torch.bfloat16)
     lock = random_lock(model)
