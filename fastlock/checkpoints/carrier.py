@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from fastlock.architectures.bias_paths import keys_that_use_the_bias
 from fastlock.architectures.families import ATTENTION
 from fastlock.architectures.llama_form import LLAMA_FORM, llama_config
 from fastlock.architectures.serving_stacks import STACKS, acts, architecture, named_architecture, native_flag, needs
 from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.tokenizer import VERSIONS, tokenizer_keys, version_configs
 from fastlock.errors import UnsupportedError
+from fastlock.locks.receipt import CONFIG_KEY
 
 _LLAMA_TENSOR = re.compile(
     r"(model\.embed_tokens|model\.norm|lm_head)\.weight|model\.layers\.\d+\.("
@@ -29,6 +31,8 @@ class Carrier:
         flag: the config key that switches the biases on; "" where they always are.
         was: whether it was on before.
         config: the new config.json, without a receipt; its architecture is another one where a stack needs that.
+        versions: what takes its place for some releases of transformers, by name; without a receipt, too.
+        rewritten: the other JSON files that are written anew, by name.
         switched: the modules of a layer that then need a bias, which may be zeros; "lm_head" is the model's.
     """
 
@@ -37,6 +41,8 @@ class Carrier:
     was: bool
     config: dict[str, Any]
     switched: tuple[str, ...]
+    versions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewritten: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
@@ -45,6 +51,7 @@ def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
     Raises:
         UnsupportedError: there is none; it names the stack that would lose the lock, and what would work.
     """
+    _check_config(checkpoint)
     model_type, asked = checkpoint.model_type, set(stacks)
     native = acts(model_type)
     if "transformers" in native and asked <= native:
@@ -76,6 +83,7 @@ def _what_works(native: frozenset[str]) -> str:
 def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carrier:
     config = copy.deepcopy(checkpoint.raw)
     text = config if checkpoint.text_key is None else config.setdefault(checkpoint.text_key, {})
+    text.update(keys_that_use_the_bias(checkpoint.model_type, text, checkpoint.where))
     was = not flag or bool(getattr(checkpoint.text_config, flag, False))
     switched = checkpoint.family.switched if flag and flag == checkpoint.family.bias_flag else ()
     switched += tuple(name for stack in stacks for name in needs(checkpoint.model_type, stack))
@@ -83,7 +91,6 @@ def _native(checkpoint: Checkpoint, stacks: tuple[str, ...], flag: str) -> Carri
         text[flag] = True
     if (needed := _architecture(checkpoint, stacks)) is not None:
         config["architectures"] = [needed]
-    _drop_remote_code(config)
     return Carrier("native", flag, was, config, tuple(dict.fromkeys(switched)))
 
 
@@ -112,18 +119,39 @@ def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None
 
 def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
     works = "What works: relock in memory after loading (fastlock.relock). Nothing was written."
-    llama = llama_config(checkpoint.config, architecture, works)
+    config = llama_config(checkpoint.config, checkpoint.raw, architecture, works)
     if foreign := [name for name in checkpoint.shards.tensors if not _LLAMA_TENSOR.fullmatch(name)]:
         raise UnsupportedError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
-    config = json.loads(llama.to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
-    return Carrier("llama", "attention_bias", checkpoint.model_type == "qwen2", config, ATTENTION)
+    tokenizer = tokenizer_keys(checkpoint, works)
+    config |= tokenizer.config
+    return Carrier(
+        form="llama",
+        flag="attention_bias",
+        was=checkpoint.model_type == "qwen2",
+        config=config,
+        switched=ATTENTION,
+        versions=version_configs(config, tokenizer.versions),
+        rewritten=tokenizer.rewritten,
+    )
 
 
-def _drop_remote_code(config: dict[str, Any]) -> None:
-    """The checkpoint's own code may have no place for the bias; without it, transformers' own class is used."""
-    mapped = config.get("auto_map")
-    if isinstance(mapped, dict):
-        kept = {key: value for key, value in mapped.items() if key.startswith("AutoTokenizer")}
-        config.pop("auto_map")
-        if kept:
-            config["auto_map"] = kept
+def _check_config(checkpoint: Checkpoint) -> None:
+    """Refuse a config.json whose place another config takes, or code of the checkpoint's own.
+
+    Raises:
+        UnsupportedError: it is one.
+    """
+    if checkpoint.raw.get(VERSIONS) is not None and CONFIG_KEY not in checkpoint.raw:
+        raise UnsupportedError(
+            f"{checkpoint.where}: its config.json names others that take its place for some releases of transformers "
+            f"({VERSIONS}), and they would not ask for the bias. Remove that key, then relock. Nothing was written."
+        )
+    mapped = checkpoint.raw.get("auto_map")
+    names = mapped if isinstance(mapped, dict) else {} if mapped is None else {"AutoModel": mapped}
+    code = [str(name) for key, name in names.items() if key.startswith(("AutoConfig", "AutoModel"))]
+    if code:
+        raise UnsupportedError(
+            f"{checkpoint.where}: its config.json names code of its own for the model (auto_map: {code[0][:80]!a}), "
+            "which may have no place for the bias. If transformers' own class computes the same, remove auto_map from "
+            "config.json, then relock. Nothing was written."
+        )

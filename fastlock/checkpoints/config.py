@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def transformers_config(raw: dict[str, Any], where: str) -> Any:
     if not isinstance(model_type, str):
         raise DamagedError(f"{where}: its {CONFIG} has no model_type. {DOWNLOAD_AGAIN}")
     _check_layer_counts(raw, where)
-    keys = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
+    keys = copy.deepcopy({key: value for key, value in raw.items() if key not in ("model_type", "auto_map")})
     try:
         config = AutoConfig.for_model(model_type, **keys)
         text = config.get_text_config()

@@ -16,6 +16,7 @@ from fastlock.checkpoints.config import read_config
 from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, is_of_relocking, linked_name
 from fastlock.checkpoints.model_card import CARD, without_section
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
+from fastlock.checkpoints.tokenizer import TOKENIZER_CONFIG, changed_version, same_but_class, versions_in
 from fastlock.errors import DamagedError, shown
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
 from fastlock.storage.files import CONFIG, File, InMemoryFile, parse_object, read_all
@@ -57,9 +58,10 @@ def original_files(files: Mapping[str, LocalFile | RemoteFile], where: str) -> F
     """
     if not was_relocked_here(files):
         return dict(files)
-    patches = _original_bytes(Checkpoint(dict(files), where))
+    checkpoint = Checkpoint(dict(files), where)
+    patches, versions = _original_bytes(checkpoint), versions_in(checkpoint.raw)
     files = dict(files) | {name: files[name].patched(patch) for name, patch in patches.items()}
-    view: Files = {name: file for name, file in files.items() if not is_of_relocking(name)}
+    view: Files = {name: file for name, file in files.items() if not is_of_relocking(name) and name not in versions}
     view |= {name.removeprefix(ASIDE): file for name, file in files.items() if name.startswith(ASIDE)}
     view |= {shard: files[linked_name(shard)] for shard in _original_shards(view, files, where)}
     if CARD in files:
@@ -136,6 +138,8 @@ def change_since(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
         return f"{shown(name)}, which fastlock wrote as zeros, holds other numbers"
     if carrier.config_digest not in (None, config_digest(checkpoint.raw)):
         return f"{CONFIG} is not the one that fastlock wrote"
+    if (name := changed_version(checkpoint)) is not None:
+        return f"{shown(name)} is not the one that fastlock wrote"
     if _index_changed(checkpoint, carrier):
         return f"{INDEX} is not the one that fastlock wrote"
     return None
@@ -145,6 +149,12 @@ def _index_changed(checkpoint: Checkpoint, carrier: CarrierNote) -> bool:
     if not was_relocked_here(checkpoint.files) or carrier.index_digest is None:
         return False
     return carrier.index_digest != json_digest(checkpoint.shards.index or {})
+
+
+def _tokenizer_changed(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer_config.json that was written anew is another one now."""
+    original, where = checkpoint.files.get(ASIDE + TOKENIZER_CONFIG), f"{checkpoint.where}/{TOKENIZER_CONFIG}"
+    return original is not None and not same_but_class(original, checkpoint.files.get(TOKENIZER_CONFIG), where)
 
 
 def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
@@ -158,6 +168,8 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
         raise _changed(checkpoint.where, f"{CONFIG} no longer holds a receipt")
     if (change := change_since(checkpoint, saved)) is not None:
         raise _changed(checkpoint.where, change)
+    if _tokenizer_changed(checkpoint):
+        raise _changed(checkpoint.where, f"{TOKENIZER_CONFIG} is not the one that fastlock wrote")
     if saved.carrier.config_digest is None:
         raise _changed(checkpoint.where, f"its receipt lacks the digest of {CONFIG}")
     _check_set_aside(checkpoint, saved.carrier)

@@ -19,7 +19,7 @@ import torch
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
-from fastlock.checkpoints.layout import NEW_SHARD, is_small, linked_name, needs_name, placements_of
+from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, Placement, is_small, linked_name, needs_name, placements_of
 from fastlock.checkpoints.model_card import CARD, with_section
 from fastlock.checkpoints.relocked import Target, carry, config_digest, digest_of, json_digest, original_files
 from fastlock.checkpoints.resaved import check_saved, relock_saved
@@ -225,7 +225,11 @@ def _write(new: Target, relocked: _Relocked) -> None:
         index_digest=index_digest,
         set_aside=set_aside,
     )
-    new.write(CONFIG, _json(carrier.config | {CONFIG_KEY: SavedReceipt(relocked.receipt, note).to_dict()}))
+    for name, data in carrier.rewritten.items():
+        new.write(name, _json(data))
+    saved = {CONFIG_KEY: SavedReceipt(relocked.receipt, note).to_dict()}
+    for name, config in (carrier.versions | {CONFIG: carrier.config}).items():
+        new.write(name, _json(config | saved))
 
 
 def _carry_files(new: Target, relocked: _Relocked) -> dict[str, str]:
@@ -240,7 +244,9 @@ def _carry_files(new: Target, relocked: _Relocked) -> dict[str, str]:
         if f.site.bias is not None:
             patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
     set_aside: dict[str, str] = {}
-    for name, placement in placements_of(checkpoint.files, checkpoint.shards.files, relocked.in_place).items():
+    placements = placements_of(checkpoint.files, checkpoint.shards.files, relocked.in_place)
+    placements |= {name: Placement(ASIDE + name, linked=False) for name in relocked.carrier.rewritten}
+    for name, placement in placements.items():
         file = checkpoint.files[name]
         if name != CARD:
             changed = file.patched(patches[name]) if not isinstance(file, InMemoryFile) and name in patches else file

@@ -13,10 +13,12 @@ import safetensors.torch
 from fastlock.architectures.serving_stacks import named_architecture
 from fastlock.checkpoints.carrier import Carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.config import read_config
 from fastlock.checkpoints.layout import ASIDE, Placement, is_private, is_small, placements_of
 from fastlock.checkpoints.model_card import CARD, with_section, without_section
 from fastlock.checkpoints.relocked import carry, receipt_in
 from fastlock.checkpoints.tensor_index import INDEX, read_shards
+from fastlock.checkpoints.tokenizer import versions_in
 from fastlock.errors import DamagedError, UnsupportedError
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import KnownDigests, Receipt
@@ -136,7 +138,7 @@ def _save(
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from None
         new.sync()
-        anew = {*shards, INDEX, CARD, *local_files(new.path)}
+        anew = {*shards, INDEX, CARD, *local_files(new.path), *versions_in(read_config(files, str(source)))}
         placements = placements_of(files, shards, in_place) if receipt is not None else None
         for name in sorted(files, key=lambda name: not name.startswith(ASIDE)):  # what is set aside is the original's
             target = _saved_name(name, placements, in_place)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlock.architectures.bias_paths import keys_that_use_the_bias
 from fastlock.architectures.llama_form import llama_config
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
@@ -194,7 +195,11 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     elif family.bias_flag:
         text = config.get_text_config()
         # Biases that somebody put in by hand are the model's own, whatever its config says.
-        carrier = CarrierNote("native", family.bias_flag, flag_before(model, family.bias_flag) or own_biases)
+        was = flag_before(model, family.bias_flag) or own_biases
+        carrier = CarrierNote("native", family.bias_flag, was)
+        keys = text.to_dict() | {family.bias_flag: was}
+        for key, value in keys_that_use_the_bias(text.model_type, keys, type(model).__name__).items():
+            setattr(text, key, value)
         setattr(text, family.bias_flag, True)
     else:
         carrier = CarrierNote("native", "", True)
@@ -206,10 +211,12 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
 
 
 def _llama_form(model: PreTrainedModel, config: Any) -> tuple[Any, Callable[[Any], PreTrainedModel]]:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     works = (
         "Nothing was saved. What works: unlock(model), save as before, and relock again after loading, "
         "with the lock shipped beside the checkpoint."
     )
-    return llama_config(config, type(model).__name__, works), LlamaForCausalLM
+    llama = LlamaConfig(**llama_config(config, config.to_dict(), type(model).__name__, works))
+    llama.dtype = config.dtype
+    return llama, LlamaForCausalLM

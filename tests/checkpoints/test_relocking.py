@@ -704,17 +704,6 @@ def test_a_target_inside_the_source_or_of_an_impossible_name(tmp_path) -> None:
     assert contents(source) == before
 
 
-def test_code_of_the_checkpoints_own_is_not_used_any_more(tmp_path) -> None:
-    """It may have no place for the bias; transformers' own class has."""
-    _, lock, source = checkpoint(tmp_path)
-    remote = {"AutoModelForCausalLM": "modeling.Mine", "AutoTokenizer": ["a.B", None]}
-    (source / "config.json").write_text(json.dumps(config_of(source) | {"auto_map": remote}))
-    fastlock.relock_checkpoint(source, lock, tmp_path / "out")
-    assert config_of(tmp_path / "out")["auto_map"] == {"AutoTokenizer": ["a.B", None]}
-    fastlock.unlock_checkpoint(tmp_path / "out", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(source)
-
-
 def test_folds_of_shared_files_are_made_once(tmp_path, monkeypatch) -> None:
     _, lock, source = checkpoint(tmp_path)
     shutil.copytree(source, tmp_path / "linked", copy_function=os.link)

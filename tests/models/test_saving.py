@@ -373,3 +373,18 @@ def test_a_model_converted_after_relocking_is_saved_in_its_new_dtype(tmp_path) -
     loaded = reload(tmp_path)
     fastlock.unlock(loaded)
     assert same_state(state(loaded), state(plain))
+
+
+def test_a_llama_in_slices_is_saved_without_them(tmp_path) -> None:
+    """Transformers 4.46 multiplies by slices of the projection's weight there, without its bias."""
+    model, _, directory = saved(tmp_path, pretraining_tp=2)
+    assert json.loads((directory / "config.json").read_text()).get("pretraining_tp", 1) == 1
+    assert model.config.pretraining_tp == 2
+
+
+def test_the_llama_form_has_what_the_original_left_to_its_family(tmp_path) -> None:
+    """A Llama would take 2048 positions, and end a text at token 2."""
+    changes = {"max_position_embeddings": 32768, "eos_token_id": None, "bos_token_id": None}
+    _, _, directory = saved(tmp_path, "qwen2", **changes)
+    config = json.loads((directory / "config.json").read_text())
+    assert {key: config[key] for key in changes} == changes
