@@ -14,6 +14,8 @@ TRITONS := 3.6.0 3.9.0
 VLLM := 0.32.0
 LLAMA_CPP := 0.3.36
 SGLANG := 0.5.23
+# Releases of transformers, beside the installed one, in which its tests load relocked checkpoints.
+TRANSFORMERS := 4.46.3 4.57.6 5.3.0
 
 .PHONY: demo demo-short test test-kernels test-serving lint types bench gpu wheel clean FORCE
 
@@ -34,7 +36,8 @@ test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 
 # Real engines on relocked checkpoints, and SGLang's source. Each has an environment of its own: some minutes and
 # gigabytes, so that it is no part of `make test`.
-test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready $(VENV)-sglang/ready
+test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready $(VENV)-sglang/ready \
+  $(TRANSFORMERS:%=$(VENV)-transformers-%/ready)
 	$(TEST) tests/serving
 
 lint: $(VENV)/ready build/package
@@ -65,7 +68,7 @@ wheel: $(VENV)/ready
 	FASTLOCK_CUBINS=1 $(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-sglang
+	rm -rf build dist demo-output $(VENV) $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-sglang $(TRANSFORMERS:%=$(VENV)-transformers-%)
 
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -97,6 +100,11 @@ $(VENV)-llama-cpp/ready:
 	  llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp
 	$(VENV)-llama-cpp/bin/pip install --quiet --disable-pip-version-check \
 	  $(VENV)-llama-cpp/llama_cpp_python-$(LLAMA_CPP).tar.gz
+	touch $@
+
+$(VENV)-transformers-%/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==$*
 	touch $@
 
 # Only to be read.
