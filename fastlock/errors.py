@@ -9,7 +9,8 @@ class FastlockError(Exception):
     """Something a user, a model or a file got wrong.
 
     The message says what was wrong, where, and what to do about it. A `FastlockError` never leaves half a result
-    behind: the model or the file is as it was before the call. Three kinds can be told apart; wrong arguments, and what
+    behind: the model or the file is as it was before the call. What goes wrong once a result is complete is a
+    RuntimeWarning, which says what is left to remove. Three kinds can be told apart; wrong arguments, and what
     the file system or the network refuses, are plain FastlockErrors.
     """
 

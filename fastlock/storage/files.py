@@ -28,7 +28,7 @@ class File(Protocol):
         size: in bytes.
         identity: what changes when the file does.
         patches: what `read` puts in place of the file's own bytes.
-        shared: whether its bytes may be another file's, too, so that a link to it could be written through.
+        shared: whether its bytes may belong to another file as well, which a link to it could overwrite.
     """
 
     size: int

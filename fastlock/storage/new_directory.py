@@ -129,7 +129,7 @@ class NewDirectory:
 def create_directory(out: Place, source: Place, in_place: bool) -> Iterator[NewDirectory | RemoteDirectory]:
     """Make a directory: it appears at `out` when the block ends, whole and on disk, or not at all.
 
-    On another machine, its config.json appears last: without that, it is no checkpoint.
+    On another machine, its config.json appears last: without that, it is not a checkpoint.
 
     Args:
         out: its place, where nothing may be; with `in_place` the checkpoint's own, which is then exchanged for the
@@ -191,7 +191,7 @@ def _exchange_for(temporary: Path, out: Path, old: os.stat_result) -> None:
 
 
 def _after(temporary: Path, out: Path, in_place: bool) -> None:
-    """What is left to do once the new directory is in its place: it is complete, so what prevents this is no error."""
+    """What is left to do once the new directory is in its place: it is complete, so a failure is not an error."""
     try:
         _sync(out.parent)
         if in_place:

@@ -1,7 +1,7 @@
 """Checkpoints on other machines, at URLs of any fsspec file system: read in ranges, and written config.json last.
 
-An object store has no rename. What makes a directory a checkpoint is its config.json, so that is what appears last,
-and until then an object of our own, `MARKER`, says what the objects there are going to be.
+An object store has no rename. What makes a directory a checkpoint is its config.json, which therefore appears last.
+Until then an object of our own, `MARKER`, says what the objects there are going to be.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class RemoteDirectory:
         self._remove_marker()
 
     def _remove_marker(self) -> None:
-        """The directory is complete by now, so what prevents this is no error."""
+        """The directory is complete by now, so a failure is not an error."""
         marker = self._at(MARKER)
         try:
             self._fs.rm_file(marker)
