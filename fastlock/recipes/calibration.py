@@ -234,8 +234,8 @@ def _with_texts(prompts: Prompts, cost: Cost | None) -> Prompts:
 
 def _divided(prompts: Prompts, held_out: Prompts | None, seed: int) -> tuple[Prompts, Prompts]:
     """What decides and what is held out: halves of one set, if there is only one."""
-    for given, name in ((prompts, "prompts"), (held_out, "held_out")):
-        if given is not None and not (given.harmful and given.harmless):
+    for name, asked in (("prompts", prompts), ("held_out", held_out)):
+        if asked is not None and not (asked.harmful and asked.harmless):
             raise FastlockError(f"{name}: both harmful and harmless prompts are needed to find a trade between them.")
     if held_out is not None:
         _check_apart(prompts, held_out)
