@@ -60,13 +60,13 @@ def test_prompts_in_files(name: str, text: str, expected: tuple[str, ...], tmp_p
 )
 def test_files_that_hold_no_prompts(name: str, text: str, message: str, tmp_path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(fastlock.FastlockError, match=message):
+    with pytest.raises(fastlock.DamagedError, match=message):
         load_prompts(tmp_path / name)
 
 
 def test_prompts_that_are_none(tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(fastlock.FastlockError, match="cannot be read"):
+    with pytest.raises(fastlock.DamagedError, match="cannot be read"):
         load_prompts(tmp_path / "a.txt")
     with pytest.raises(fastlock.FastlockError, match="does not exist"):
         load_prompts(tmp_path / "b.txt")

@@ -240,7 +240,7 @@ def test_a_damaged_report_is_not_gone_on_with(directory, interrupted) -> None:
         ),
     ):
         path.write_text(data)
-        with pytest.raises(fastlock.FastlockError, match="cannot be resumed"):
+        with pytest.raises(fastlock.DamagedError, match="cannot be resumed"):
             read_report(path.parent, facts, [])
     path.write_text("{")
     assert "cannot be resumed" in refused(directory, *interrupted[0])
