@@ -45,8 +45,9 @@ def launches(libcuda: Path, tmp_path_factory) -> dict[str, object]:
     work = tmp_path_factory.mktemp("launched")
     environment |= {"LD_LIBRARY_PATH": str(libcuda), "TRITON_LIBCUDA_PATH": str(libcuda)}
     environment |= {"TRITON_CACHE_DIR": str(work / "cache")}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same fastlock as here
     command = [sys.executable, "-m", "tests.kernels.ahead_of_time.launched_twice", str(work / "cubins")]
-    done = subprocess.run(command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
