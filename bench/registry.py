@@ -49,6 +49,7 @@ KERNEL_TESTS = (
     "tests/kernels/fold/test_launch.py",
     "tests/kernels/fold/test_dispatch.py",
     "tests/kernels/locked_linear/test_launch.py",
+    "tests/kernels/locked_linear/test_choices.py",
 )
 HOUR = 3600
 

@@ -1,0 +1,198 @@
+"""Which ways there are for a shape on a device, and which of them is taken."""
+
+import dataclasses
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from fastlock.kernels.locked_linear import tiles
+
+pytest.importorskip("triton")
+
+from fastlock.errors import UnsupportedError
+from fastlock.kernels.locked_linear import launch as locked_linear
+from fastlock.kernels.locked_linear.launch import run
+from fastlock.kernels.locked_linear.tiles import BY_TORCH, Tile
+from tests.kernels.locked_linear.truth import (
+    ADD,
+    AROUND,
+    DEVICE,
+    DTYPES,
+    GATHER,
+    SHIFT,
+    check,
+    make,
+)
+
+
+def test_bucket_is_the_next_power_of_two():
+    rows = [1, 15, 16, 17, 32, 33, 64, 4096, 4097, 8192, 100_000]
+    assert [tiles.bucket(n) for n in rows] == [16, 16, 16, 32, 32, 64, 64, 4096, 8192, 8192, 8192]
+
+
+def test_shift_is_inside_one_head():
+    def widths(tile, dtype=torch.bfloat16):
+        found = {d: tiles.shift_tiles([tile], d, dtype) for d in (64, 80, 96, 112, 128, 192, 256, 20)}
+        return {d: [narrow.width for narrow in tiles] for d, tiles in found.items()}
+
+    large = Tile(64, 64, 128, 4, 4)
+    assert widths(large) == {64: [64], 80: [16], 96: [32], 112: [16], 128: [128], 192: [64], 256: [128], 20: []}
+    # 16 rows of 32 columns are 64 vectors of 8, fewer than there are threads.
+    small = Tile(16, 32, 128, 4, 4)
+    assert widths(small) == {64: [64], 80: [], 96: [], 112: [], 128: [128], 192: [64], 256: [128], 20: []}
+    assert widths(small, torch.float32)[96] == [32]
+    twice = [large, dataclasses.replace(large, width=64)]
+    assert tiles.shift_tiles(twice, 64, torch.bfloat16) == [twice[1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 17, 64, 100, 4096, 10**6])
+@pytest.mark.parametrize(("major", "shared"), [(8, 163), (8, 99), (9, 227), (10, 227), (12, 99)])
+def test_there_is_always_a_way_that_fits(dtype, rows, major, shared):
+    found = tiles.ways(dtype, rows, 128, major, shared * 1024)
+    assert len(set(found)) == len(found)
+    assert {way.kind for way in found} == {"gather", "shift", "add", "around", "torch"}
+    assert all(way.tile is None or way.tile.shared_bytes(dtype) <= shared * 1024 for way in found)
+    assert found[0].kind == ("gather" if rows <= 64 else "around")
+    assert any(way.tile and way.tile.hidden == 256 for way in found) == (
+        major in (9, 10) and rows > 512 and dtype != torch.float32
+    )
+
+
+def test_the_fastest_way_is_chosen():
+    times = {GATHER: 3.0, SHIFT: 1.0, ADD: 1.0, AROUND: 2.0}
+    assert locked_linear.fastest(times, times.__getitem__) == SHIFT
+    assert locked_linear.fastest([ADD, SHIFT], times.__getitem__) == ADD
+    assert locked_linear.fastest([GATHER, AROUND], {GATHER: math.inf, AROUND: 1.0}.__getitem__) == AROUND
+    assert locked_linear.fastest([GATHER], {}.__getitem__) == GATHER
+
+
+@pytest.fixture
+def chooser(monkeypatch):
+    """The choice on a pretended GPU: what was timed, and whether a graph is captured there."""
+    state = {"timed": [], "capturing": False, "times": {GATHER: 2.0, ADD: 1.0}}
+
+    def seconds(way, many):
+        state["timed"].append(way)
+        return state["times"][way]
+
+    monkeypatch.setattr(locked_linear, "seconds", seconds)
+    monkeypatch.setattr(locked_linear, "cold", lambda inputs: [inputs])
+    monkeypatch.setattr(locked_linear, "ways_for", lambda inputs: list(state["times"]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    locked_linear.CHOICES.forget()
+    yield state
+    locked_linear.CHOICES.forget()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+def test_each_shape_is_timed_once(chooser):
+    inputs = make(8, 2, 16, 40)
+    assert locked_linear.CHOICES.of(inputs) is None
+    y = locked_linear.locked_linear(inputs)
+    assert chooser["timed"] == [GATHER, ADD]
+    assert locked_linear.CHOICES.of(inputs) == ADD
+    assert torch.equal(y, run(ADD, inputs))
+    locked_linear.locked_linear(make(16, 2, 16, 40))  # as many rows, to the next power of two
+    assert len(chooser["timed"]) == 2
+    for other in (make(17, 2, 16, 40), make(8, 2, 16, 41), make(8, 2, 16, 40, torch.bfloat16)):
+        chooser["timed"].clear()
+        locked_linear.locked_linear(other)
+        assert len(chooser["timed"]) == 2
+    locked_linear.locked_linear(make(8, 2, 16, 40, transposed=True))
+    assert len(chooser["timed"]) == 4
+    every_other = dataclasses.replace(inputs, weight=torch.randn(80, 64)[::2, ::2])
+    locked_linear.locked_linear(every_other)
+    assert len(chooser["timed"]) == 6
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+def test_nothing_is_timed_while_a_graph_is_captured(chooser):
+    inputs = make(8, 2, 16, 40)
+    chooser["capturing"] = True
+    y = locked_linear.locked_linear(inputs)
+    assert chooser["timed"] == []
+    assert locked_linear.CHOICES.of(inputs) is None
+    assert torch.equal(y, run(BY_TORCH, inputs))
+    chooser["capturing"] = False
+    locked_linear.locked_linear(inputs)
+    assert locked_linear.CHOICES.of(inputs) == ADD
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+def test_no_rows_decide_nothing(chooser):
+    inputs = make(8, 2, 16, 40)
+    none = dataclasses.replace(inputs, x=inputs.x[:0], lock_of_row=inputs.lock_of_row[:0])
+    assert locked_linear.locked_linear(none).shape == (0, 40)
+    assert chooser["timed"] == []
+    locked_linear.locked_linear(inputs)  # of the same bucket
+    assert chooser["timed"] == [GATHER, ADD]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+def test_weights_are_copied_only_to_be_timed(chooser, monkeypatch):
+    monkeypatch.setattr(locked_linear, "cold", lambda inputs: pytest.fail("there is nothing to choose"))
+    chooser["times"] = {BY_TORCH: 1.0}
+    locked_linear.locked_linear(make(8, 2, 16, 40))
+    assert chooser["timed"] == []
+
+
+def test_what_does_not_run_is_not_chosen():
+    times = {GATHER: math.inf, ADD: math.inf, BY_TORCH: math.inf}
+    assert locked_linear.fastest(times, times.__getitem__) == BY_TORCH
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), torch.OutOfMemoryError("no memory")])
+def test_a_way_that_fails_costs_no_more_than_a_warning(monkeypatch, error):
+    def fails(way, inputs, out=None):
+        raise error
+
+    monkeypatch.setattr(locked_linear, "run", fails)
+    with pytest.warns(RuntimeWarning, match=f"fastlock goes without {ADD.name} on this device: {error}"):
+        assert locked_linear.seconds(ADD, [make(4, 2, 16, 40)]) == math.inf
+
+
+def test_without_triton_torch_alone_is_left(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastlock.kernels.locked_linear.triton_kernels", None)
+    monkeypatch.delattr("fastlock.kernels.locked_linear.triton_kernels", raising=False)
+    inputs = make(4, 2, 16, 40)
+    with pytest.raises(UnsupportedError, match=r"Triton, .* cannot be imported"):
+        run(ADD, inputs)
+    locked_linear._has_triton.cache_clear()
+    assert locked_linear.ways_for(inputs) == [BY_TORCH]
+    locked_linear._has_triton.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ways_are_timed_on_weights_that_left_the_cache(monkeypatch, transposed):
+    inputs = make(8, 2, 16, 40, transposed=transposed)
+    size = inputs.weight.numel() * inputs.weight.itemsize
+    device = types.SimpleNamespace(L2_cache_size=2 * size - 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    many = locked_linear.cold(inputs)
+    assert len(many) == 10
+    assert len({one.weight.data_ptr() for one in many}) == 4
+    assert {one.shape() for one in many} == {inputs.shape()}
+    assert all(torch.equal(one.weight, inputs.weight) and torch.equal(one.x, inputs.x) for one in many)
+    assert inputs.x.data_ptr() not in {one.x.data_ptr() for one in many}
+
+
+def test_what_no_kernel_takes_goes_by_torch():
+    double = make(4, 2, 16, 40, torch.float64)
+    assert locked_linear.ways_for(double) == [BY_TORCH]
+    strided = make(4, 2, 16, 80)
+    strided = dataclasses.replace(strided, weight=strided.weight.repeat_interleave(2, 1)[::2, ::2], bias=None)
+    assert locked_linear.ways_for(strided) == [BY_TORCH]
+    wide = make(2, 2, 513, 4)
+    assert locked_linear.ways_for(wide) == [BY_TORCH]
+    check(
+        BY_TORCH,
+        dataclasses.replace(
+            strided, folds=make(4, 2, 16, 40, seed=0).folds * 0, strength_of_row=strided.strength_of_row * 0
+        ),
+    )
