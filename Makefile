@@ -57,7 +57,7 @@ build/package: FORCE
 bench: $(VENV)/ready
 	$(BIN)/python bench/run.py
 
-# Needs a GPU; and torch, triton, transformers, accelerate, setuptools and pytest already there. Installs nothing.
+# Needs a GPU; and torch, triton, transformers, accelerate, setuptools, pytest and pytest-benchmark already there. Installs nothing.
 gpu:
 	$(PYTHON) setup.py --quiet build_py --build-lib build/gpu
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(PYTHON) bench/run.py --gpu

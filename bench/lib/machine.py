@@ -31,7 +31,7 @@ def device() -> torch.device:
 def describe() -> dict[str, str]:
     """What a result must say of the machine and the software, as text."""
     on_gpu = device().type == "cuda"
-    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "fastlock")}
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "pytest-benchmark", "fastlock")}
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {_cpu_model()}",
         "device driver": _driver() if on_gpu else "none",

@@ -85,6 +85,7 @@ def test_fold(
     warm: bool,
     zoo_of: Callable[[str, torch.dtype], Zoo],
     record_property: Callable[[str, object], None],
+    benchmark: Any,
 ) -> None:
     zoo = zoo_of(shape, dtype)
     count = count or len(zoo.models)
@@ -92,7 +93,7 @@ def test_fold(
         pytest.skip(f"memory for {len(zoo.models)} models, not {count}")
     batches = make_batches(zoo, path, count)[: 1 if warm else None]
     with torch.no_grad():
-        times, results, last = time_rounds(path, batches, zoo.device)
+        times, results, last = time_rounds(benchmark, path, batches, zoo.device)
         error = errors(last.columns, last.values, results, last.biases)
         queued = path.queued and zoo.device.type == "cuda"
         on_device = device_times(path, batches, zoo.device, warm) if queued else []
@@ -141,28 +142,36 @@ def make_batches(zoo: Zoo, path: Path, count: int) -> list[Batch]:
 
 
 def time_rounds(
-    path: Path, batches: list[Batch], device: torch.device
+    benchmark: Any, path: Path, batches: list[Batch], device: torch.device
 ) -> tuple[list[float], list[torch.Tensor], Batch]:
     """Seconds of whole calls by the host's clock, the device waited for; the last round's results and its batch."""
     rotation = itertools.cycle(batches)
+    last = batches[0]
 
-    def time_next() -> tuple[float, list[torch.Tensor], Batch]:
-        batch = next(rotation)
-        batch.reset()
+    def following() -> tuple[tuple[Batch], dict[str, Any]]:
+        nonlocal last
+        last = next(rotation)
+        last.reset()
         machine.synchronize(device)
-        start = time.perf_counter()
+        return (last,), {}
+
+    def run(batch: Batch) -> list[torch.Tensor]:
         results = path.run(batch)
         machine.synchronize(device)
-        return time.perf_counter() - start, results, batch
+        return results
 
     for _ in batches:  # whatever is compiled, prepared or cached once
-        time_next()
-    seconds = min(time_next()[0] for _ in range(2))
-    times = []
-    for _ in range(min(max(int(SECONDS[device.type] / seconds), ROUNDS[0]), ROUNDS[1])):
-        seconds, results, last = time_next()
-        times.append(seconds)
-    return times, results, last
+        run(*following()[0])
+    seconds = min(duration(run, *following()[0]) for _ in range(2))
+    rounds = min(max(int(SECONDS[device.type] / seconds), ROUNDS[0]), ROUNDS[1])
+    results = benchmark.pedantic(run, setup=following, rounds=rounds, iterations=1)
+    return list(benchmark.stats.stats.data), results, last
+
+
+def duration(run: Callable[[Batch], Any], batch: Batch) -> float:
+    start = time.perf_counter()
+    run(batch)
+    return time.perf_counter() - start
 
 
 def device_times(path: Path, batches: list[Batch], device: torch.device, warm: bool) -> list[float]:
