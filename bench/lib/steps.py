@@ -84,7 +84,9 @@ def environment_of(environment: dict[str, str]) -> dict[str, str]:
     places = environment["PYTHONPATH"].split(os.pathsep) if environment.get("PYTHONPATH") else []
     places += [] if spec is None or spec.origin is None else [str(Path(spec.origin).parents[1])]
     path = os.pathsep.join(dict.fromkeys([*places, str(REPOSITORY)]))
-    kept = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}  # nobody measures that
+    # Nobody measures Triton's interpreter; and a step is no worker of the pytest that may have started this.
+    dropped = ("TRITON_INTERPRET", "PYTEST_")
+    kept = {name: value for name, value in environment.items() if not name.startswith(dropped)}
     return {"HF_HUB_OFFLINE": "1", **kept, "PYTHONPATH": path}
 
 
