@@ -43,7 +43,7 @@ def _relock(
 
 COMMAND = Command(
     "relock",
-    "Relock a checkpoint into a new directory, which links the files that do not change.",
+    "Relock a checkpoint into a new directory, which links its weights.",
     (CHECKPOINT, LOCK, OUT, STRENGTH, FOR, COPY, IN_PLACE, YES, JSON),
     _relock,
 )
