@@ -97,9 +97,9 @@ def announce(model: Any, relocked: bool, undo: ExitStack) -> None:
         if model.__dict__.get("name_or_path"):
             model.__dict__["name_or_path"] += _RELOCKED
     else:
-        flag_before, name = model.__dict__.pop(_BEFORE)
+        was_on, name = model.__dict__.pop(_BEFORE)
         if flag:
-            setattr(text, flag, flag_before)
+            setattr(text, flag, was_on)
         if name is not None:
             model.__dict__["name_or_path"] = name
 

@@ -104,8 +104,3 @@ def shipped(variant: Variant) -> bool:
     plain loads are for views at odd addresses. They would double the files; Triton's JIT does them.
     """
     return variant.aligned
-
-
-def variant_named(name: str) -> Variant:
-    """The variant of a name."""
-    return next(variant for variant in variants() if variant.name == name)
