@@ -44,6 +44,14 @@ class Carrier:
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     rewritten: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def switched_off(self, checkpoint: Checkpoint) -> list[str]:
+        """The biases in the files, by name, that the model as its config has it leaves out, and this would switch on."""
+        head = {"lm_head"} & set(self.switched)
+        modules = [] if self.was else [*checkpoint.modules(self.switched), *head]
+        if self.form == "llama":  # the model's own class has no place for the projection's bias, whatever the flag
+            modules += [site.name for site in checkpoint.sites]
+        return sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
+
 
 def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
     """The carrier that acts in every one of these stacks: the family's own bias, else the Llama form.

@@ -12,7 +12,7 @@ from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
-from fastlock.errors import UnsupportedError
+from fastlock.errors import UnsupportedError, shown
 from fastlock.locks.receipt import Receipt
 from fastlock.storage.places import as_place, files_in
 
@@ -64,10 +64,17 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_ST
 
 def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
     try:
-        form = choose_carrier(checkpoint, (stack,)).form
+        carrier = choose_carrier(checkpoint, (stack,))
     except UnsupportedError as error:
         return Finding(stack, False, f"not relocked, and cannot be for {stack}: {error}")
-    return Finding(stack, False, f"not relocked; for {stack} the lock would be carried in {form} form")
+    if biases := carrier.switched_off(checkpoint):
+        return Finding(
+            stack,
+            False,
+            f"the files hold biases that the config switches off ({shown(biases[0])}, {len(biases)} in all): if they "
+            "are a lock's, it is lost. Save a relocked model with its own save_pretrained",
+        )
+    return Finding(stack, False, f"not relocked; for {stack} the lock would be carried in {carrier.form} form")
 
 
 def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:

@@ -156,11 +156,7 @@ def _check_names(checkpoint: Checkpoint) -> None:
 
 def _check_switched_off(checkpoint: Checkpoint, carrier: Carrier) -> None:
     """Raise if relocking would switch on biases that are in the files, but not in the model as its config has it."""
-    head = {"lm_head"} & set(carrier.switched)
-    modules = [] if carrier.was else [*checkpoint.modules(carrier.switched), *head]
-    if carrier.form == "llama":  # the model's own class has no place for the projection's bias, whatever the flag
-        modules += [site.name for site in checkpoint.sites]
-    biases = sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
+    biases = carrier.switched_off(checkpoint)
     if biases:
         raise DamagedError(
             f"{checkpoint.where}: holds biases that its config switches off ({biases[0][:200]!a}, {len(biases)} in "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -60,6 +61,22 @@ class Relocked(_Swapped):
         model: Any = self
         carried_model(model, state_dict).save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """`Module.state_dict`; it warns where the model's own class would drop the lock's biases when they are loaded.
+
+        What is written from it elsewhere (`torch.save`, safetensors, accelerate) does not come through
+        `save_pretrained`, and no config of the family asks for the biases.
+        """
+        model: Any = self
+        if family_of(model).bias_flag is None:
+            warnings.warn(
+                f"{type(model).__name__} is relocked, and its state_dict holds biases that this class drops when it "
+                "loads them, and the lock with them. To write it to disk, use model.save_pretrained, which keeps the "
+                "lock.",
+                stacklevel=2,
+            )
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
 
 class PartOfRelocked(_Swapped):
     """What the inner models of a relocked model gain: saving one of them alone would silently drop the lock."""
@@ -106,7 +123,7 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
         FastlockError: `state` lacks a bias, or has other numbers for a locked one than the model.
     """
     config, cls = _carrier_of(model)
-    own = model.state_dict()
+    own = unlocked_class(type(model)).state_dict(model)  # without the warning: what is made of it keeps the lock
     state = own if state is None else state
     _check_state(model, own, state)
     try:

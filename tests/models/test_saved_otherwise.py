@@ -35,6 +35,29 @@ def test_the_config_asks_for_the_biases_from_the_moment_it_is_relocked(kind: str
     assert torch.equal(logits(reload(tmp_path), tokens()), logits(model, tokens()))
 
 
+@pytest.mark.parametrize("save", [by_state_dict, by_safetensors, by_accelerate])
+def test_a_family_whose_config_cannot_ask_for_them_warns(save, tmp_path) -> None:
+    model = tiny_model("mistral")
+    lock = random_lock(model)
+    fastlock.relock(model, lock, 6.0)
+    with pytest.warns(UserWarning, match="drops when it loads them.*use model.save_pretrained"):
+        save(model, tmp_path)
+    model.config.save_pretrained(tmp_path)
+    if save is not by_state_dict:  # of pickles nothing is read
+        (finding,) = fastlock.doctor(tmp_path, ["transformers"])
+        assert "if they are a lock's, it is lost" in finding.reason
+        assert fastlock.verify(tmp_path, lock).state == "not locked"
+
+
+def test_what_keeps_the_lock_does_not_warn(tmp_path, recwarn) -> None:
+    model = tiny_model("mistral")
+    fastlock.relock(model, random_lock(model), 6.0)
+    model.save_pretrained(tmp_path)
+    fastlock.unlock(model)
+    model.state_dict()
+    assert not [one for one in recwarn if "state_dict" in str(one.message)]
+
+
 @pytest.mark.parametrize("flag", [False, True])
 def test_the_config_is_as_before_after_unlocking(flag: bool) -> None:
     model = tiny_model("llama", attention_bias=flag)
