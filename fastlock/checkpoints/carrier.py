@@ -45,7 +45,7 @@ class Carrier:
     rewritten: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def switched_off(self, checkpoint: Checkpoint) -> list[str]:
-        """The biases in the files, by name, that the model as its config has it leaves out, and this would switch on."""
+        """The biases in the files, by name, that the config switches off and this carrier would switch on."""
         head = {"lm_head"} & set(self.switched)
         modules = [] if self.was else [*checkpoint.modules(self.switched), *head]
         if self.form == "llama":  # the model's own class has no place for the projection's bias, whatever the flag
