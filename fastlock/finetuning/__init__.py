@@ -1,0 +1,1 @@
+"""Keeping a model's refusals while it is fine-tuned."""
