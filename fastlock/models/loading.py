@@ -28,7 +28,7 @@ _LOSSES = {
 
 
 def load_model(directory: str | os.PathLike[str], *, to_run: bool = False) -> PreTrainedModel:
-    """The causal language model in a directory, with every tensor as stored: safetensors only, no remote code.
+    """The language model in a directory, with every tensor as stored: safetensors only, no remote code.
 
     Args:
         directory: a checkpoint's.
@@ -51,8 +51,8 @@ def load_model(directory: str | os.PathLike[str], *, to_run: bool = False) -> Pr
         model, report = _from_pretrained(directory, dtypes, device_map)
     except Exception as error:  # transformers raises whatever its parts raise
         raise FastlockError(
-            f"{directory}: cannot be loaded ({type(error).__name__}: {error}). It should hold config.json and "
-            "*.safetensors; convert older .bin files with transformers' save_pretrained."
+            f"{directory}: cannot be loaded ({type(error).__name__}: {str(error)[:500]}). It should hold config.json "
+            "and *.safetensors; convert older .bin files with transformers' save_pretrained."
         ) from error
     _check_nothing_lost(directory, model, report, dtypes)
     if to_run and torch.cuda.is_available() and device_map is None:
@@ -64,11 +64,9 @@ def _from_pretrained(
     directory: str | os.PathLike[str], dtypes: dict[str, torch.dtype], device_map: str | None
 ) -> tuple[Any, Any]:
     """The PreTrainedModel, in the dtype that most of its tensors have, and transformers' report of what it lost."""
-    from transformers import AutoModelForCausalLM
-
     common = Counter(dtypes.values()).most_common(1)
     # transformers' types say nothing of the report that output_loading_info adds.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = _loader(directory).from_pretrained(
         directory,
         dtype=common[0][0] if common else "auto",
         use_safetensors=True,
@@ -80,6 +78,17 @@ def _from_pretrained(
     )
     model, report = loaded
     return model, report
+
+
+def _loader(directory: str | os.PathLike[str]) -> Any:
+    """The transformers class that loads a directory's model with its head: of language, or of images and text."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    multi_modal = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(config) in multi_modal and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _device_map() -> str | None:

@@ -23,8 +23,10 @@ from tests.helpers.families import (
     randomized,
     reload,
     same_state,
+    state,
     tiny_config,
     tiny_gemma3,
+    tiny_llava,
     tiny_model,
     tokens,
 )
@@ -295,6 +297,19 @@ def test_a_model_with_a_vision_tower(tmp_path) -> None:
     assert all(site.bias is None for site in sites(loaded))
     fastlock.unlock_checkpoint(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize("model", [tiny_gemma3, tiny_llava])
+def test_a_vision_tower_saved_from_memory(model, tmp_path) -> None:
+    model = model()
+    before, lock = state(model), random_lock(model)
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path / "saved")
+    fastlock.relock_checkpoint(tmp_path / "saved", lock, tmp_path / "again", 2.0)
+    assert fastlock.verify(tmp_path / "again", lock).strength == 2.0
+    fastlock.unlock_checkpoint(tmp_path / "again", tmp_path / "back")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    assert same_state(state(loaded), before)
 
 
 def test_a_classifier_stays_one(tmp_path) -> None:

@@ -128,16 +128,25 @@ def reload(directory: Any) -> nn.Module:
 def tiny_gemma3(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A Gemma 3 with its vision tower, whose decoder sits deeper in the model."""
     text = tiny_config("gemma3_text").to_dict()
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config = transformers.Gemma3Config(text_config=text, vision_config=_TINY_VISION, mm_tokens_per_image=4)
     return randomized(transformers.Gemma3ForConditionalGeneration(config).to(dtype), seed)
+
+
+def tiny_llava(seed: int = 0) -> nn.Module:
+    """A LLaVA of a Llama, which AutoModelForCausalLM does not know."""
+    vision = {"model_type": "clip_vision_model"} | _TINY_VISION
+    config = transformers.LlavaConfig(text_config=tiny_config("llama").to_dict(), vision_config=vision)
+    return randomized(transformers.LlavaForConditionalGeneration(config), seed)
+
+
+_TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:
