@@ -28,6 +28,8 @@ from fastlock.kernels.locked_linear.triton_kernels import (
 # Shared memory that one program may have, bytes: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+# Of a layer, as in Llama-3 8B.
+HEADS = 32
 BUCKETS = (16, 32, 64, 512, MOST_ROWS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDE_COPIES, TENSOR_CORES = "copies", "mma"
@@ -134,7 +136,7 @@ def kernel_of(job: Compilation) -> tuple[Any, dict[str, Any]]:
     if job.way.kind == "add":
         return add_kernel, {"BM": ADD_ROWS, "BN": ADD_COLUMNS}
     if tile is None:
-        return shift_kernel, shift_constants(job.head_dim, job.put_back)
+        return shift_kernel, shift_constants(job.head_dim, HEADS, job.put_back)
     width = tile.width * 16 + (0 if job.even else 8)
     return gemm_kernel, gemm_constants(tile, job.way.kind, width, job.head_dim, job.has_bias, job.transposed)
 

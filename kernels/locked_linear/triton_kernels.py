@@ -23,7 +23,7 @@ MANY_SUMS = 64
 ADD_ROWS, ADD_COLUMNS, SHIFT_ROWS = 4, 512, 16
 
 # Numbers of rows and locks change from call to call: Triton shall not compile a kernel for each.
-CHANGING = ("rows", "rows_per_entry", "num_locks", "num_columns")
+CHANGING = ("rows", "rows_per_entry", "num_locks", "num_columns", "num_heads")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -44,9 +44,10 @@ def rows_of(
     o_entry = o_m // rows_per_entry  # [BM]
     b_lock = tl.load(p_lock + o_entry, mask=o_m < rows, other=-1)
     m_lock = (b_lock >= 0) & (b_lock < num_locks)
-    b_strength = tl.load(p_strength + o_entry, mask=m_lock, other=0.0)
-    b_strength = tl.where((m_lock & (b_strength >= 0)) | (b_lock == -1), b_strength, float("nan"))
-    return tl.where(m_lock, b_lock, -1), b_strength
+    # Read without waiting for the lock; where none acts, whatever is there counts for nothing.
+    b_strength = tl.load(p_strength + o_entry, mask=o_m < rows, other=0.0)
+    b_strength = tl.where(m_lock & (b_strength >= 0), b_strength, float("nan"))
+    return tl.where(m_lock, b_lock, -1), tl.where(b_lock == -1, 0.0, b_strength)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -223,25 +224,33 @@ def shift_kernel(
     rows_per_entry: tl.tensor,
     num_locks: tl.tensor,
     num_columns: tl.tensor,
+    num_heads: tl.tensor,
     stride_x: tl.tensor,
     D: tl.constexpr,
     BD: tl.constexpr,
+    BH: tl.constexpr,
     BM: tl.constexpr,
     PUT_BACK: tl.constexpr,
 ) -> None:
-    """Program (i, h) adds s d to head h of those of BM rows of x whose lock shifts it, and keeps what was there before.
+    """Program (i, c) adds s d to the head of column c in those of BM rows of x whose lock shifts it, and keeps what was
+    there before.
 
-    p_held: [rows, num_columns, D] of x's dtype. PUT_BACK: puts it back instead. Nothing else is read or written.
+    There are programs for the locked columns alone, in whatever order their heads are. A column without a head shifts
+    nothing. p_held: [rows, num_columns, D] of x's dtype. PUT_BACK: puts it back instead. Nothing else is read or
+    written.
+
+    BH: as many heads, or more.
     """
-    i_head = tl.program_id(1)
-    i_column = tl.load(p_heads + i_head)
-    if i_column < 0:  # no lock shifts this head
-        return
+    i_column = tl.program_id(1)
+    o_h = tl.arange(0, BH)
+    b_column = tl.load(p_heads + o_h, mask=o_h < num_heads, other=-1)  # [BH]
+    i_head = tl.max(tl.where(b_column == i_column, o_h, -1))
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     o_d = tl.arange(0, BD)  # [BD]
     b_lock, b_strength = rows_of(p_lock, p_strength, o_m, rows, rows_per_entry, num_locks)
     b_slot = tl.load(p_slots + b_lock.to(tl.int64) * num_columns + i_column, mask=b_lock >= 0, other=-1)  # [BM]
     m_row = (b_slot >= 0) | ~(b_strength >= 0)  # or a lock that does not exist: its strength is NaN
+    m_row &= i_head >= 0
     m_x = m_row[:, None] & (o_d < D)[None, :]
     o_x = o_m.to(tl.int64)[:, None] * stride_x + (i_head * D + o_d)[None, :]  # [BM, BD]
     o_held = (o_m.to(tl.int64) * num_columns + i_column)[:, None] * D + o_d[None, :]  # [BM, BD]
@@ -273,9 +282,10 @@ def gemm_constants(
     }
 
 
-def shift_constants(head_dim: int, put_back: bool) -> dict[str, Any]:
+def shift_constants(head_dim: int, num_heads: int, put_back: bool) -> dict[str, Any]:
     """The constexpr arguments of `shift_kernel`."""
-    return {"D": head_dim, "BD": triton.next_power_of_2(head_dim), "BM": SHIFT_ROWS, "PUT_BACK": put_back}
+    powers = {"BD": triton.next_power_of_2(head_dim), "BH": triton.next_power_of_2(num_heads)}
+    return {"D": head_dim, **powers, "BM": SHIFT_ROWS, "PUT_BACK": put_back}
 
 
 def gemm(inputs: Inputs, tile: Tile, kind: str, y: torch.Tensor) -> None:
@@ -346,7 +356,8 @@ def put_back(inputs: Inputs, held: torch.Tensor) -> None:
 
 
 def _shift(inputs: Inputs, held: torch.Tensor, put_back: bool) -> None:
-    grid = (triton.cdiv(inputs.rows, SHIFT_ROWS), inputs.heads.shape[0])
+    num_heads, num_columns = inputs.heads.shape[0], inputs.slots.shape[1]
+    grid = (triton.cdiv(inputs.rows, SHIFT_ROWS), num_columns)
     with _device_of(held):
         shift_kernel[grid](
             inputs.x,
@@ -357,14 +368,15 @@ def _shift(inputs: Inputs, held: torch.Tensor, put_back: bool) -> None:
             inputs.lock_of_row,
             inputs.strength_of_row,
             *_counts(inputs),
+            num_heads,
             inputs.x.stride(0),
-            **shift_constants(inputs.head_dim, put_back),
+            **shift_constants(inputs.head_dim, num_heads, put_back),
             enable_fp_fusion=True,
         )
 
 
 def _counts(inputs: Inputs) -> tuple[int, int, int, int]:
-    """In the order of CHANGING."""
+    """The first four of CHANGING."""
     return inputs.rows, inputs.rows_per_entry, *inputs.slots.shape
 
 

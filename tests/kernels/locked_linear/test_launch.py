@@ -165,6 +165,66 @@ def test_shift_holds_what_was_there(dtype):
     assert torch.equal(inputs.x.view(bits), before)
 
 
+# By how many heads there are: the column of each head that has one, and the values of three locks.
+TABLES = {
+    "one head": (1, {0: 0}, [[0], [1], [-1]]),
+    "one of many": (7, {4: 0}, [[0], [3], [-1]]),
+    "every head": (5, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, [[0, 1, 3, 4, 0], [-1, 1, -1, 3, -1], [4, 4, 4, 4, 4]]),
+    "unsorted": (6, {5: 0, 0: 2, 3: 1}, [[0, 1, 3], [-1, -1, 4], [1, -1, -1]]),
+    "columns without a head": (3, {2: 1}, [[0, 1, 3], [4, -1, 0], [-1, 3, -1]]),
+}
+
+
+@pytest.mark.parametrize("way", EVERY, ids=named)
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("rows", [1, 35])
+def test_whichever_heads_are_locked(rows, table, way):
+    num_heads, columns, slots = TABLES[table]
+    check(way, make(rows, num_heads, 16, 23, columns=columns, slots=slots, locks=[0, 2, -1, 1, 0][: 1 + rows // 8]))
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shift_adds_each_head_its_own(dtype, head_dim, table):
+    """Head by head, against d element by element; what it holds, too."""
+    num_heads, columns, slots = TABLES[table]
+    inputs = make(37, num_heads, head_dim, 4, dtype, columns=columns, slots=slots, pad=8)
+    before = inputs.x.clone()
+    held = before.new_full((37, len(slots[0]), head_dim), math.nan)
+    locked_linear_jit.shift(inputs, held)
+    lock = inputs.lock_of_row.tolist()
+    d = dense(inputs.heads.cpu(), inputs.slots.cpu(), inputs.values.cpu(), lock)
+    exact = before.cpu().double() + d * inputs.strength_of_row.cpu().double()[:, None]
+    # A float32 sum, then a rounding; Triton's interpreter cuts bfloat16 off.
+    size = before.cpu().double().abs() + (d * inputs.strength_of_row.cpu().double()[:, None]).abs()
+    assert ((inputs.x.cpu().double() - exact).abs() <= (torch.finfo(dtype).eps + 2.0**-22) * size + 2.0**-24).all()
+    for row in range(37):
+        for head, column in columns.items():
+            if lock[row] >= 0 and slots[lock[row]][column] >= 0:
+                assert torch.equal(held[row, column], before[row, head * head_dim : (head + 1) * head_dim])
+            else:
+                assert held[row, column].isnan().all()
+    assert held[:, sorted(set(range(len(slots[0]))) - set(columns.values()))].isnan().all()
+    locked_linear_jit.put_back(inputs, held)
+    assert torch.equal(inputs.x, before)
+
+
+def test_there_are_programs_for_locked_columns_alone(monkeypatch):
+    """Of 64 heads two are locked: two programs for each 16 rows, there and back."""
+    inputs = make(40, 64, 16, 4, columns={60: 0, 3: 1})
+    kernel, grids = locked_linear_jit.shift_kernel, []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(locked_linear_jit, "shift_kernel", Kernel())
+    check(AROUND, inputs)
+    assert grids == [(3, 2), (3, 2)]
+
+
 @pytest.mark.parametrize("way", EVERY, ids=named)
 def test_a_lock_that_there_is_not_gives_nan(way):
     """Not another lock's rows, nothing from beyond the tables, and no row without a lock; other rows are right."""

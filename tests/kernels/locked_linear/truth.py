@@ -25,11 +25,24 @@ def named(way):
 
 
 def make(
-    rows, num_heads, head_dim, hidden, dtype=torch.float32, locks=None, bias=True, transposed=False, pad=0, seed=0
+    rows,
+    num_heads,
+    head_dim,
+    hidden,
+    dtype=torch.float32,
+    locks=None,
+    bias=True,
+    transposed=False,
+    pad=0,
+    seed=0,
+    columns=None,
+    slots=SLOTS,
 ):
     """Random numbers; NaN in the padding of x and W and in a value that no lock has. Head 1 and others are not locked.
 
     locks: of each entry; by default one a row, of all kinds.
+    columns, slots: the column of each head that has one, by head, and its value for each lock; by default the first
+        head's and the last's, and SLOTS.
     """
     generator = torch.Generator().manual_seed(seed)
     width = num_heads * head_dim
@@ -48,16 +61,17 @@ def make(
         return torch.cat([around, table, around])[1:-1]
 
     heads = torch.full((num_heads,), -1, dtype=torch.int32)
-    heads[0], heads[-1] = 0, 1
-    slots = torch.tensor(SLOTS, dtype=torch.int32)
+    for head, column in (columns or {0: 0, num_heads - 1: 1}).items():
+        heads[head] = column
+    slots = torch.tensor(slots, dtype=torch.int32)
     values = normal(5, head_dim)
     values[2] = math.nan
     weight = padded(width, hidden).t() if transposed else padded(hidden, width)
-    folds = torch.zeros(len(SLOTS), hidden, dtype=torch.float64)
-    for lock, d in enumerate(dense(heads, slots, values, range(len(SLOTS)))):
+    folds = torch.zeros(len(slots), hidden, dtype=torch.float64)
+    for lock, d in enumerate(dense(heads, slots, values, range(len(slots)))):
         folds[lock] = weight.cpu().double() @ d
     if locks is None:
-        locks = (torch.randint(-1, len(SLOTS), (rows,), generator=generator)).tolist()
+        locks = (torch.randint(-1, len(slots), (rows,), generator=generator)).tolist()
     tables = (heads, *map(guarded, (slots, values, folds.float())), torch.tensor(locks, dtype=torch.int32))
     strengths = 6 * torch.rand(len(locks), generator=generator)
     return Inputs(
