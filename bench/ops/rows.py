@@ -22,8 +22,9 @@ from torch.nn import functional
 from bench.lib import machine
 from bench.lib.figures import interval_of_median
 from fastlock.kernels.locked_linear import launch as locked_linear
-from fastlock.kernels.locked_linear import tiles
+from fastlock.kernels.locked_linear import timing
 from fastlock.kernels.locked_linear.reference import Inputs
+from fastlock.kernels.locked_linear.tiles import BY_TORCH
 from fastlock.models.locked_linear_op import locked_linear as op
 
 ON_GPU = machine.device().type == "cuda"
@@ -71,9 +72,22 @@ def weights_of() -> Callable[[int], torch.Tensor]:
     return make
 
 
+@pytest.fixture(scope="module")
+def copy() -> float:
+    """Bytes a second of a large copy on the device, read plus written."""
+    bandwidth = machine.copy_bandwidth(machine.device())
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    return bandwidth
+
+
 @pytest.mark.parametrize(("size", "rows"), list(itertools.product(SIZES, ROWS)))
 def test_rows(
-    size: str, rows: int, weights_of: Callable[[int], torch.Tensor], record_property: Callable[..., None]
+    size: str,
+    rows: int,
+    weights_of: Callable[[int], torch.Tensor],
+    copy: float,
+    record_property: Callable[..., None],
 ) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
@@ -95,7 +109,8 @@ def test_rows(
         "dtype": str(DTYPE).removeprefix("torch."),
         "device": str(machine.device()),
     }
-    row |= {"hidden": SIZES[size], "weights": len(case.inputs), "rounds": ROUNDS, "ways": measured}
+    row |= {"hidden": SIZES[size], "weights": len(case.inputs), "rounds": ROUNDS, "decode": rows <= DECODE}
+    row |= {"bytes": bytes_of(case.inputs[0]), "copy_bytes_per_second": copy, "ways": measured}
     record_property("row", row)
     assert all(bounds <= 1 for name, bounds in error.items() if name != "hook")
 
@@ -128,6 +143,11 @@ def make_case(weights: torch.Tensor, rows: int) -> Case:
     return Case(inputs, d.to(DTYPE))
 
 
+def bytes_of(inputs: Inputs) -> int:
+    """What any way must read and write, once each: W, x and y. The tables of the locks are not counted."""
+    return inputs.x.itemsize * (inputs.weight.numel() + inputs.rows * sum(inputs.weight.shape))
+
+
 def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
     """Every way by name, and the names of the tiles that are the fastest of Triton's projections."""
     first = case.inputs[0]
@@ -138,10 +158,9 @@ def ways_of(case: Case) -> tuple[dict[str, Compute], dict[str, str]]:
         "hook": lambda inputs: by_hook(inputs, case.d),
     }
     names = {}
-    candidates = locked_linear.ways_for(first) if ON_GPU else [tiles.BY_TORCH]
-    for kind in dict.fromkeys(way.kind for way in candidates):
-        of_kind = [way for way in candidates if way.kind == kind]
-        way = locked_linear.fastest(of_kind, lambda one: locked_linear.seconds(one, case.inputs))
+    times = locked_linear.seconds(locked_linear.ways_for(first), case.inputs) if ON_GPU else {BY_TORCH: 0.0}
+    for kind in dict.fromkeys(way.kind for way in times):
+        way = timing.fastest({way: seconds for way, seconds in times.items() if way.kind == kind})
         names[kind] = way.tile.name if way.tile else ""
         computes[kind] = partial(locked_linear.run, way)
     computes["chosen"] = by_op

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from fastlock.errors import UnsupportedError
 from fastlock.kernels.locked_linear.reference import Inputs, by_torch, layout_of
 from fastlock.kernels.locked_linear.tiles import BY_TORCH, DTYPES, MAX_HEAD_DIM, Way, ways
+from fastlock.kernels.locked_linear.timing import fastest, in_turn, on_device
 
 
 class Choices:
@@ -42,8 +42,8 @@ class Choices:
             if torch.cuda.is_current_stream_capturing() or 0 in (inputs.rows, *inputs.weight.shape):
                 return BY_TORCH
             candidates = ways_for(inputs)
-            many = cold(inputs) if len(candidates) > 1 else []
-            way = self._ways[inputs.shape()] = fastest(candidates, partial(seconds, many=many))
+            way = candidates[0] if len(candidates) == 1 else fastest(seconds(candidates, cold(inputs)))
+            self._ways[inputs.shape()] = way
         return way
 
     def forget(self) -> None:
@@ -64,18 +64,6 @@ def locked_linear(inputs: Inputs) -> torch.Tensor:
         y, [rows, hidden] of x's dtype.
     """
     return run(CHOICES.of(inputs) or CHOICES.choose(inputs), inputs)
-
-
-def fastest(candidates: Iterable[Way], time: Callable[[Way], float]) -> Way:
-    """The candidate that takes the least time, the first of several; the last one, where none of them runs.
-
-    A single candidate is not timed.
-    """
-    ways = list(candidates)
-    if len(ways) == 1:
-        return ways[0]
-    times = {way: time(way) for way in ways}
-    return min(ways, key=times.__getitem__) if min(times.values()) < math.inf else ways[-1]
 
 
 def ways_for(inputs: Inputs) -> list[Way]:
@@ -155,33 +143,30 @@ def cold(inputs: Inputs, runs: int = 10) -> list[Inputs]:
     return [replace(inputs, x=x, weight=copies[i % len(copies)]) for i in range(runs)]
 
 
-def seconds(way: Way, many: Sequence[Inputs], repeats: int = 3) -> float:
-    """Seconds that one way takes on the device, median over the inputs; infinite where it does not run there.
+def seconds(candidates: Iterable[Way], many: Sequence[Inputs]) -> dict[Way, float]:
+    """Seconds that one run of each takes on the device, timed in turn over the inputs; infinite where it does not run.
 
     A warning says so, unless the device merely has too little shared memory for it.
     """
+    taken = dict.fromkeys(candidates, math.inf)
+    running = [way for way in taken if _runs(way, many[0])]
+
+    def each(way: Way) -> None:
+        for inputs in many:
+            run(way, inputs)
+
+    return taken | in_turn(running, lambda way: on_device(lambda: each(way)) / len(many))
+
+
+def _runs(way: Way, inputs: Inputs) -> bool:
+    """Whether a way runs on the inputs' device. Its kernels are compiled here."""
     try:
-        run(way, many[0])  # compiled here
+        run(way, inputs)
     except Exception as error:  # no compiler, an assembler that is too old: another way is taken
         if type(error).__name__ != "OutOfResources":
             warnings.warn(f"fastlock goes without {way.name} on this device: {error}", RuntimeWarning, stacklevel=2)
-        return math.inf
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The device waits while the host queues all runs, so that the host's pace is not in the time.
-        torch.cuda._sleep(HOLD_CYCLES)
-        start.record()
-        for inputs in many:
-            run(way, inputs)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(many))
-    return statistics.median(times)
-
-
-# Some milliseconds, in which the host queues ten runs.
-HOLD_CYCLES = 8_000_000
+        return False
+    return True
 
 
 @cache

@@ -232,10 +232,9 @@ def shift_kernel(
     BM: tl.constexpr,
     PUT_BACK: tl.constexpr,
 ) -> None:
-    """Program (i, c) adds s d to the head of column c in those of BM rows of x whose lock shifts it, and keeps what was
-    there before.
+    """Program (i, c) adds s d to column c's head in those of BM rows of x whose lock shifts it, and keeps what was there.
 
-    There are programs for the locked columns alone, in whatever order their heads are. A column without a head shifts
+    There are programs for the locked columns alone, in whatever order their heads are; one without a head shifts
     nothing. p_held: [rows, num_columns, D] of x's dtype. PUT_BACK: puts it back instead. Nothing else is read or
     written.
 

@@ -1,8 +1,11 @@
 """Which ways there are for a shape on a device, and which of them is taken."""
 
+import collections
 import dataclasses
+import functools
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -15,7 +18,8 @@ pytest.importorskip("triton")
 from fastlock.errors import UnsupportedError
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear.launch import run
-from fastlock.kernels.locked_linear.tiles import BY_TORCH, Tile
+from fastlock.kernels.locked_linear.tiles import BY_TORCH, Tile, Way
+from fastlock.kernels.locked_linear.timing import fastest, in_turn
 from tests.kernels.locked_linear.truth import (
     ADD,
     AROUND,
@@ -63,11 +67,92 @@ def test_there_is_always_a_way_that_fits(dtype, rows, major, shared):
 
 
 def test_the_fastest_way_is_chosen():
-    times = {GATHER: 3.0, SHIFT: 1.0, ADD: 1.0, AROUND: 2.0}
-    assert locked_linear.fastest(times, times.__getitem__) == SHIFT
-    assert locked_linear.fastest([ADD, SHIFT], times.__getitem__) == ADD
-    assert locked_linear.fastest([GATHER, AROUND], {GATHER: math.inf, AROUND: 1.0}.__getitem__) == AROUND
-    assert locked_linear.fastest([GATHER], {}.__getitem__) == GATHER
+    assert fastest({GATHER: 3.0, SHIFT: 1.0, ADD: 1.5, AROUND: 2.0}) == SHIFT
+    assert fastest({GATHER: math.inf, AROUND: 1.0}) == AROUND
+    assert fastest({GATHER: 1.0}) == GATHER
+
+
+def test_of_equally_fast_ways_the_plainest_is_chosen():
+    """In whatever order they were tried; of one kind, the first."""
+    order = [BY_TORCH, ADD, AROUND, GATHER, SHIFT]
+    for i, plainest in enumerate(order):
+        assert fastest(dict.fromkeys(order[i:], 1.0)) == plainest
+        assert fastest(dict.fromkeys(reversed(order[i:]), 1.0)) == plainest
+        assert fastest(dict.fromkeys(order[i:], 1.0) | {order[-1]: 0.9}) == SHIFT
+    other = Way("gather", Tile(64, 64, 64, 4, 4))
+    assert fastest({other: 1.0, GATHER: 1.0}) == other
+    assert fastest({GATHER: 1.0, other: 1.0}) == GATHER
+
+
+class PretendedDevice:
+    """A device whose clock rises while it works, over `ramp` seconds, from 345 to 1980 MHz.
+
+    Attributes:
+        now: seconds since it was idle.
+        of: seconds that each way takes at the full clock.
+        runs: how often each has run.
+    """
+
+    def __init__(self, monkeypatch, of, ramp):
+        self.now, self.of, self.ramp, self.runs = 0.0, of, ramp, collections.Counter()
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 1980e6))
+        monkeypatch.setattr(torch.cuda, "Event", functools.partial(PretendedEvent, self))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+        monkeypatch.setattr(locked_linear, "run", self.run)
+        monkeypatch.setattr(locked_linear, "cold", lambda inputs: [inputs] * 10)
+        monkeypatch.setattr(locked_linear, "ways_for", lambda inputs: list(of))
+
+    def work(self, seconds):
+        self.now += seconds * 1980 / (345 + (1980 - 345) * min(1.0, self.now / self.ramp))
+
+    def run(self, way, inputs):
+        self.runs[way] += 1
+        self.work(self.of[way])
+
+
+class PretendedEvent:
+    def __init__(self, device, enable_timing):
+        self.device = device
+
+    def record(self):
+        self.now = self.device.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return (end.now - self.now) * 1e3
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
+@pytest.mark.parametrize("ramp", [1e-9, 0.03, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("microseconds", [10.0, 400.0])
+@pytest.mark.parametrize("best", range(4))
+def test_clocks_that_rise_do_not_choose(monkeypatch, best, microseconds, ramp):
+    """Whichever of four is 5 % faster than the others is taken, from an idle GPU."""
+    of = dict.fromkeys((GATHER, SHIFT, AROUND, ADD), microseconds * 1e-6)
+    wanted = list(of)[best]
+    of[wanted] *= 0.95
+    device = PretendedDevice(monkeypatch, of, ramp)
+    choices = locked_linear.Choices()
+    assert choices.choose(make(8, 2, 16, 40)) == wanted
+    assert len(set(device.runs.values())) == 1, "each had as many turns"
+
+
+def test_ways_take_turns(monkeypatch):
+    """There and back, after 30 ms that do not count; what counts is the median."""
+    seen = []
+
+    def turn(way):
+        seen.append(way)
+        return {GATHER: 2.0, ADD: 1.0}[way] + (100.0 if len(seen) in (1, 2, 3, 4, 7) else 0.0)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.009 * len(seen))
+    assert in_turn([GATHER, ADD], turn) == {GATHER: 2.0, ADD: 1.0}
+    assert in_turn([], turn) == {}
+    assert seen == [GATHER, ADD] * 2 + [GATHER, ADD, ADD, GATHER] * 3
 
 
 @pytest.fixture
@@ -75,9 +160,9 @@ def chooser(monkeypatch):
     """The choice on a pretended GPU: what was timed, and whether a graph is captured there."""
     state = {"timed": [], "capturing": False, "times": {GATHER: 2.0, ADD: 1.0}}
 
-    def seconds(way, many):
-        state["timed"].append(way)
-        return state["times"][way]
+    def seconds(ways, many):
+        state["timed"] += ways
+        return {way: state["times"][way] for way in ways}
 
     monkeypatch.setattr(locked_linear, "seconds", seconds)
     monkeypatch.setattr(locked_linear, "cold", lambda inputs: [inputs])
@@ -143,7 +228,7 @@ def test_weights_are_copied_only_to_be_timed(chooser, monkeypatch):
 
 def test_what_does_not_run_is_not_chosen():
     times = {GATHER: math.inf, ADD: math.inf, BY_TORCH: math.inf}
-    assert locked_linear.fastest(times, times.__getitem__) == BY_TORCH
+    assert fastest(times) == BY_TORCH
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), torch.OutOfMemoryError("no memory")])
@@ -153,7 +238,7 @@ def test_a_way_that_fails_costs_no_more_than_a_warning(monkeypatch, error):
 
     monkeypatch.setattr(locked_linear, "run", fails)
     with pytest.warns(RuntimeWarning, match=f"fastlock goes without {ADD.name} on this device: {error}"):
-        assert locked_linear.seconds(ADD, [make(4, 2, 16, 40)]) == math.inf
+        assert locked_linear.seconds([ADD], [make(4, 2, 16, 40)]) == {ADD: math.inf}
 
 
 def test_without_triton_torch_alone_is_left(monkeypatch):
