@@ -232,7 +232,7 @@ def shift_kernel(
     BM: tl.constexpr,
     PUT_BACK: tl.constexpr,
 ) -> None:
-    """Program (i, c) adds s d to column c's head in those of BM rows of x whose lock shifts it, and keeps what was there.
+    """Program (i, c) adds s d to column c's head in those of BM rows of x whose lock shifts it, and keeps what it was.
 
     There are programs for the locked columns alone, in whatever order their heads are; one without a head shifts
     nothing. p_held: [rows, num_columns, D] of x's dtype. PUT_BACK: puts it back instead. Nothing else is read or
