@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+from bench.lib.tiny import sized
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The folders with all that a result depends on.
 SOURCES = ("fastlock", "kernels", "bench")
 UNKNOWN_CACHE_BYTES = 256 * 2**20
-COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
+COPY_BYTES = sized({"cpu": 2**29, "cuda": 2**31}, {"cpu": 2**20, "cuda": 2**20})
 COPIES = 15
 
 

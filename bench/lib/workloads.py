@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bench.lib import machine
+from bench.lib.tiny import sized
 from fastlock import Lock
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.reference import HeadColumns
@@ -23,7 +24,7 @@ RELEASED_LOCKS = machine.REPOSITORY.parent / "shared" / "released_locks"
 COLD = 4
 ZOO_BYTES = {"cpu": 6 * 10**9, "cuda": 27 * 10**9}
 # The most models in one call, of the shape that this is measured for.
-MOST_MODELS = 64
+MOST_MODELS = sized(64, 2)
 # A prime length, so that tiling it makes no two rows of a weight alike.
 NOISE = 4_194_301
 
@@ -42,10 +43,16 @@ class Shape:
     head_dim: int = 128
 
 
-SHAPES = {
-    "8B": Shape("8B", 4096, 32, 32, 24, 12, "Meta-Llama-3-8B-Instruct.safelock"),
-    "70B": Shape("70B", 8192, 80, 64, 48, 21, "Meta-Llama-3-70B-Instruct_48.safelock"),
-}
+SHAPES = sized(
+    {
+        "8B": Shape("8B", 4096, 32, 32, 24, 12, "Meta-Llama-3-8B-Instruct.safelock"),
+        "70B": Shape("70B", 8192, 80, 64, 48, 21, "Meta-Llama-3-70B-Instruct_48.safelock"),
+    },
+    tiny={
+        "8B": Shape("8B", 48, 4, 8, 4, 2, "none", head_dim=32),
+        "70B": Shape("70B", 64, 6, 8, 6, 3, "none", head_dim=64),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,16 @@ import torch
 from bench.lib import machine
 from bench.lib.figures import interval_of_median
 from bench.lib.paths import PATHS, Batch, Path
+from bench.lib.tiny import sized
 from bench.lib.workloads import COLD, SHAPES, Zoo, errors, make_zoo
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ZOOS = [("8B", BF16), ("8B", FP16), ("8B", FP32), ("70B", BF16), ("70B", FP16)]
-SECONDS = {"cpu": 1.5, "cuda": 0.4}
+SECONDS = sized({"cpu": 1.5, "cuda": 0.4}, tiny={"cpu": 0, "cuda": 0})
 ROUNDS = (9, 300)
-DEVICE_ROUNDS = 40
+DEVICE_ROUNDS = sized(40, 4)
 # Read before each device timing of cold weights: it empties the L2, and keeps the GPU busy while the host queues.
-FLUSH_BYTES, FLUSHES = 2**31, 8
+FLUSH_BYTES, FLUSHES = sized(2**31, 2**16), 8
 # Else the GPU waits: this many cycles, some 5 ms.
 WAIT = 10**7
 ABOUT_RIGHT = 0.02

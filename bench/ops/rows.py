@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from bench.lib import machine
 from bench.lib.figures import interval_of_median
+from bench.lib.tiny import sized
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear import timing
 from fastlock.kernels.locked_linear.reference import Inputs
@@ -30,13 +31,13 @@ from fastlock.models.locked_linear_op import locked_linear as op
 ON_GPU = machine.device().type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # Width and height of the output projections of Llama-3 8B and 70B.
-SIZES = {"8B": 4096, "70B": 8192} if ON_GPU else {"small": 512}
-ROWS = (1, 4, 16, 64, 4096, 8192) if ON_GPU else (1, 16, 64)
+SIZES = sized({"8B": 4096, "70B": 8192} if ON_GPU else {"small": 512}, tiny={"tiny": 256})
+ROWS = sized((1, 4, 16, 64, 4096, 8192) if ON_GPU else (1, 16, 64), tiny=(1, 72))
 HEAD_DIM = 128
 LOCKS, HEADS_A_LOCK = 8, 2
 REQUESTS = 8  # of a prompt's rows; up to DECODE rows each row is a request
 DECODE = 64
-ROUNDS = 20
+ROUNDS = sized(20, 2)
 # The weights of one round are this many times the cache.
 COLD = 4
 CHECKED_ROWS = 32
