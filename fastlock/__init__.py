@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastlock.checkpoints.unlocking import unlock_checkpoint
     from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
     from fastlock.evaluation.evaluator import evaluate
+    from fastlock.finetuning.proximal_adamw import ProximalAdamW
     from fastlock.locks.lock import Lock
     from fastlock.locks.receipt import Receipt
     from fastlock.models.plan import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "MismatchError",
     "Pair",
     "Plan",
+    "ProximalAdamW",
     "Receipt",
     "RequestLocks",
     "UnsupportedError",
@@ -71,6 +73,7 @@ _MODULES = {
         "UnsupportedError",
     ),
     "fastlock.evaluation.evaluator": ("evaluate",),
+    "fastlock.finetuning.proximal_adamw": ("ProximalAdamW",),
     "fastlock.locks.lock": ("Lock",),
     "fastlock.locks.receipt": ("Receipt",),
     "fastlock.models.plan": ("Plan",),
