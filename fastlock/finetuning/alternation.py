@@ -58,8 +58,7 @@ class Alternation(Sampler[int]):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
-        check_lisa(lisa)
-        check_rows(user_rows, alignment_rows, lisa)
+        check_rows(user_rows, alignment_rows, check_lisa(lisa))
         for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("ranks", ranks)):
             check_number(name, value, 1, _MOST_ROWS)
         self.lisa = lisa
@@ -137,8 +136,8 @@ class Alternation(Sampler[int]):
         return self._order[1]
 
 
-def check_lisa(lisa: object) -> None:
-    """Refuse what is no schedule.
+def check_lisa(lisa: object) -> Lisa:
+    """The same schedule; refuse what is none.
 
     Raises:
         FastlockError: it is not a `Lisa`.
@@ -148,6 +147,7 @@ def check_lisa(lisa: object) -> None:
             f"lisa is a {type(lisa).__name__}; give a schedule: fastlock.Lisa(alignment_steps=100, user_steps=900, "
             "pull=1.0)."
         )
+    return lisa
 
 
 def check_rows(user_rows: int, alignment_rows: int, lisa: Lisa) -> None:
