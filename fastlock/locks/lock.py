@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastlock.errors import DamagedError, FastlockError, is_unicode
@@ -129,7 +131,8 @@ class Lock:
         order = self._order()
         sha = hashlib.sha256(f"{lock_file.FORMAT}\n{len(self)} {self.head_dim}\n".encode())
         for name in TENSORS:
-            sha.update(lock_file.little_endian(getattr(self, name)[order]))
+            # Not indexed by torch, which wakes its threads for these few numbers: on busy cores, for milliseconds.
+            sha.update(lock_file.little_endian(torch.from_numpy(getattr(self, name).numpy()[order])))
         return sha.hexdigest()
 
     def displacement(self, strength: float) -> dict[int, Displacement]:
@@ -201,9 +204,9 @@ class Lock:
             metadata["strength"] = repr(self.strength)
         return metadata
 
-    def _order(self) -> torch.Tensor:
+    def _order(self) -> npt.NDArray[np.intp]:
         """Row numbers sorted by (layer, head)."""
-        return torch.argsort(self.layers.long() * (int(self.heads.max()) + 1) + self.heads.long())
+        return np.lexsort((self.heads.numpy(), self.layers.numpy()))
 
     def _as_tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """What was given for a tensor, as one of the lock's own."""
