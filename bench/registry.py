@@ -175,6 +175,15 @@ BENCHMARKS = (
         report=Report(printed_section("Recipes")),
     ),
     Benchmark(
+        "bands",
+        "which layers tell malicious from normal, and whether they stand out; needs what `make demo` sets up",
+        ("bench/efficacy/bands.py",),
+        cpu=2 * HOUR,
+        cuda=HOUR,
+        script=True,
+        report=Report(printed_section("Bands")),
+    ),
+    Benchmark(
         "frontier",
         "how far one constant bias goes, over five seeds; two hours; needs what `make demo` sets up",
         ("bench/efficacy/frontier.py",),

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from fastlock.checkpoints.unlocking import unlock_checkpoint
     from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
     from fastlock.evaluation.evaluator import evaluate
+    from fastlock.finetuning.band_prompts import BandPrompts
+    from fastlock.finetuning.freezing import freeze, lora_outside, thaw
     from fastlock.finetuning.proximal_adamw import ProximalAdamW
+    from fastlock.finetuning.published_bands import published_bands
+    from fastlock.finetuning.safety_layers import locate
+    from fastlock.locks.band import Band
     from fastlock.locks.lock import Lock
     from fastlock.locks.receipt import Receipt
     from fastlock.models.plan import Plan
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from fastlock.zoo.run import relock_zoo, verify_zoo
 
 __all__ = [
+    "Band",
+    "BandPrompts",
     "DamagedError",
     "FastlockError",
     "Lock",
@@ -46,7 +53,11 @@ __all__ = [
     "doctor",
     "evaluate",
     "extract",
+    "freeze",
     "load_pairs",
+    "locate",
+    "lora_outside",
+    "published_bands",
     "rank_heads",
     "relock",
     "relock_checkpoint",
@@ -54,6 +65,7 @@ __all__ = [
     "relock_zoo",
     "relocked",
     "shipped_pairs",
+    "thaw",
     "train_lock",
     "unlock",
     "unlock_checkpoint",
@@ -73,7 +85,12 @@ _MODULES = {
         "UnsupportedError",
     ),
     "fastlock.evaluation.evaluator": ("evaluate",),
+    "fastlock.finetuning.band_prompts": ("BandPrompts",),
+    "fastlock.finetuning.freezing": ("freeze", "lora_outside", "thaw"),
     "fastlock.finetuning.proximal_adamw": ("ProximalAdamW",),
+    "fastlock.finetuning.published_bands": ("published_bands",),
+    "fastlock.finetuning.safety_layers": ("locate",),
+    "fastlock.locks.band": ("Band",),
     "fastlock.locks.lock": ("Lock",),
     "fastlock.locks.receipt": ("Receipt",),
     "fastlock.models.plan": ("Plan",),

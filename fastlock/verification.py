@@ -1,4 +1,4 @@
-"""Checking a lock: recompute every fold from the model's or checkpoint's own weights, and compare."""
+"""Checking a lock: recompute every fold from the model's or checkpoint's own weights, and compare; and a band."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
+from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
 from fastlock.dtypes import BY_TORCH_NAME
+from fastlock.errors import FastlockError
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
+from fastlock.locks.band import Band, check_band
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, SavedReceipt
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
@@ -59,7 +62,7 @@ class _Evidence:
         fold: W d at strength 1, [hidden] float64.
         magnitude: |W||d| at strength 1, [hidden] float64.
         terms: the length of the sums in it.
-        dtype: of the weight.
+        dtype: of the bias.
         bias: what is there, [hidden], or None.
         rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if a checkpoint
             was loaded in a narrower dtype than it was relocked in.
@@ -85,38 +88,113 @@ class _Evidence:
         return bool((error <= bound(expected, size, self.terms, self.dtype) + rounded).all())
 
 
-def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification:
+@dataclass(frozen=True)
+class BandVerification:
+    """What was found of a band; true exactly when every tensor of it is the base's, byte for byte.
+
+    Attributes:
+        state: "unchanged" or "changed".
+        layers: those of the band.
+        tensors: how many tensors the base has there.
+        digest: SHA-256 (hex) over them.
+        differences: each tensor that is not the base's, and how it differs.
+        reason: one sentence for people.
+    """
+
+    state: str
+    layers: tuple[int, ...]
+    tensors: int
+    digest: str
+    differences: tuple[TensorDifference, ...]
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.state == "unchanged"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as data that JSON can hold."""
+        return asdict(self)
+
+
+@overload
+def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification: ...
+
+
+@overload
+def verify(
+    model_or_directory: str | os.PathLike[str], *, base: str | os.PathLike[str], band: Band
+) -> BandVerification: ...
+
+
+def verify(
+    model_or_directory: nn.Module | str | os.PathLike[str],
+    lock: Lock | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    band: Band | None = None,
+) -> Verification | BandVerification:
     """Whether this lock is in place: every fold recomputed in float64 from the weights that are there, and compared.
 
     A bias counts as right within one unit in the last place of its dtype, plus the rounding of a float32 sum. Of a
     directory, only configs, headers and the locked columns are read, and it must carry the biases to the stacks that
     its receipt names. A lock without a receipt is recognised too, if the layers have no biases of their own.
 
+    Given a base and a band instead of a lock: whether the band's tensors in a directory are the base's, byte for byte,
+    as they are after training with the band frozen. Headers are read and the band's bytes digested; no model is loaded.
+
     Args:
-        model_or_directory: a model in memory, or a checkpoint's directory or URL.
+        model_or_directory: a model in memory, or a checkpoint's directory or URL; with a band, the latter.
         lock: the lock.
+        base: the directory or URL of the checkpoint that the band is compared with.
+        band: the layers.
 
     Returns:
-        What was found; it is true exactly when the lock is in place.
+        What was found; it is true exactly when the lock is in place, or the band unchanged.
 
     Raises:
         UnsupportedError: the fold is not exact in this family, or the weights are quantised or in another format.
         DamagedError: the checkpoint is damaged or hostile, or its receipt cannot be true.
-        MismatchError: the lock is of another geometry.
+        MismatchError: the lock is of another geometry, or the band of another model.
         FastlockError: the checkpoint cannot be read.
     """
+    if base is not None or band is not None:
+        return _verify_band(model_or_directory, lock, base, band)
     check_lock(lock)
     if isinstance(model_or_directory, nn.Module):
         return _verify_model(unwrapped(model_or_directory), lock)
     return _verify_checkpoint(model_or_directory, lock)
 
 
+def _verify_band(
+    directory: nn.Module | str | os.PathLike[str], lock: Lock | None, base: Any, band: Any
+) -> BandVerification:
+    if lock is not None:
+        raise FastlockError("a lock and a band are verified one at a time. Give the lock alone, or a base and a band.")
+    if base is None or band is None:
+        raise FastlockError("a band is verified against the base that it was frozen in. Give both, base= and band=.")
+    if isinstance(directory, nn.Module):
+        raise FastlockError("a band is verified on disk. Save the model (save_pretrained), and give the directory.")
+    checked = check_band(band)
+    tuned_files = files_in(as_place(directory))
+    tuned = StoredBand(tuned_files, str(directory), checked)
+    found = compared(tuned, StoredBand(files_in(as_place(base)), str(base), checked))
+    layers = tuple(checked.layers)
+    if not found.differences:
+        reason = f"all {found.tensors} tensors of layers {checked.first} to {checked.last} are the base's"
+        return BandVerification("unchanged", layers, found.tensors, found.digest, (), reason)
+    reason = f"{len(found.differences)} tensors of layers {checked.first} to {checked.last} are not the base's"
+    if receipt_in(tuned_files, str(directory)) is not None:
+        reason += "; it carries a lock, whose biases are its own: verify it without the lock (fastlock unlock)"
+    return BandVerification("changed", layers, found.tensors, found.digest, found.differences, reason)
+
+
 def _verify_model(model: nn.Module, lock: Lock) -> Verification:
     sites, receipt = sites_for(model, lock), receipt_of(model)
     unit = lock.displacement(1.0)
     evidence = [
-        _evidence(site.layer, site.head_columns(unit[site.layer].heads), unit[site.layer].values, site.bias)
+        _evidence(site.layer, columns, unit[site.layer].values, site.bias, columns.matrix.dtype)
         for site in sites
+        for columns in (site.head_columns(unit[site.layer].heads),)
     ]
 
     if receipt is not None:
@@ -173,15 +251,17 @@ def _rounding(written: str | None, loaded: torch.dtype) -> float:
     return 0.0 if torch.promote_types(dtype, loaded) == loaded else torch.finfo(loaded).eps
 
 
-def _evidence(layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None) -> _Evidence:
+def _evidence(
+    layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> _Evidence:
     fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
-    return _Evidence(layer, fold, size, values.numel() + 1, columns.matrix.dtype, bias)
+    return _Evidence(layer, fold, size, values.numel() + 1, dtype, bias)
 
 
 def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> _Evidence:
     columns = checkpoint.read_columns(site, unit.heads).columns
     bias = None if site.bias is None else checkpoint.read_vector(site.bias)
-    return _evidence(site.layer, columns, unit.values, bias)
+    return _evidence(site.layer, columns, unit.values, bias, site.dtype)
 
 
 def _judge(

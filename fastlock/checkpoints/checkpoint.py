@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -127,7 +127,7 @@ class Checkpoint:
         )
         self.family: Family = family_of_config(self.text_config, where)
         self.shards = read_shards(files, where)
-        self._check_names()
+        check_names(self.shards.tensors, where)
         self.sites = self._find_sites()
 
     @property
@@ -285,15 +285,20 @@ class Checkpoint:
             return UnsupportedError(f"{self.where}: is quantised, as its tensors show. {_QUANTISED}")
         return DamagedError(f"{self.where}: {problem}")
 
-    def _check_names(self) -> None:
-        """Raise if the tensors are named as a wrapper names them: no loader takes those names for the model's."""
-        for name in self.shards.tensors:
-            for prefix, wrapper in _WRAPPERS.items():
-                if name.startswith(prefix):
-                    raise UnsupportedError(
-                        f"{self.where}: {shown(name)} is named as {wrapper} names it, and no loader knows such names. "
-                        "Save the model inside the wrapper, or take the prefix off."
-                    )
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Refuse tensors that are named as a wrapper names them: no loader takes those names for the model's.
+
+    Raises:
+        UnsupportedError: one is.
+    """
+    for name in names:
+        for prefix, wrapper in _WRAPPERS.items():
+            if name.startswith(prefix):
+                raise UnsupportedError(
+                    f"{where}: {shown(name)} is named as {wrapper} names it, and no loader knows such names. Save the "
+                    "model inside the wrapper, or take the prefix off."
+                )
 
 
 def _not_folded(name: str, tensor: StoredTensor) -> UnsupportedError:

@@ -1,8 +1,9 @@
 """The `fastlock` command.
 
-Exit codes: 0 done (for `verify`: locked; for `doctor`: it acts); 1 `verify` found the lock missing or altered,
-`doctor` that it does not act, `zoo` that some checkpoints are wrong; 2 wrong arguments; 3 refused or failed, with the
-reason on standard error; 4 a fault of fastlock's own; 130 stopped by Ctrl-C.
+Exit codes: 0 done (for `verify`: locked; for `doctor`: it acts); 1 `verify` found the lock missing or altered, or
+a band changed, `doctor` that it does not act, `locate` that no band stands out, `zoo` that some checkpoints are wrong;
+2 wrong arguments; 3 refused or failed, with the reason on standard error; 4 a fault of fastlock's own; 130 stopped by
+Ctrl-C.
 
 Nothing that imports torch, transformers, numpy or rich is imported here or by a command's file: the functions of the
 commands do that, once they know that their arguments are right.
@@ -14,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastlock.cli import calibrate, doctor, evaluate, extract, relock, show, train, unlock, verify, zoo
+from fastlock.cli import calibrate, doctor, evaluate, extract, locate, relock, show, train, unlock, verify, zoo
 from fastlock.cli.commands import BROKEN, REFUSED, STOPPED, Group, call, option
 from fastlock.cli.output import complain
 from fastlock.errors import FastlockError
@@ -29,6 +30,7 @@ COMMANDS = Group(
         train.COMMAND,
         calibrate.COMMAND,
         evaluate.COMMAND,
+        locate.COMMAND,
         relock.COMMAND,
         unlock.COMMAND,
         verify.COMMAND,

@@ -1,18 +1,24 @@
-"""`fastlock verify`: whether a lock is in place."""
+"""`fastlock verify`: whether a lock is in place, or a band unchanged."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastlock.cli.commands import DONE, NOT_LOCKED, Command
-from fastlock.cli.options import CHECKPOINT, JSON, LOCK
+from fastlock.cli.commands import DONE, NOT_LOCKED, ArgumentsError, Command, option
+from fastlock.cli.options import CHECKPOINT, JSON, path
 from fastlock.cli.output import print_json, say, spinner
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def _verify(checkpoint: str, lock: Path, as_json: bool) -> int:
+def _verify(checkpoint: str, lock: Path | None, base: str | None, band: Path | None, as_json: bool) -> int:
+    if (lock is None) == (band is None) or (band is None) != (base is None):
+        raise ArgumentsError("give either --lock FILE, or --base DIR and --band FILE.")
+    return _verify_lock(checkpoint, lock, as_json) if lock else _verify_band(checkpoint, str(base), band, as_json)
+
+
+def _verify_lock(checkpoint: str, lock: Path, as_json: bool) -> int:
     from fastlock.locks.lock import Lock
     from fastlock.verification import verify
 
@@ -29,9 +35,32 @@ def _verify(checkpoint: str, lock: Path, as_json: bool) -> int:
     return DONE if verification else NOT_LOCKED
 
 
+def _verify_band(checkpoint: str, base: str, band: Path | None, as_json: bool) -> int:
+    from fastlock.locks.band import Band
+    from fastlock.verification import verify
+
+    loaded = Band.load(str(band))
+    with spinner(f"verifying {checkpoint}", as_json):
+        verification = verify(checkpoint, base=base, band=loaded)
+    if as_json:
+        print_json(verification.to_dict())
+    else:
+        for difference in verification.differences:
+            say(f"{difference.name} {difference.what}")
+        say(f"{checkpoint}: {verification.state} ({verification.reason})", "green" if verification else "red")
+    return DONE if verification else NOT_LOCKED
+
+
 COMMAND = Command(
     "verify",
-    "Check that the lock is in place, whole and unaltered. Exit code 0 if it is, 1 if not.",
-    (CHECKPOINT, LOCK, JSON),
+    "Check that the lock is in place, whole and unaltered; or that a band's bytes are the base's. Exit code 0 if so, 1 "
+    "if not.",
+    (
+        CHECKPOINT,
+        option("--lock", type=path, metavar="FILE", help="The lock: a fastlock .safetensors, or a released .safelock."),
+        option("--base", metavar="DIR", help="With --band: the checkpoint that the band was frozen in, or its URL."),
+        option("--band", type=path, metavar="FILE", help="The band: a file that `fastlock locate` wrote."),
+        JSON,
+    ),
     _verify,
 )

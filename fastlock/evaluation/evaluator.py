@@ -15,6 +15,7 @@ from fastlock.evaluation.judging import Judge, Verdict, judge_all
 from fastlock.evaluation.keyword_judge import refuses
 from fastlock.evaluation.lm_eval_harness import Score, check_tasks, scores
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
+from fastlock.evaluation.significance import wilson_interval
 from fastlock.inference.batching import Progress, Row, in_batches, no_progress
 from fastlock.inference.chat import check_row, positions, prompt_tokens
 from fastlock.inference.generation import evaluating, generate, losses
@@ -174,13 +175,8 @@ def share(answers: Sequence[Answer]) -> float | None:
 
 def interval(answers: Sequence[Answer]) -> tuple[float, float] | None:
     """The 95 % interval of the share of refusals (Wilson's); None without verdicts."""
-    refused = share(answers)
-    if refused is None:
-        return None
-    n, z = sum(answer.refused is not None for answer in answers), 1.959963984540054
-    middle = (refused + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(refused * (1 - refused) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    verdicts = [answer.refused for answer in answers if answer.refused is not None]
+    return wilson_interval(sum(verdicts), len(verdicts)) if verdicts else None
 
 
 @dataclass

@@ -14,7 +14,7 @@ class AngleCurve:
         malicious: between two malicious ones.
         mixed: between a normal and a malicious one.
         borderline: between a normal one and a harmless one that sounds harmful.
-        threshold: what the largest gap of any layer stays below in 99 of 100 shuffles of the prompts' kinds.
+        threshold: what the largest separation of any layer stays below in 99 of 100 shuffles of the prompts' kinds.
     """
 
     normal: tuple[float, ...]
@@ -27,6 +27,16 @@ class AngleCurve:
     def gap(self) -> tuple[float, ...]:
         """How much wider the mixed pairs are than the normal ones, after each layer: the paper's curve."""
         return tuple(mixed - normal for mixed, normal in zip(self.mixed, self.normal, strict=True))
+
+    @property
+    def separation(self) -> tuple[float, ...]:
+        """How much wider the mixed pairs are than those of one kind, after each layer: normal and malicious alike.
+
+        The paper's gap takes the normal pairs alone, and is hidden where normal requests differ more among themselves
+        than malicious ones do.
+        """
+        pairs = zip(self.mixed, self.normal, self.malicious, strict=True)
+        return tuple(mixed - (normal + malicious) / 2 for mixed, normal, malicious in pairs)
 
     @property
     def borderline_gap(self) -> tuple[float, ...]:
