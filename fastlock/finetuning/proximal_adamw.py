@@ -9,14 +9,9 @@ from typing import Any
 import torch
 
 from fastlock.errors import FastlockError, UnsupportedError
-from fastlock.finetuning.step_runner import (
-    Scaled,
-    StepParameter,
-    StepRunner,
-    local,
-    sharding_of,
-    sum_over_shards,
-)
+from fastlock.finetuning.held_tensors import HeldTensors
+from fastlock.finetuning.sharded_tensors import local, sharding_of, sum_over_shards
+from fastlock.finetuning.step_runner import StepOptions, StepParameter, StepRunner
 from fastlock.kernels.proximal_step.reference import StepSettings, StepTensors
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
@@ -176,17 +171,39 @@ class ProximalAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._settle()
-        gathered = list(self._gathered())
-        stepped = [parameter for parameter, _ in gathered if parameter.grad is not None]
-        if not stepped:
-            return loss
-        steps = [self.state[parameter]["step"] for parameter in stepped]
-        scaled = Scaled(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-        self._runner.run([one for _, one in gathered], scaled, self.param_groups[0]["max_grad_norm"])
-        torch._foreach_add_(steps, 1)
-        if scaled.found_inf is not None:
-            self._undecided = (_on_host(scaled.found_inf), steps)
+        groups = self.param_groups
+        settings = [_settings(group, f"group {i}") for i, group in enumerate(groups)]
+        every = [parameter for group in groups for parameter in group["params"]]
+        given = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        options = StepOptions(*given, max_norm=groups[0]["max_grad_norm"])
+        take_back = self._runner.again(every, self.state, settings, options)
+        if take_back is None:
+            take_back = self._step_anew(every, settings, options)
+        if options.found_inf is not None and take_back is not None:
+            self._undecided = (_on_host(options.found_inf), take_back)
+            if options.found_inf.device.type != "cuda":
+                self._settle()  # nothing has to be waited for
         return loss
+
+    def _step_anew(
+        self, every: list[torch.Tensor], settings: list[StepSettings], options: StepOptions
+    ) -> Callable[[], None] | None:
+        """Step all that has a gradient, and count it; what is returned takes back the count."""
+        self._check_gradients(settings)
+        gathered = list(self._gathered(settings))
+        steps = [self.state[parameter]["step"] for parameter, _, _ in gathered if parameter.grad is not None]
+        if not steps:
+            return None
+        stepped = [one for _, _, one in gathered]
+        by_kernels = self._runner.run(stepped, options)
+        torch._foreach_add_(steps, 1)
+        if by_kernels:
+            parameters, places = [parameter for parameter, _, _ in gathered], [place for _, place, _ in gathered]
+            tensors = [one.tensors for one in stepped]
+            held = HeldTensors(every, self.state, parameters, places, tensors, settings)
+            self._runner.hold(held)
+            steps = [self.state[parameter]["step"] for parameter in parameters if parameter.grad is not None]
+        return lambda: torch._foreach_sub_(steps, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; the anchor is in the state of each parameter."""
@@ -224,15 +241,15 @@ class ProximalAdamW(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         self._runner = StepRunner()
-        # Of a step whose found_inf is still on its way to the host: where it arrives, and the step counts.
-        self._undecided: tuple[Callable[[], bool], list[torch.Tensor]] | None = None
+        # Of a step whose found_inf is still on its way to the host: what waits for it, and what takes back the count.
+        self._undecided: tuple[Callable[[], bool], Callable[[], None]] | None = None
 
     def _settle(self) -> None:
         """Take back the count of a step that, as the device found, did not take place."""
         if self._undecided is not None:
-            (found, steps), self._undecided = self._undecided, None
+            (found, take_back), self._undecided = self._undecided, None
             if found():
-                torch._foreach_sub_(steps, 1)
+                take_back()
 
     def _state(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, made when it is first wanted: what wraps a model may replace its parameters."""
@@ -244,21 +261,22 @@ class ProximalAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
-    def _gathered(self) -> Iterator[tuple[torch.Tensor, StepParameter]]:
-        """Every parameter that has a gradient or a state, with what its step needs; all of it checked first."""
-        settings = [_settings(group, f"group {i}") for i, group in enumerate(self.param_groups)]
+    def _check_gradients(self, settings: list[StepSettings]) -> None:
         anchored = any(group["anchored"] for group in self.param_groups)
-        for i, group in enumerate(self.param_groups):
-            for j, parameter in enumerate(group["params"]):
+        for group, of_group in zip(self.param_groups, settings, strict=True):
+            for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
-                    wanted = anchored and settings[i].acts
-                    _check_gradient(parameter, wanted and "anchor" not in self.state.get(parameter, {}), group, j)
+                    wanted = anchored and of_group.acts
+                    _check_gradient(parameter, wanted and "anchor" not in self.state.get(parameter, {}), group, place)
+
+    def _gathered(self, settings: list[StepSettings]) -> Iterator[tuple[torch.Tensor, int, StepParameter]]:
+        """Every parameter that has a gradient or a state, its group, and what its step needs."""
         ordinal = -1
-        for of_group, group in zip(settings, self.param_groups, strict=True):
+        for place, (group, of_group) in enumerate(zip(self.param_groups, settings, strict=True)):
             for parameter in group["params"]:
                 ordinal += 1
                 if parameter.grad is not None or "step" in self.state.get(parameter, {}):
-                    yield parameter, self._stepped(parameter, group, of_group, ordinal)
+                    yield parameter, place, self._stepped(parameter, group, of_group, ordinal)
 
     def _stepped(
         self, parameter: torch.Tensor, group: dict[str, Any], settings: StepSettings, ordinal: int
@@ -411,7 +429,7 @@ def _name(group: dict[str, Any], place: int) -> str:
 def _on_host(found_inf: torch.Tensor) -> Callable[[], bool]:
     """Copy a number to the host without waiting; the function waits for it."""
     if found_inf.device.type != "cuda":
-        return lambda: bool(found_inf.item())
+        return lambda: bool(found_inf)
     host = torch.empty(1, dtype=found_inf.dtype, pin_memory=True)
     host.copy_(found_inf.reshape(1), non_blocking=True)
     arrived = torch.cuda.Event()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
+from fastlock.errors import UnsupportedError
+from fastlock.finetuning.held_tensors import HeldTensors
+from fastlock.finetuning.sharded_tensors import Sharding, over_shards, sum_over_shards
 from fastlock.kernels.proximal_step import launch, reference
 from fastlock.kernels.proximal_step.launch import StepScalars, StepTable
-from fastlock.kernels.proximal_step.reference import StepTensors
+from fastlock.kernels.proximal_step.reference import StepSettings, StepTensors
 from fastlock.kernels.proximal_step.variants import StepVariant
 
-# How a DTensor lies on its mesh: the mesh, and for each of its dimensions whether the tensor is cut along it.
-Sharding: TypeAlias = "tuple[Any, tuple[bool, ...]] | None"
 _Key: TypeAlias = "tuple[torch.device, StepVariant, Sharding]"
 
 
@@ -33,23 +34,29 @@ class StepParameter:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
-    """What a GradScaler hands to an optimizer; each a tensor of one number, or None.
+class StepOptions:
+    """What is the same for all parameters of a step.
 
     Attributes:
-        found_inf: not 0 if a gradient is infinite or NaN: nothing is to be touched.
-        grad_scale: what the loss was multiplied by.
+        found_inf: a GradScaler's: not 0 if a gradient is infinite or NaN, and nothing is to be touched; or None.
+        grad_scale: a GradScaler's: what the loss was multiplied by; or None.
+        max_norm: gradients, the term included, are scaled down to this total norm; None: they are not.
     """
 
     found_inf: torch.Tensor | None = None
     grad_scale: torch.Tensor | None = None
+    max_norm: float | None = None
 
     def on(self, device: torch.device) -> StepScalars:
-        """As the step wants it: float32 on the device, the scale inverted as a GradScaler does it."""
+        """As the step wants it: float32 on the device, the scale inverted as a GradScaler does it.
+
+        The factor of a clipped norm has a place there, and no value yet.
+        """
         found, scale = self.found_inf, self.grad_scale
         return StepScalars(
             found_inf=None if found is None else found.to(device, torch.float32, non_blocking=True),
             inverse_scale=None if scale is None else scale.double().reciprocal().float().to(device, non_blocking=True),
+            clip=None if self.max_norm is None else torch.ones((), dtype=torch.float32, device=device),
         )
 
 
@@ -58,109 +65,133 @@ class StepRunner:
 
     def __init__(self) -> None:
         self._tables: dict[_Key, StepTable] = {}
-        self._told: set[str] = set()
+        self._runs: dict[tuple[torch.device, StepVariant, bool], bool] = {}
+        self._held: HeldTensors | None = None
+        self._members: dict[_Key, list[int]] = {}
 
-    def run(self, parameters: Sequence[StepParameter], scaled: Scaled, max_norm: float | None) -> None:
+    def run(self, parameters: Sequence[StepParameter], options: StepOptions) -> bool:
         """Step them all; on a CUDA device nothing is waited for, unless the kernel does not run there.
 
         Args:
             parameters: each on the device of its own tensors. Those without a gradient are left as they are.
-            scaled: of a GradScaler.
-            max_norm: gradients, the term included, are scaled down to this total norm; None: they are not.
+            options: see there.
+
+        Returns:
+            whether all of them were stepped by kernels. They can then be held, see `hold`.
         """
-        by_kernel: dict[_Key, list[StepTensors]] = {}
+        by_kernel: dict[_Key, list[int]] = {}
         plain: list[StepParameter] = []
-        for parameter in parameters:
-            variant = self._variant(parameter.tensors)
+        for i, parameter in enumerate(parameters):
+            variant = self._variant(parameter.tensors, options.max_norm is not None)
             if variant is not None:
                 key = (parameter.tensors.weight.device, variant, parameter.sharding)
-                by_kernel.setdefault(key, []).append(parameter.tensors)
-            elif parameter.tensors.grad is not None and parameter.tensors.weight.numel():
+                by_kernel.setdefault(key, []).append(i)
+            else:
                 plain.append(parameter)
-        if plain and scaled.found_inf is not None and scaled.found_inf.item():
-            return
-        devices = dict.fromkeys([key[0] for key in by_kernel] + [one.tensors.weight.device for one in plain])
-        scalars = {device: scaled.on(device) for device in devices}
-        tables = [(key, self._table(key), tensors) for key, tensors in by_kernel.items()]
-        for key, table, tensors in tables:
-            table.update(tensors, scalars[key[0]])
-        if max_norm is not None and (tables or plain):
-            sums = [_over_shards(table.sum_of_squares(), key[2]) for key, table, _ in tables]
-            factor = _clip_factor(sums, plain, scalars, max_norm)
-            scalars = {device: replace(one, clip=factor.to(device)) for device, one in scalars.items()}
-            for key, table, tensors in tables:
-                table.update(tensors, scalars[key[0]])
-        for _, table, _ in tables:
-            table.step()
-        for one in plain:
-            of_device = scalars[one.tensors.weight.device]
-            reference.proximal_step(one.tensors, of_device.inverse_scale, of_device.clip)
+        if by_kernel:
+            _refuse_capture()
+        moved = [one for one in plain if one.tensors.grad is not None]
+        if moved and options.found_inf is not None and options.found_inf.item():
+            return False
+        scalars = {device: options.on(device) for device in _devices(by_kernel, moved)}
+        for key, members in by_kernel.items():
+            table = self._tables.setdefault(key, StepTable(key[1], key[0]))
+            table.update([parameters[i].tensors for i in members], scalars[key[0]])
+        self._launch(list(by_kernel), moved, scalars, options.max_norm)
+        self._held, self._members = None, by_kernel
+        return not plain
 
-    def _variant(self, tensors: StepTensors) -> StepVariant | None:
+    def hold(self, held: HeldTensors) -> None:
+        """Keep what the last `run` stepped, for `again`: its parameters, in that order."""
+        self._held = held
+
+    def again(
+        self,
+        every: Sequence[torch.Tensor],
+        states: dict[torch.Tensor, dict[str, object]],
+        settings: Sequence[StepSettings],
+        options: StepOptions,
+    ) -> Callable[[], None] | None:
+        """Step what is held once more, if nothing changed but gradients and numbers; much sooner than `run` does.
+
+        Args:
+            every: all parameters of the optimizer.
+            states: those of the optimizer.
+            settings: of each group.
+            options: as in `run`.
+
+        Returns:
+            None if something else changed, and nothing was done. Else the step is queued and counted; what is returned
+            takes back the count.
+        """
+        held, members = self._held, self._members
+        grads = None if held is None else held.gradients(every, states, settings)
+        if held is None or grads is None or all(grad is None for grad in grads):
+            return None
+        if options.max_norm is not None and any(not self._runs.get((*key[:2], True)) for key in members):
+            return None
+        _refuse_capture()
+        scalars = {device: options.on(device) for device in _devices(members, [])}
+        places = list(zip(held.groups, held.steps(), strict=True))
+        for key, of_table in members.items():
+            rows: dict[tuple[int, float], int] = {}
+            row_of = [rows.setdefault(places[i], len(rows)) for i in of_table]
+            settings_of = [(settings[group], step + 1) for group, step in rows]
+            self._tables[key].advance(row_of, settings_of, [grads[i] for i in of_table], scalars[key[0]])
+        self._launch(list(members), [], scalars, options.max_norm)
+        added = held.count(grads)
+        return lambda: held.take_back(added)
+
+    def _launch(
+        self,
+        keys: Sequence[_Key],
+        plain: Sequence[StepParameter],
+        scalars: dict[torch.device, StepScalars],
+        max_norm: float | None,
+    ) -> None:
+        factor = None
+        if max_norm is not None and (keys or plain):
+            sums = [over_shards(self._tables[key].sum_of_squares(), key[2]) for key in keys]
+            factor = _clip_factor(sums, plain, scalars, max_norm)
+            for one in scalars.values():
+                if one.clip is not None:
+                    one.clip.copy_(factor)
+        for key in keys:
+            self._tables[key].step()
+        for parameter in plain:
+            inverse_scale = scalars[parameter.tensors.weight.device].inverse_scale
+            reference.proximal_step(parameter.tensors, inverse_scale, factor)
+
+    def _variant(self, tensors: StepTensors, clipped: bool) -> StepVariant | None:
         """The kernel for a parameter; None for plain PyTorch."""
-        if tensors.weight.device.type != "cuda":
+        device = tensors.weight.device
+        if device.type != "cuda":
             return None
         variant = launch.variant_of(tensors)
         if variant is None:
             return None
-        why = launch.why_not(variant, tensors.weight.device)
-        if why is not None and why not in self._told:
-            self._told.add(why)
-            warnings.warn(f"ProximalAdamW goes without its kernel, more slowly: {why}.", RuntimeWarning, stacklevel=4)
-        return variant if why is None else None
-
-    def _table(self, key: _Key) -> StepTable:
-        if key not in self._tables:
-            self._tables[key] = StepTable(key[1], key[0])
-        return self._tables[key]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor: of a DTensor its shard, and what is on its way is waited for."""
-    tensor = tensor.to_local() if is_sharded(tensor) else tensor
-    wait = getattr(tensor, "trigger_wait", None)  # of an AsyncCollectiveTensor
-    return tensor if wait is None else wait()
+        key = (device, variant, clipped)
+        if key not in self._runs:
+            why = launch.why_not(variant, device)
+            if why is None and clipped:
+                why = launch.why_not(variant.of_norm, device)
+            if why is not None:
+                warnings.warn(f"ProximalAdamW goes without its kernel: {why}.", RuntimeWarning, stacklevel=5)
+            self._runs[key] = why is None
+        return variant if self._runs[key] else None
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+def _devices(keys: Sequence[_Key] | dict[_Key, list[int]], plain: Sequence[StepParameter]) -> list[torch.device]:
+    return list(dict.fromkeys([key[0] for key in keys] + [one.tensors.weight.device for one in plain]))
 
 
-def sharding_of(tensor: torch.Tensor) -> Sharding:
-    """How a DTensor lies on its mesh; None for a plain tensor."""
-    if not is_sharded(tensor):
-        return None
-    described: Any = tensor
-    return described.device_mesh, tuple(placement.is_shard() for placement in described.placements)
-
-
-def sum_over_shards(sums: Sequence[tuple[torch.Tensor, Sharding]]) -> torch.Tensor:
-    """The sum of what each tensor contributes, over all ranks that hold parts of it: one float64, where the first is.
-
-    It is collective, if any of them is a DTensor: every rank must come here.
-    """
-    by_sharding: dict[Sharding, list[torch.Tensor]] = {}
-    for number, sharding in sums:
-        by_sharding.setdefault(sharding, []).append(number.double())
-    device = sums[0][0].device
-    totals = [
-        _over_shards(torch.stack([number.to(numbers[0].device) for number in numbers]).sum(), sharding)
-        for sharding, numbers in by_sharding.items()
-    ]
-    return torch.stack([total.to(device) for total in totals]).sum()
-
-
-def _over_shards(number: torch.Tensor, sharding: Sharding) -> torch.Tensor:
-    """The sum of a number over the ranks that hold different parts."""
-    if sharding is None or not any(sharding[1]):
-        return number
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh, cut = sharding
-    placements = [Partial() if along else Replicate() for along in cut]
-    whole: torch.Tensor = DTensor.from_local(number, mesh, placements, run_check=False).full_tensor()
-    return whole
+def _refuse_capture() -> None:
+    """A captured graph would step by the same numbers, and the same gradients' addresses, again and again."""
+    if torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "a CUDA graph is being captured: the step's numbers change with every step, and it would repeat the same "
+            "ones. Capture forward and backward, and step outside."
+        )
 
 
 def _clip_factor(
@@ -169,7 +200,7 @@ def _clip_factor(
     scalars: dict[torch.device, StepScalars],
     max_norm: float,
 ) -> torch.Tensor:
-    """What all gradients are multiplied by: one float32."""
+    """What all gradients are multiplied by: one number."""
     gradients = []
     for one in plain:
         grad = one.tensors.grad
@@ -181,4 +212,4 @@ def _clip_factor(
         return reference.clip_factor(norm, max_norm)
     squares = [(torch.linalg.vector_norm(gradient.float()).double().square(), cut) for gradient, cut in gradients]
     squares += [(number, None) for number in sums]  # already summed over the ranks
-    return reference.clip_factor(sum_over_shards(squares).sqrt(), max_norm).float()
+    return reference.clip_factor(sum_over_shards(squares).sqrt(), max_norm)

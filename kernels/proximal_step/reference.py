@@ -123,6 +123,11 @@ def norm_of(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
+def key_of(seed: int, step: float) -> int:
+    """32 bits that seed and step decide, for the random bits of all tensors."""
+    return int(_mix(torch.tensor((seed ^ int(step)) & _WORD)))
+
+
 def _adamw(w: torch.Tensor, m: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, tensors: StepTensors) -> None:
     """torch.optim.adam._single_tensor_adam in torch 2.13, line by line; between its first lines, the anchor's decay."""
     settings, step, anchor = tensors.settings, tensors.step, tensors.anchor
@@ -154,8 +159,7 @@ def _random_bits(tensors: StepTensors, seed: int) -> list[torch.Tensor]:
     They are a hash of a counter, the number's place in memory order, and a key of seed, step and ordinal: the same
     on every device and in every run.
     """
-    key = _mix(torch.tensor((seed ^ int(tensors.step)) & _WORD))
-    key = _mix((key + tensors.ordinal) & _WORD).to(tensors.weight.device)
+    key = _mix(torch.tensor((key_of(seed, tensors.step) + tensors.ordinal) & _WORD)).to(tensors.weight.device)
     place = torch.arange(tensors.weight.numel(), device=tensors.weight.device)
     first = _mix((_mix((place & _WORD) ^ key) + (place >> 32)) & _WORD)
     second = _mix(first ^ key)

@@ -27,15 +27,15 @@ STEP_SIZE = tl.constexpr(5)  # lr / (1 - beta1^step)
 UNBIASED = tl.constexpr(6)  # 1 / sqrt(1 - beta2^step)
 PULL = tl.constexpr(7)
 ANCHOR_RATE = tl.constexpr(8)  # lr * anchor_decay
-STEP = tl.constexpr(9)  # for the random bits
+KEY_LOW = tl.constexpr(9)  # of the random bits: 16 bits of the key, and the 16 above them
+KEY_HIGH = tl.constexpr(10)
 SCALAR_FIELDS = tl.constexpr(variants.SCALAR_FIELDS)
 
 # What may be another with every launch, [CONTROL_FIELDS] int64; the gradients' addresses follow.
 FOUND_INF = tl.constexpr(0)  # address of a float32 that is not 0 if nothing is to be touched, or 0
 INVERSE_SCALE = tl.constexpr(1)  # address of the float32 by which gradients are to be multiplied, or 0
 CLIP = tl.constexpr(2)  # address of the float32 by which gradients with the term are to be multiplied, or 0
-SEED = tl.constexpr(3)  # of the random bits, 32 bits
-SUMS = tl.constexpr(4)  # address of a float32 for each program's sum of squares
+SUMS = tl.constexpr(3)  # address of a float32 for each program's sum of squares
 CONTROL_FIELDS = tl.constexpr(variants.CONTROL_FIELDS)
 
 # One tensor, [TENSOR_FIELDS] int64.
@@ -144,7 +144,7 @@ def step_block(
         denominator = tl.sqrt(v) * tl.load(p_row + UNBIASED) + tl.load(p_row + EPS)
         new -= tl.load(p_row + STEP_SIZE) * (m / denominator)
     if STOCHASTIC:
-        # A counter (the element's number) and a key (seed, step, tensor): the same bits on every run and rank.
+        # A counter, the element's number, and a key of seed, step and tensor: the same bits in every run.
         low = (o & tl.full([], 0xFFFFFFFF, tl.int64)).to(tl.uint32)
         high = (o >> 32).to(tl.uint32)
         first = mix(mix(low ^ key) + high)
@@ -209,9 +209,8 @@ def step_kernel(
         clip = tl.load(p_clip.to(tl.pointer_type(tl.float32)))
     key = tl.full([], 0, tl.uint32)
     if STOCHASTIC:
-        key = mix(tl.load(p_moving + SEED).to(tl.uint32) ^ tl.load(p_row + STEP).to(tl.uint32))
+        key = tl.load(p_row + KEY_LOW).to(tl.uint32) + (tl.load(p_row + KEY_HIGH).to(tl.uint32) << 16)
         key = mix(key + tl.load(p_tensor + ORDINAL).to(tl.uint32))
-
     # A block that ends before the tensor does, at addresses that all allow it, is read 16 bytes at a time.
     if (start + BLOCK <= length) & (((p_w | p_g | p_m | p_v | p_a) & 15) == 0):
         o = start + tl.arange(0, BLOCK)  # [BLOCK] int64

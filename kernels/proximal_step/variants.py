@@ -13,20 +13,22 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 VECTOR_BYTES = 16
-# 256 threads of 8 elements. A thread of the widest mix (bfloat16 weights, float32 moments and anchor) then has seven
-# 16-byte loads in flight, and at 64 registers or fewer four such programs fit an SM: 112 KB, where latency times
-# bandwidth asks for some 18 KB of an H100's SM (3.35 TB/s over 132, 0.7 us). Reasoned from the code, not measured.
+# 256 threads with four or eight elements each have three to eight 16-byte loads in flight. Two programs on an SM, which
+# the registers allow in any case, are then at least 40 KB in flight, where latency times bandwidth asks for some 18 KB
+# of an H100's SM (3.35 TB/s over 132, 0.7 us). Reasoned from the compiled code, not measured.
 NUM_WARPS = 8
-PIECE = 512
+THREADS = 32 * NUM_WARPS
 MOST_REGISTERS = 96
+# Elements that a program takes at a time of the end of a tensor, or at addresses that allow no wide loads.
+PIECE = 2 * THREADS
 
 # float32 numbers of one row of scalars: what the host works out, in float64, for the tensors of one group that are
 # at one step.
 SCALAR_FIELDS = 12
 # int64 numbers before the gradients' addresses: what may be another with every launch.
-CONTROL_FIELDS = 6
+CONTROL_FIELDS = 4
 # int64 numbers of one tensor: what stays while the tensors stay where they are.
-TENSOR_FIELDS = 8
+TENSOR_FIELDS, LENGTH_FIELD, ROW_FIELD = 8, 4, 5
 # int32 numbers of one program: which tensor, and which of its blocks.
 CHUNK_FIELDS = 2
 
@@ -54,18 +56,19 @@ class StepVariant:
         return "-".join([*parts, "stochastic"] if self.stochastic else parts)
 
     @property
+    def of_norm(self) -> NormVariant:
+        """The pass over the gradients of the same tensors."""
+        return NormVariant(self.weight, self.anchor, self.block)
+
+    @property
     def precise(self) -> bool:
         """Whether quotients and square roots are rounded correctly; bfloat16 weights do not show the difference."""
         return self.weight == torch.float32
 
     @property
     def block(self) -> int:
-        """Elements of one program."""
-        return 32 * NUM_WARPS * VECTOR_BYTES // min(d.itemsize for d in self._dtypes)
-
-    @property
-    def _dtypes(self) -> list[torch.dtype]:
-        return [d for d in (self.weight, getattr(self, "state", None), self.anchor) if d]
+        """Elements of one program: a 16-byte load of the narrowest dtype for each thread."""
+        return THREADS * VECTOR_BYTES // min(self.weight.itemsize, self.state.itemsize)
 
     @property
     def bytes_read(self) -> int:
@@ -89,24 +92,17 @@ class NormVariant:
     Attributes:
         weight: dtype of the weights and gradients.
         anchor: dtype of the anchors; None: without a term, and no weight is read.
+        block: elements of one program, those of the step: both go by the same chunks.
     """
 
     weight: torch.dtype
     anchor: torch.dtype | None
+    block: int
 
     @property
     def name(self) -> str:
-        """Such as norm-bfloat16-float32."""
-        return "-".join(["norm", _word(self.weight), _word(self.anchor)])
-
-    @property
-    def block(self) -> int:
-        """Elements of one program."""
-        return 32 * NUM_WARPS * VECTOR_BYTES // min(d.itemsize for d in self._dtypes)
-
-    @property
-    def _dtypes(self) -> list[torch.dtype]:
-        return [d for d in (self.weight, getattr(self, "state", None), self.anchor) if d]
+        """Such as norm-bfloat16-float32-2048."""
+        return "-".join(["norm", _word(self.weight), _word(self.anchor), str(self.block)])
 
     @property
     def bytes_read(self) -> int:
@@ -128,8 +124,7 @@ def step_variants() -> Iterator[StepVariant]:
 
 def norm_variants() -> Iterator[NormVariant]:
     """Every pass over the gradients that production launches."""
-    for weight in WEIGHT_DTYPES:
-        yield from (NormVariant(weight, anchor) for anchor in anchors_of(weight))
+    yield from dict.fromkeys(variant.of_norm for variant in step_variants())
 
 
 def anchors_of(weight: torch.dtype) -> tuple[torch.dtype | None, ...]:
