@@ -14,7 +14,18 @@ from typing import Any
 import torch
 
 from fastlock.kernels.ahead_of_time.compile import Op, Report, compile_kernel, count_wide_loads, rounding_problems
-from fastlock.kernels.locked_linear.tiles import DTYPES, MOST_ROWS, Tile, Way, shift_tiles, tiles
+from fastlock.kernels.locked_linear.tiles import (
+    DECODE_ROWS,
+    DTYPES,
+    MANY_ROWS_TILES,
+    MOST_ROWS,
+    Multiprocessors,
+    Sizes,
+    Tile,
+    Way,
+    triton_ways,
+    ways,
+)
 from fastlock.kernels.locked_linear.triton_kernels import (
     ADD_COLUMNS,
     ADD_ROWS,
@@ -28,8 +39,11 @@ from fastlock.kernels.locked_linear.triton_kernels import (
 # Shared memory that one program may have, bytes: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
-# Of a layer, as in Llama-3 8B.
+# How many multiprocessors an A100, an H100 or H200, a B200 and an RTX 5090 have.
+COUNTS = {80: 108, 90: 132, 100: 148, 120: 170}
+# Of a layer, as in Llama-3 8B; and the sizes of its output projection, and of Llama-3 70B's.
 HEADS = 32
+HIDDEN = (4096, 8192)
 BUCKETS = (16, 32, 64, 512, MOST_ROWS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDE_COPIES, TENSOR_CORES = "copies", "mma"
@@ -91,28 +105,42 @@ def jobs(arch: int) -> Iterator[Compilation]:
         yield Compilation(Way("add"), dtype)
 
 
+def processors_of(arch: int) -> Multiprocessors:
+    """Those of a large GPU of a compute capability."""
+    return Multiprocessors(arch // 10, COUNTS[arch], SHARED_BYTES[arch])
+
+
 def ways_on(arch: int, dtype: torch.dtype, head_dim: int) -> list[Way]:
-    """Triton's projections that may be launched on a compute capability, for whatever number of rows."""
-    fitting = list(dict.fromkeys(t for rows in BUCKETS for t in tiles(dtype, rows, arch // 10, SHARED_BYTES[arch])))
-    ways = [Way("gather", tile) for tile in fitting]
-    return ways + [Way("shift", tile) for tile in shift_tiles(fitting, head_dim, dtype)]
+    """Triton's projections that may be launched on a compute capability, whatever the sizes are."""
+    on = processors_of(arch)
+    return list(dict.fromkeys(way for rows in BUCKETS for way in triton_ways(dtype, rows, head_dim, on)))
+
+
+def likely_on(arch: int, dtype: torch.dtype) -> list[Way]:
+    """Those of them that are launched for the output projections of Llama-3 8B and 70B."""
+    on = processors_of(arch)
+    every = [ways(Sizes(dtype, rows, hidden, hidden, 128), on) for rows, hidden in itertools.product(BUCKETS, HIDDEN)]
+    return list(dict.fromkeys(way for found in every for way in found if way.tile))
 
 
 def sample(arch: int) -> Iterator[Compilation]:
-    """What CI compiles: every tile on sm_90 in bfloat16, the first and the largest elsewhere; and one of each kind."""
-    of_bf16 = ways_on(arch, BF16, 128)
+    """What CI compiles: every likely tile on sm_90 in bfloat16, three elsewhere; and one of each kind."""
+    of_bf16 = likely_on(arch, BF16)
     if arch == 90:
         yield from (Compilation(way, BF16) for way in of_bf16)
-        ways = [way for way in of_bf16 if way.tile == Tile(16, 32, 128, 4, 5)]
-        yield from (Compilation(way, FP16, transposed=True, has_bias=False) for way in ways)
-        yield Compilation(ways[0], BF16, even=False)
+        both = [way for way in of_bf16 if way.tile == Tile(16, 32, 128, 4, 8)]
+        yield from (Compilation(way, FP16, transposed=True, has_bias=False) for way in both)
+        yield Compilation(both[0], BF16, even=False)
         yield from (Compilation(Way("shift", Tile(64, 64, d & -d, 4, 4)), BF16, d) for d in (80, 96))
+        yield Compilation(Way("shift", MANY_ROWS_TILES[0]), BF16)  # which is not launched: a test says why
         yield from (Compilation(Way("around"), BF16, put_back=put_back) for put_back in (False, True))
         yield Compilation(Way("add"), BF16)
         yield from (Compilation(way, FP32) for way in ways_on(arch, FP32, 128))
     else:
-        largest = max((way.tile for way in of_bf16 if way.tile), key=lambda tile: (tile.rows * tile.hidden, tile.width))
-        yield from (Compilation(way, BF16) for way in of_bf16 if way.tile in (of_bf16[0].tile, largest))
+        tiles = [way.tile for way in of_bf16 if way.tile]
+        largest = max(tiles, key=lambda tile: (tile.rows * tile.hidden, tile.width))
+        of_decode = next(tile for tile in tiles if tile.rows == DECODE_ROWS)
+        yield from (Compilation(way, BF16) for way in of_bf16 if way.tile in (tiles[0], of_decode, largest))
 
 
 def compile_job(arch: int, job: Compilation) -> Report:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fastlock.errors import UnsupportedError
 from fastlock.kernels.locked_linear.reference import Inputs, by_torch, layout_of
-from fastlock.kernels.locked_linear.tiles import BY_TORCH, DTYPES, MAX_HEAD_DIM, Way, ways
+from fastlock.kernels.locked_linear.tiles import BY_TORCH, DTYPES, MAX_HEAD_DIM, Multiprocessors, Sizes, Way, ways
 from fastlock.kernels.locked_linear.timing import fastest, in_turn, on_device
 
 
@@ -72,7 +72,8 @@ def ways_for(inputs: Inputs) -> list[Way]:
     if inputs.x.dtype not in DTYPES or not contiguous or inputs.head_dim > MAX_HEAD_DIM or not _has_triton():
         return [BY_TORCH]
     device: Any = torch.cuda.get_device_properties(inputs.x.device)
-    return ways(inputs.x.dtype, inputs.rows, inputs.head_dim, device.major, device.shared_memory_per_block_optin)
+    on = Multiprocessors(device.major, device.multi_processor_count, device.shared_memory_per_block_optin)
+    return ways(Sizes(inputs.x.dtype, inputs.rows, *inputs.weight.shape, inputs.head_dim), on)
 
 
 def run(way: Way, inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -68,18 +68,29 @@ class Tile:
 
 Tiles: TypeAlias = tuple[Tile, ...]
 
-# Few rows: the time is that of reading W. There are as many programs as the GPU has processors (132 on an H100, hidden
-# 4096 and up), and each keeps tens of kilobytes of W in flight.
+# Up to DECODE_ROWS the time is that of reading W: many bytes of it must be on their way to each multiprocessor, but a
+# row of x is read again by every program. The model below picks among these; of equals, the first. The last ones are
+# for GPUs on which the others do not fit.
 ONE_ROW_TILES: Tiles = (
-    Tile(16, 32, 128, 4, 5),
-    Tile(16, 16, 256, 4, 4),
+    Tile(16, 32, 128, 4, 8),
+    Tile(16, 32, 256, 4, 6),
+    Tile(16, 64, 128, 4, 8),
+    Tile(16, 16, 256, 4, 6),
     Tile(16, 32, 256, 4, 4),
     Tile(16, 64, 128, 4, 4),
 )
 
 FEW_ROWS_TILES: Tiles = (
-    Tile(32, 32, 128, 4, 4),
+    Tile(32, 64, 128, 4, 7),
+    Tile(32, 32, 128, 4, 7),
     Tile(32, 64, 128, 4, 4),
+    Tile(32, 32, 128, 4, 4),
+)
+
+DECODE_ROWS_TILES: Tiles = (
+    Tile(64, 64, 128, 4, 6),
+    Tile(64, 32, 128, 4, 7),
+    Tile(64, 64, 64, 4, 8),
     Tile(64, 32, 128, 4, 4),
     Tile(64, 64, 64, 4, 4),
 )
@@ -89,7 +100,7 @@ MORE_ROWS_TILES: Tiles = (Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(
 MANY_ROWS_TILES: Tiles = (Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3))
 
 # Where the tensor cores take their sums or operands from elsewhere than registers (sm_90, sm_100).
-LARGE_TILES: Tiles = (Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 3))
+LARGE_TILES: Tiles = (Tile(128, 256, 64, 8, 4),)
 
 LARGE_MAJORS = (9, 10)
 
@@ -97,6 +108,48 @@ LARGE_MAJORS = (9, 10)
 FLOAT32_FEW_TILES: Tiles = (Tile(16, 32, 32, 4, 4),)
 
 FLOAT32_MANY_TILES: Tiles = (Tile(64, 64, 16, 8, 3),)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the projection is of.
+
+    Attributes:
+        dtype: of x and W.
+        rows: of x.
+        hidden, width: of W.
+        head_dim: columns of one head.
+    """
+
+    dtype: torch.dtype
+    rows: int
+    hidden: int
+    width: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Multiprocessors:
+    """Those of a device.
+
+    Attributes:
+        major: of its compute capability.
+        count: how many there are.
+        shared_bytes: shared memory that one program may have.
+    """
+
+    major: int
+    count: int
+    shared_bytes: int
+
+
+# The model of few rows, for each multiprocessor: as an H200 is expected to be, with 132 of them. Bytes a second from
+# memory (4.3e12 in all) and from the L2 cache (5.7e12); and seconds that a read takes while many are on their way,
+# twice those of a lone one. Not measured: they decide only what is not compiled at all.
+MEMORY_RATE, CACHE_RATE, LATENCY = 33e9, 43e9, 1.4e-6
+# What the model says is this much slower than the best cannot win; and of the rest, so many are compiled.
+HOPELESS = 1.5
+MOST_GATHER, MOST_SHIFT = 3, 2
 
 
 @dataclass(frozen=True)
@@ -127,26 +180,71 @@ def bucket(rows: int) -> int:
     return int(min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), MOST_ROWS))
 
 
-def ways(dtype: torch.dtype, rows: int, head_dim: int, major: int, shared_bytes: int) -> list[Way]:
-    """The ways for a shape on a device; of equally fast ones the first is taken.
-
-    Args:
-        dtype: of x and W.
-        rows: of x.
-        head_dim: columns of one head.
-        major: of the device's compute capability.
-        shared_bytes: shared memory that one program may have there.
-    """
-    fitting = tiles(dtype, rows, major, shared_bytes)
-    by_triton = [Way("gather", tile) for tile in fitting]
-    by_triton += [Way("shift", tile) for tile in shift_tiles(fitting, head_dim, dtype)]
+def ways(sizes: Sizes, on: Multiprocessors) -> list[Way]:
+    """The ways that are worth trying on a device: each of Triton's has to be compiled first."""
+    possible = triton_ways(sizes.dtype, sizes.rows, sizes.head_dim, on)
+    by_triton = likeliest([way for way in possible if way.kind == "gather"], sizes, on, MOST_GATHER)
+    by_triton += likeliest([way for way in possible if way.kind == "shift"], sizes, on, MOST_SHIFT)
     by_cublas = [Way("around"), Way("add")]
     # Another launch costs some microseconds, and a projection of few rows does not take many more.
-    return [*(by_triton + by_cublas if bucket(rows) <= DECODE_ROWS else by_cublas + by_triton), BY_TORCH]
+    return [*(by_triton + by_cublas if bucket(sizes.rows) <= DECODE_ROWS else by_cublas + by_triton), BY_TORCH]
+
+
+def triton_ways(dtype: torch.dtype, rows: int, head_dim: int, on: Multiprocessors) -> list[Way]:
+    """Every projection of Triton's for so many rows that fits a device."""
+    fitting = tiles(dtype, rows, on.major, on.shared_bytes)
+    found = [Way("gather", tile) for tile in fitting]
+    # Tensor cores that read x from shared memory wait where d is added to it in registers, at every step, while the
+    # gather of a tile adds one row of folds to all sums of it: there the shift cannot win.
+    if bucket(rows) <= DECODE_ROWS or dtype == torch.float32 or on.major not in LARGE_MAJORS:
+        found += [Way("shift", tile) for tile in shift_tiles(fitting, head_dim, dtype)]
+    return found
+
+
+def likeliest(candidates: Sequence[Way], sizes: Sizes, on: Multiprocessors, most: int) -> list[Way]:
+    """Of Triton's ways for few rows, the `most` that the model says are the fastest; all of them for more rows.
+
+    As many rows are reckoned with as the choice may be kept for; and of tiles that differ in their stages alone, one is
+    enough.
+    """
+    rows = bucket(sizes.rows)
+    if rows > DECODE_ROWS or not candidates:
+        return list(candidates)
+    times = {way: modelled_seconds(way.tile, replace(sizes, rows=rows), on) for way in candidates if way.tile}
+    hopeless = HOPELESS * min(times.values())
+    found: dict[object, Way] = {}
+    for way in sorted(times, key=times.__getitem__):
+        if way.tile and times[way] <= hopeless:
+            found.setdefault(replace(way.tile, num_stages=0), way)
+    return list(found.values())[:most]
+
+
+def modelled_seconds(tile: Tile, sizes: Sizes, on: Multiprocessors) -> float:
+    """Seconds to bring W and x to the multiprocessors, for few rows: W from memory, all from the L2 cache."""
+    of_weight = sizes.hidden * sizes.width * sizes.dtype.itemsize
+    of_x = programs(tile, sizes) * min(sizes.rows, tile.rows) * sizes.width * sizes.dtype.itemsize
+    rate = min(MEMORY_RATE, weight_in_flight(tile, sizes, on) / LATENCY)
+    return max(of_weight / rate, (of_weight + of_x) / CACHE_RATE) / on.count
+
+
+def weight_in_flight(tile: Tile, sizes: Sizes, on: Multiprocessors) -> float:
+    """Bytes of W that are on their way to a multiprocessor, on average over all of them."""
+    running = min(programs(tile, sizes), on.count * at_once(tile, sizes.dtype, on.shared_bytes))
+    return running * (tile.num_stages - 1) * tile.hidden * tile.width * sizes.dtype.itemsize / on.count
+
+
+def programs(tile: Tile, sizes: Sizes) -> int:
+    """How many programs share out W."""
+    return -(-sizes.hidden // tile.hidden)
+
+
+def at_once(tile: Tile, dtype: torch.dtype, shared_bytes: int) -> int:
+    """How many programs one multiprocessor runs, by shared memory: it has 1 KiB more than one program may have."""
+    return max(1, (shared_bytes + OTHER_SHARED_BYTES) // tile.shared_bytes(dtype))
 
 
 def tiles(dtype: torch.dtype, rows: int, major: int, shared_bytes: int) -> list[Tile]:
-    """The tiles to try for so many rows on a device."""
+    """The tiles for so many rows that fit a device."""
     count, large = bucket(rows), major in LARGE_MAJORS
     wanted: Tiles
     if dtype == torch.float32:
@@ -154,7 +252,7 @@ def tiles(dtype: torch.dtype, rows: int, major: int, shared_bytes: int) -> list[
     elif count <= FEWEST_ROWS:
         wanted = ONE_ROW_TILES
     elif count <= DECODE_ROWS:
-        wanted = tuple(tile for tile in FEW_ROWS_TILES if tile.rows <= count)
+        wanted = FEW_ROWS_TILES if count < DECODE_ROWS else DECODE_ROWS_TILES
     elif count <= 512:
         wanted = MORE_ROWS_TILES
     else:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from fastlock.errors import UnsupportedError
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear.launch import run
-from fastlock.kernels.locked_linear.tiles import BY_TORCH, Tile, Way
+from fastlock.kernels.locked_linear.tiles import BY_TORCH, Multiprocessors, Sizes, Tile, Way, ways
 from fastlock.kernels.locked_linear.timing import fastest, in_turn
 from tests.kernels.locked_linear.truth import (
     ADD,
@@ -52,18 +52,85 @@ def test_shift_is_inside_one_head():
     assert tiles.shift_tiles(twice, 64, torch.bfloat16) == [twice[1]]
 
 
+H200 = Multiprocessors(9, 132, 227 * 1024)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 17, 64, 100, 4096, 10**6])
 @pytest.mark.parametrize(("major", "shared"), [(8, 163), (8, 99), (9, 227), (10, 227), (12, 99)])
 def test_there_is_always_a_way_that_fits(dtype, rows, major, shared):
-    found = tiles.ways(dtype, rows, 128, major, shared * 1024)
+    found = ways(Sizes(dtype, rows, 4096, 4096, 128), Multiprocessors(major, 132, shared * 1024))
     assert len(set(found)) == len(found)
-    assert {way.kind for way in found} == {"gather", "shift", "add", "around", "torch"}
+    kinds = {"gather", "shift", "add", "around", "torch"}
+    if rows > 64 and dtype != torch.float32 and major in (9, 10):
+        kinds -= {"shift"}
+    assert {way.kind for way in found} == kinds
     assert all(way.tile is None or way.tile.shared_bytes(dtype) <= shared * 1024 for way in found)
     assert found[0].kind == ("gather" if rows <= 64 else "around")
+    assert found[-1] == BY_TORCH
     assert any(way.tile and way.tile.hidden == 256 for way in found) == (
         major in (9, 10) and rows > 512 and dtype != torch.float32
     )
+
+
+@pytest.mark.parametrize("hidden", [8, 1000, 4096, 8192, 16384])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513, 10**6])
+def test_how_many_kernels_a_first_call_compiles(rows, hidden):
+    """Of Triton's projections on an H200: five, or three for many rows."""
+    found = [way for way in ways(Sizes(torch.bfloat16, rows, hidden, 4096, 128), H200) if way.tile]
+    assert len(found) <= (5 if rows <= 64 else 3)
+    assert {way.kind for way in found} == ({"gather", "shift"} if rows <= 64 else {"gather"})
+    if rows <= 64:
+        cuts = [(way.kind, dataclasses.replace(way.tile, num_stages=0)) for way in found]
+        assert len(set(cuts)) == len(cuts), "tiles of the same cut, with more and with fewer stages"
+
+
+def test_in_flight_as_counted_by_hand():
+    """Of 4096 x 4096 in bfloat16, to 132 multiprocessors of 228 KiB; a program needs 1 KiB besides its tiles."""
+    sizes = Sizes(torch.bfloat16, 16, 4096, 4096, 128)
+    # 128 programs, each alone: 7 tiles of 32 x 128 numbers. Their 8 stages take 96 + 1 KiB, twice into 228.
+    tile = Tile(16, 32, 128, 4, 8)
+    assert tiles.programs(tile, sizes) == 128
+    assert tiles.at_once(tile, torch.bfloat16, H200.shared_bytes) == 2
+    assert tiles.weight_in_flight(tile, sizes, H200) == 128 * 7 * 32 * 128 * 2 / 132
+    # 256 programs, two at once on most: 5 tiles of 16 x 256.
+    tile = Tile(16, 16, 256, 4, 6)
+    assert tiles.at_once(tile, torch.bfloat16, H200.shared_bytes) == 2
+    assert tiles.weight_in_flight(tile, sizes, H200) == 256 * 5 * 16 * 256 * 2 / 132
+    # 512 of 8192 rows of W; no more than 2 x 132 run at once.
+    large = dataclasses.replace(sizes, hidden=8192)
+    assert tiles.weight_in_flight(tile, large, H200) == 2 * 5 * 16 * 256 * 2
+    # Memory's rate, where enough is on its way; the L2 cache's, where 256 programs read x; else the latency.
+    weight = 4096 * 4096 * 2
+    times = [(16, Tile(16, 64, 128, 4, 8), weight / tiles.MEMORY_RATE / 132)]
+    times += [(16, tile, 2 * weight / tiles.CACHE_RATE / 132)]
+    times += [(1, Tile(16, 64, 128, 4, 4), weight / (64 * 3 * 64 * 128 * 2 / tiles.LATENCY))]
+    for rows, of, seconds in times:
+        found = tiles.modelled_seconds(of, dataclasses.replace(sizes, rows=rows), H200)
+        assert math.isclose(found, seconds, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [4096, 8192])
+@pytest.mark.parametrize("kind", ["gather", "shift"])
+def test_enough_of_the_weights_is_in_flight(kind, hidden):
+    """With at most 16 rows, as many bytes as an H200's memory delivers in the latency, to each multiprocessor."""
+    sizes = Sizes(torch.bfloat16, 1, hidden, hidden, 128)
+    found = [way.tile for way in ways(sizes, H200) if way.kind == kind]
+    assert len(found) == (3 if kind == "gather" else 2)
+    assert all(tiles.weight_in_flight(tile, sizes, H200) >= 4.3e12 / 132 * 1.4e-6 for tile in found)
+
+
+def test_what_cannot_win_is_not_compiled():
+    """A tile with a quarter of the bytes in flight, and one for which x is read again by too many programs."""
+    thin, fat = Way("gather", Tile(64, 64, 64, 4, 4)), Way("gather", Tile(64, 64, 128, 4, 6))
+    sizes = Sizes(torch.bfloat16, 64, 4096, 4096, 128)
+    assert tiles.likeliest([thin, fat], sizes, H200, most=2) == [fat]
+    assert tiles.likeliest([thin, fat], dataclasses.replace(sizes, rows=65), H200, most=2) == [thin, fat]
+    narrow, broad = Way("gather", Tile(16, 16, 256, 4, 6)), Way("gather", Tile(16, 64, 128, 4, 8))
+    for rows in (16, 1):  # what is chosen for one row is kept for 16
+        assert tiles.likeliest([narrow, broad], dataclasses.replace(sizes, rows=rows), H200, most=2) == [broad]
+    assert tiles.likeliest([narrow], sizes, H200, most=2) == [narrow]
+    assert tiles.likeliest([], sizes, H200, most=2) == []
 
 
 def test_the_fastest_way_is_chosen():

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time.compile import ARCHS, Report
 from fastlock.kernels.locked_linear import compile as build_locked_linear
+from fastlock.kernels.locked_linear import tiles
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
 from fastlock.kernels.locked_linear.compile import (
     BF16,
@@ -25,7 +26,7 @@ from fastlock.kernels.locked_linear.compile import (
 )
 from fastlock.kernels.locked_linear.tiles import Tile, Way
 
-TILE = Tile(64, 64, 64, 4, 4)
+TILE, MANY = Tile(64, 64, 64, 4, 4), tiles.MANY_ROWS_TILES[0]
 # What a sound kernel of TILE in bfloat16 has: 4 + 4 copies of 16 bytes a thread in each of three steps.
 COPY = "cp.async.cg.shared.global [ %r33 + 0 ], [ %rd64 + 0 ], 0x10, %r34;\n"
 SOUND = COPY * 24 + "wgmma.mma_async.sync\ncvt.rn.bf16x2.f32 %r1, %r2, %r3;\nst.global.v4.b32 [ %rd1 + 0 ], {\n"
@@ -52,8 +53,9 @@ def test_the_sample(tmp_path):
         assert 0 < report.registers <= 255
         assert report.shared_bytes <= SHARED_BYTES[report.arch]
         assert not re.search(r"\bld\.global\.b16\b", report.ptx) or "no_bias" not in report.kernel
-    for way in build_locked_linear.ways_on(90, BF16, 128):  # every tile that an H100 may be given
+    for way in build_locked_linear.likely_on(90, BF16):  # every tile that an H200 is given
         report = found[90, Compilation(way, BF16).name]
+        check_room(report, way.tile)
         kinds = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\b", report.ptx))
         assert kinds == {"wgmma.mma_async" if way.tile.rows >= 64 else "mma.sync"}
     for way in build_locked_linear.ways_on(90, FP32, 128):
@@ -63,8 +65,44 @@ def test_the_sample(tmp_path):
         "float16",
         "float32",
     }
+    # Where d is added to x, the tensor cores take x from registers, and the sums wait for it.
+    of_x = {kind: found[90, Compilation(Way(kind, MANY), BF16).name].ptx for kind in ("gather", "shift")}
+    assert re.findall(r"wgmma\.mma_async[^;]*\}, %rd\d+, %rd\d+, %p", of_x["gather"])
+    assert not re.findall(r"wgmma\.mma_async[^;]*\}, %rd\d+, %rd\d+, %p", of_x["shift"])
+    assert re.findall(r"wgmma\.mma_async[^;]*\}, \{(?:%r\d+,?){4}\}, %rd\d+, %p", of_x["shift"])
+    check_shift_kernels([found[90, Compilation(Way("around"), BF16, put_back=there).name] for there in (False, True)])
     largest = found[100, Compilation(Way("gather", Tile(128, 256, 64, 8, 4)), BF16).name]
     assert "tcgen05.mma" in largest.ptx
+
+
+def check_room(report, tile):
+    """As many programs as the model reckons with have room on a multiprocessor, up to 64 rows."""
+    if tile.rows <= 64:
+        at_once = tiles.at_once(tile, BF16, SHARED_BYTES[90])
+        assert at_once <= at_once_by_registers(report, tile), report
+        assert at_once * (report.shared_bytes + 1024) <= 228 * 1024, report
+
+
+def at_once_by_registers(report, tile):
+    """Programs of a multiprocessor with 65536 registers; a warp's are handed out by 8 a thread."""
+    return 65536 // (-(-report.registers // 8) * 8 * 32 * tile.num_warps)
+
+
+def check_shift_kernels(reports):
+    """Whole vectors, 12 programs of 128 threads or more on a multiprocessor, no shared memory; no early end.
+
+    Its head is found by one read of the table, of 32 heads: without waiting for other warps, or for another read.
+    """
+    for report in reports:
+        assert at_once_by_registers(report, Tile(16, 16, 16, 4, 1)) >= 12
+        assert report.shared_bytes == 0
+        assert "bar.sync" not in report.ptx
+        assert len(re.findall(r"\bret;", report.ptx)) == 1
+    there, back = (report.ptx for report in reports)
+    # 16 rows of 128 numbers are two vectors a thread of x, and as many of `held`; d is float32.
+    assert len(re.findall(r"\bld\.global\S*\.v4\.b32", there)) == 2 + 4
+    assert len(re.findall(r"\bst\.global\S*\.v4\.b32", there)) == 2 + 2
+    assert len(re.findall(r"\bld\.global\S*\.v4\.b32", back)) == len(re.findall(r"\bst\.global\S*\.v4\.b32", back)) == 2
 
 
 def test_what_the_build_fails_by():
