@@ -31,9 +31,9 @@ from fastlock.models.locked_linear_op import locked_linear as op
 ON_GPU = machine.device().type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # Width and height of the output projections of Llama-3 8B and 70B.
-SIZES = sized({"8B": 4096, "70B": 8192} if ON_GPU else {"small": 512}, tiny={"tiny": 256})
-ROWS = sized((1, 4, 16, 64, 4096, 8192) if ON_GPU else (1, 16, 64), tiny=(1, 72))
-HEAD_DIM = 128
+SIZES = sized({"8B": 4096, "70B": 8192} if ON_GPU else {"small": 512}, tiny={"tiny": 64})
+ROWS = sized((1, 4, 16, 64, 4096, 8192) if ON_GPU else (1, 16, 64), tiny=(1,))
+HEAD_DIM = sized(128, 32)
 LOCKS, HEADS_A_LOCK = 8, 2
 REQUESTS = 8  # of a prompt's rows; up to DECODE rows each row is a request
 DECODE = 64
