@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from fastlock.checkpoints.unlocking import unlock_checkpoint
     from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
     from fastlock.evaluation.evaluator import evaluate
+    from fastlock.finetuning.alternation import Alternation
     from fastlock.finetuning.band_prompts import BandPrompts
     from fastlock.finetuning.freezing import freeze, lora_outside, thaw
+    from fastlock.finetuning.lisa_schedule import Lisa
+    from fastlock.finetuning.lisa_trainer import lisa
     from fastlock.finetuning.proximal_adamw import ProximalAdamW
     from fastlock.finetuning.published_bands import published_bands
     from fastlock.finetuning.safety_layers import locate
+    from fastlock.finetuning.trainer_callback import TrainerCallback
     from fastlock.locks.band import Band
     from fastlock.locks.lock import Lock
     from fastlock.locks.receipt import Receipt
@@ -34,10 +38,12 @@ if TYPE_CHECKING:
     from fastlock.zoo.run import relock_zoo, verify_zoo
 
 __all__ = [
+    "Alternation",
     "Band",
     "BandPrompts",
     "DamagedError",
     "FastlockError",
+    "Lisa",
     "Lock",
     "LockedLinear",
     "MismatchError",
@@ -46,6 +52,7 @@ __all__ = [
     "ProximalAdamW",
     "Receipt",
     "RequestLocks",
+    "TrainerCallback",
     "UnsupportedError",
     "Verification",
     "__version__",
@@ -54,6 +61,7 @@ __all__ = [
     "evaluate",
     "extract",
     "freeze",
+    "lisa",
     "load_pairs",
     "locate",
     "lora_outside",
@@ -85,11 +93,15 @@ _MODULES = {
         "UnsupportedError",
     ),
     "fastlock.evaluation.evaluator": ("evaluate",),
+    "fastlock.finetuning.alternation": ("Alternation",),
     "fastlock.finetuning.band_prompts": ("BandPrompts",),
     "fastlock.finetuning.freezing": ("freeze", "lora_outside", "thaw"),
+    "fastlock.finetuning.lisa_schedule": ("Lisa",),
+    "fastlock.finetuning.lisa_trainer": ("lisa",),
     "fastlock.finetuning.proximal_adamw": ("ProximalAdamW",),
     "fastlock.finetuning.published_bands": ("published_bands",),
     "fastlock.finetuning.safety_layers": ("locate",),
+    "fastlock.finetuning.trainer_callback": ("TrainerCallback",),
     "fastlock.locks.band": ("Band",),
     "fastlock.locks.lock": ("Lock",),
     "fastlock.locks.receipt": ("Receipt",),

@@ -32,6 +32,8 @@ _WEIGHTS = (
     "consolidated*.safetensors consolidated.safetensors.index.json "
     "model*.safetensors pytorch_model*.safetensors model.safetensors.index.*.json"
 ).split()
+# The settings that a Trainer saves beside the weights, which no stack takes for weights.
+_SETTINGS = "training_args.bin"
 # With these beside the weights, transformers loads another base (4.57), or puts the adapter on top (5).
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 # Signatures are of the original.
@@ -131,7 +133,7 @@ def _bypasses(name: str, own: Set[str], directories: Set[str]) -> bool:
 
 def _is_weights(name: str) -> bool:
     plain = _plain(name)
-    return any(fnmatch(plain, pattern) for pattern in (*_WEIGHTS, *_ADAPTER))
+    return plain != _SETTINGS and any(fnmatch(plain, pattern) for pattern in (*_WEIGHTS, *_ADAPTER))
 
 
 def _directories_with_weights(names: Iterable[str], own: Set[str]) -> frozenset[str]:
