@@ -15,8 +15,10 @@ FOLDER = Path(__file__).parents[1] / "cubins"
 MANIFEST = "manifest.json"
 FORMAT = 1
 # A cubin is made from these files, and launched by what they say: from others it is not the same kernel.
-SOURCES = ("fold/variants.py", "fold/launch.py", "fold/triton_kernel.py")
-# The kernel's own arguments: addresses of the sites, heads, values and flags. Triton adds addresses of scratch memory.
+SOURCES = tuple(
+    f"{room}/{name}.py" for room in ("fold", "proximal_step") for name in ("variants", "launch", "triton_kernel")
+)
+# A kernel's own arguments, all of them addresses: of its tables. Triton adds addresses of scratch memory.
 ARGUMENTS = 4
 ADDRESS_BYTES = 8
 
@@ -26,7 +28,7 @@ class Cubin:
     """What the manifest says of one file.
 
     Attributes:
-        variant: the name of the `fold.Variant`.
+        variant: the name of what the kernel was compiled for, such as a `fold.Variant`.
         target: what ptxas compiled for, such as sm_80 or sm_90a.
         file: its name, in the manifest's folder.
         sha256: of the file, in hexadecimal.

@@ -128,7 +128,7 @@ class StepTable:
 
         Args:
             tensors: all that fit the variant, at least one. Of one without a gradient nothing is touched.
-            scalars: on the device. They must stay alive until the launches are queued.
+            scalars: on the device.
         """
         rows: dict[tuple[StepSettings, float], int] = {}
         row_of = [rows.setdefault((one.settings, one.step), len(rows)) for one in tensors]
@@ -158,6 +158,7 @@ class StepTable:
         if row_of != self._described[ROW_FIELD::TENSOR_FIELDS]:
             self._described = list(self._described)
             self._described[ROW_FIELD::TENSOR_FIELDS] = row_of
+        self._scalars = scalars  # whose memory is not given to others before the launches are queued
         addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
         self._send(rows, addresses, self._control(scalars))
 

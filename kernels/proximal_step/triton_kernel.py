@@ -129,20 +129,22 @@ def step_block(
     w = load_at(p_w, o, mask, WEIGHT_DTYPE, FULL)
     m = load_at(p_m, o, mask, STATE_DTYPE, FULL)
     v = load_at(p_v, o, mask, STATE_DTYPE, FULL)
-    new = w - tl.load(p_row + DECAY) * w
+    # What is small is added up first: one rounding in the size of w, and w - 0 is w, whatever its sign.
+    change = tl.load(p_row + DECAY) * w
     if ANCHOR_DTYPE is not None:
         away = w - load_at(p_a, o, mask, ANCHOR_DTYPE, FULL)
         g += tl.load(p_row + PULL) * away
-        new -= tl.load(p_row + ANCHOR_RATE) * away
+        change += tl.load(p_row + ANCHOR_RATE) * away
     g *= clip
     m += tl.load(p_row + ONE_MINUS_BETA1) * (g - m)
     v = tl.load(p_row + BETA2) * v + tl.load(p_row + ONE_MINUS_BETA2) * g * g
     if PRECISE:
         denominator = tl.sqrt_rn(v) * tl.load(p_row + UNBIASED) + tl.load(p_row + EPS)
-        new -= tl.load(p_row + STEP_SIZE) * tl.div_rn(m, denominator)
+        change += tl.load(p_row + STEP_SIZE) * tl.div_rn(m, denominator)
     else:
         denominator = tl.sqrt(v) * tl.load(p_row + UNBIASED) + tl.load(p_row + EPS)
-        new -= tl.load(p_row + STEP_SIZE) * (m / denominator)
+        change += tl.load(p_row + STEP_SIZE) * (m / denominator)
+    new = w - change
     if STOCHASTIC:
         # A counter, the element's number, and a key of seed, step and tensor: the same bits in every run.
         low = (o & tl.full([], 0xFFFFFFFF, tl.int64)).to(tl.uint32)
