@@ -82,6 +82,7 @@ ONE_ROW_TILES: Tiles = (
 
 FEW_ROWS_TILES: Tiles = (
     Tile(32, 64, 128, 4, 7),
+    Tile(32, 128, 64, 4, 7),
     Tile(32, 32, 128, 4, 7),
     Tile(32, 64, 128, 4, 4),
     Tile(32, 32, 128, 4, 4),
@@ -89,8 +90,9 @@ FEW_ROWS_TILES: Tiles = (
 
 DECODE_ROWS_TILES: Tiles = (
     Tile(64, 64, 128, 4, 6),
-    Tile(64, 32, 128, 4, 7),
+    Tile(64, 128, 64, 4, 7),
     Tile(64, 64, 64, 4, 8),
+    Tile(64, 32, 128, 4, 7),
     Tile(64, 32, 128, 4, 4),
     Tile(64, 64, 64, 4, 4),
 )

@@ -3,10 +3,13 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
+import re
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +56,7 @@ def test_shift_is_inside_one_head():
 
 
 H200 = Multiprocessors(9, 132, 227 * 1024)
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,6 +122,26 @@ def test_enough_of_the_weights_is_in_flight(kind, hidden):
     found = [way.tile for way in ways(sizes, H200) if way.kind == kind]
     assert len(found) == (3 if kind == "gather" else 2)
     assert all(tiles.weight_in_flight(tile, sizes, H200) >= 4.3e12 / 132 * 1.4e-6 for tile in found)
+
+
+def test_the_docs_say_what_the_model_says():
+    """For every way that is compiled for Llama-3 8B and 70B on an H200, and for no other."""
+    lines = (REPOSITORY / "docs/per-request.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if re.match(r"\| \d+ \| `", line)]
+    said = {(int(row[0]), row[1].strip("`")): [row[4], row[5:8], row[8:11]] for row in cells}
+    expected = {}
+    for rows, hidden in itertools.product((16, 32, 64), (4096, 8192)):
+        sizes = Sizes(torch.bfloat16, rows, hidden, hidden, 128)
+        expected |= {(rows, way.name): way.tile for way in ways(sizes, H200) if way.tile}
+    assert said.keys() == expected.keys()
+    for (rows, name), (at_once, *figures) in said.items():
+        tile = expected[rows, name]
+        assert int(at_once) == tiles.at_once(tile, torch.bfloat16, H200.shared_bytes)
+        for hidden, (programs, kib, microseconds) in zip((4096, 8192), figures, strict=True):
+            sizes = Sizes(torch.bfloat16, rows, hidden, hidden, 128)
+            assert int(programs) == tiles.programs(tile, sizes)
+            assert abs(float(kib) - tiles.weight_in_flight(tile, sizes, H200) / 1024) <= 0.5
+            assert abs(float(microseconds) - tiles.modelled_seconds(tile, sizes, H200) * 1e6) <= 0.051
 
 
 def test_what_cannot_win_is_not_compiled():
