@@ -19,6 +19,8 @@ BY_SAFETENSORS_NAME = {
     "F64": torch.float64,
 }
 
+SAFETENSORS_NAMES = {dtype: name for name, dtype in BY_SAFETENSORS_NAME.items()}
+
 # For messages.
 FOLDABLE = "float16, bfloat16, float32 and float64"
 

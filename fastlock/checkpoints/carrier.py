@@ -20,6 +20,8 @@ _LLAMA_TENSOR = re.compile(
     r"(model\.embed_tokens|model\.norm|lm_head)\.weight|model\.layers\.\d+\.("
     r"self_attn\.[qkvo]_proj\.(weight|bias)|mlp\.(gate|up|down)_proj\.weight|(input|post_attention)_layernorm\.weight)"
 )
+# A quantised projection has other tensors, of the same modules.
+_QUANTISED_TENSOR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.[\w.]+")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class Carrier:
         modules = [] if self.was else [*checkpoint.modules(self.switched), *head]
         if self.form == "llama":  # the model's own class has no place for the projection's bias, whatever the flag
             modules += [site.name for site in checkpoint.sites]
-        return sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
+        biases = sorted({f"{path}.bias" for path in modules} & checkpoint.shards.tensors.keys())
+        if not checkpoint.quantisation:
+            return biases
+        # Old releases of AutoGPTQ write a bias of zeros for every projection.
+        return [name for name in biases if checkpoint.read_vector(checkpoint.shards.tensors[name]).count_nonzero()]
 
 
 def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
@@ -61,6 +67,11 @@ def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
     """
     _check_config(checkpoint)
     model_type, asked = checkpoint.model_type, set(stacks)
+    if "llama.cpp" in asked and any(site.quantised for site in checkpoint.sites):
+        raise UnsupportedError(
+            f"{checkpoint.where}: is quantised, and llama.cpp runs GGUF alone. Relock the unquantised checkpoint, and "
+            "convert that. Nothing was written."
+        )
     native = acts(model_type)
     if "transformers" in native and asked <= native:
         return _native(checkpoint, stacks, checkpoint.family.bias_flag or "")
@@ -128,7 +139,7 @@ def _architecture(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> str | None
 def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
     works = "What works: relock in memory after loading (fastlock.relock). Nothing was written."
     config = llama_config(checkpoint.config, checkpoint.raw, architecture, works)
-    if foreign := [name for name in checkpoint.shards.tensors if not _LLAMA_TENSOR.fullmatch(name)]:
+    if foreign := [name for name in checkpoint.shards.tensors if not _is_llamas(name, bool(checkpoint.quantisation))]:
         raise UnsupportedError(f"{checkpoint.where}: {foreign[0][:200]!a} has no place in the Llama form. {works}")
     tokenizer = tokenizer_keys(checkpoint, works)
     config |= tokenizer.config
@@ -141,6 +152,11 @@ def _as_llama(checkpoint: Checkpoint, architecture: str) -> Carrier:
         versions=version_configs(config, tokenizer.versions),
         rewritten=tokenizer.rewritten,
     )
+
+
+def _is_llamas(name: str, quantised: bool) -> bool:
+    """Whether a Llama has a place for a tensor of this name."""
+    return bool(_LLAMA_TENSOR.fullmatch(name) or (quantised and _QUANTISED_TENSOR.fullmatch(name)))
 
 
 def _check_config(checkpoint: Checkpoint) -> None:

@@ -17,8 +17,10 @@ import torch
 
 from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.checkpoints.config import read_config, transformers_config
+from fastlock.checkpoints.quantised import WEIGHTS, Quantised, Settings, SiteTensors, is_quantised, quantised_at
+from fastlock.checkpoints.quantised.basis import check_basis
 from fastlock.checkpoints.tensor_index import StoredTensor, read_shards
-from fastlock.dtypes import FOLDABLE
+from fastlock.dtypes import BY_TORCH_NAME, FOLDABLE, SAFETENSORS_NAMES
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError, shown
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
@@ -35,7 +37,10 @@ _PACKED = ("_proj.qweight", "_proj.weight_packed", "_proj.weight.absmax", "_proj
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel or DDP", "base_model.model.": "PEFT"}
 # Rows are mapped in blocks of this size, which bounds the memory that a large projection takes.
 _BLOCK_BYTES = 32 * 1024 * 1024
-_QUANTISED = "Quantised checkpoints cannot be relocked yet: relock the unquantised one, then quantise."
+_QUANTISED = (
+    "fastlock reads GPTQ, AWQ, compressed-tensors, FP8, NVFP4, MXFP4 and bitsandbytes. Of any other format, relock the "
+    "unquantised checkpoint, then quantise it."
+)
 
 
 @dataclass(frozen=True)
@@ -45,35 +50,37 @@ class StoredSite:
     Attributes:
         layer: the decoder layer.
         name: of the projection, in the file ("model.layers.3.self_attn.o_proj").
-        weight: W, [hidden, num_heads * head_dim]; [num_heads * head_dim, hidden] where the family transposes it.
+        weight: W, [hidden, num_heads * head_dim]; [num_heads * head_dim, hidden] where the family transposes it. Of a
+            quantised one, the tensor by which it was found.
         bias: c, [hidden], None where the file has none.
+        hidden_size: the length of its output.
         num_heads, head_dim: of its input.
         transposed: how W is kept.
+        quantised: whether W is quantised: see `quantised`.
+        torch_dtype: what `dtype` is, None if fastlock does not fold that.
     """
 
     layer: int
     name: str
     weight: StoredTensor
     bias: StoredTensor | None
+    hidden_size: int
     num_heads: int
     head_dim: int
     transposed: bool
-
-    @property
-    def hidden_size(self) -> int:
-        """The length of its output."""
-        return self.weight.shape[1 if self.transposed else 0]
+    quantised: bool
+    torch_dtype: torch.dtype | None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its weight.
+        """The dtype of its bias, and of W where that is not quantised.
 
         Raises:
             UnsupportedError: fastlock does not fold it.
         """
-        if (dtype := self.weight.torch_dtype) is None:
+        if self.torch_dtype is None:
             raise _not_folded(f"{shown(self.name)}.weight", self.weight)
-        return dtype
+        return self.torch_dtype
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class StoredColumns:
     """The locked columns of one site, and their digest.
 
     Attributes:
-        columns: side by side, [hidden, len(heads) * head_dim], in the dtype of the file.
-        digest: SHA-256 of their bytes, row by row.
+        columns: side by side, [hidden, len(heads) * head_dim], in the dtype of the file; float64 if they are quantised.
+        digest: SHA-256 of their bytes, row by row; if they are quantised, of the bytes that were read for them.
     """
 
     columns: HeadColumns
@@ -101,6 +108,7 @@ class Checkpoint:
         text_key: the key of that part in config.json, None where the config is the decoder's own.
         family: the decoder's family.
         shards: its tensors.
+        quantisation: its `quantization_config`; empty if it has none.
         sites: the output projection of every layer.
     """
 
@@ -127,8 +135,11 @@ class Checkpoint:
         )
         self.family: Family = family_of_config(self.text_config, where)
         self.shards = read_shards(files, where)
+        quantisation = self.raw.get("quantization_config")
+        self.quantisation: dict[str, Any] = quantisation if isinstance(quantisation, dict) else {}
         check_names(self.shards.tensors, where)
         self.sites = self._find_sites()
+        self._check_quantised()
 
     @property
     def model_type(self) -> str:
@@ -147,17 +158,48 @@ class Checkpoint:
         check_lock_fits(lock, len(self.sites), self.text_config, self.where)
         locked = [self.sites[layer] for layer in sorted(set(lock.layers.tolist()))]
         for site in locked:
-            if site.weight.torch_dtype is None:
+            if site.quantised:
+                self._quantised(site)
+            if site.torch_dtype is None:
                 raise _not_folded(f"{self.where}: {shown(site.name)}.weight", site.weight)
-            if site.bias is not None and (site.bias.dtype, site.bias.shape) != (site.weight.dtype, (site.hidden_size,)):
+            if site.bias is not None and (site.bias.torch_dtype, site.bias.shape) != (site.dtype, (site.hidden_size,)):
                 raise DamagedError(
                     f"{self.where}: {shown(site.name)}.bias is {site.bias.dtype[:20]!a} {list(site.bias.shape)}, but "
-                    f"should be {site.weight.dtype!a} [{site.hidden_size}]. {DOWNLOAD_AGAIN}"
+                    f"should be {SAFETENSORS_NAMES[site.dtype]!a} [{site.hidden_size}]. {DOWNLOAD_AGAIN}"
                 )
         return locked
 
+    def _check_quantised(self) -> None:
+        """Raise if the projections are quantised in a way that cannot be folded: told by the config, and the first."""
+        num_heads, _ = head_geometry(self.text_config)
+        grouped = (getattr(self.text_config, "num_key_value_heads", None) or num_heads) != num_heads
+        check_basis(self.quantisation, grouped, self.where)
+        if (site := next((site for site in self.sites if site.quantised), None)) is not None:
+            self._quantised(site)
+
+    def _quantised(self, site: StoredSite) -> tuple[Quantised, SiteTensors]:
+        """A quantised projection, and the tensors that it is read from.
+
+        Raises:
+            UnsupportedError: it is of a format that fastlock does not read.
+            DamagedError: its tensors do not go together.
+        """
+        tensors = SiteTensors(self.files, self.shards.tensors, site.name, self.where)
+        width = site.num_heads * site.head_dim
+        projection = quantised_at(tensors, Settings(self.where, site.hidden_size, width, self.quantisation))
+        if projection is None:
+            raise UnsupportedError(
+                f"{self.where}: {shown(site.name)} is quantised, and its tensors are of no format that fastlock knows. "
+                f"{_QUANTISED}"
+            )
+        return projection, tensors
+
     def read_columns(self, site: StoredSite, heads: Sequence[int]) -> StoredColumns:
-        """Read the locked columns of one site, and nothing else of it."""
+        """Read the locked columns of one site, and nothing else of it; of a quantised one in float64."""
+        if site.quantised:
+            projection, tensors = self._quantised(site)
+            parts = [projection.columns(head * site.head_dim, site.head_dim) for head in heads]
+            return StoredColumns(HeadColumns.side_by_side(torch.cat(parts, dim=1), site.head_dim), tensors.digest())
         file, itemsize = self.files[site.weight.file], site.dtype.itemsize
         width = site.head_dim * itemsize
         rows, row_bytes = site.weight.shape[0], site.weight.shape[1] * itemsize
@@ -182,6 +224,13 @@ class Checkpoint:
                     del stored
         matrix = torch.from_numpy(columns).view(site.dtype)
         return StoredColumns(HeadColumns.side_by_side(matrix, site.head_dim), hashlib.sha256(columns.data).digest())
+
+    def identity_of(self, site: StoredSite) -> tuple[Any, ...]:
+        """What changes when the numbers of a site's weight may have."""
+        tensors = [site.weight]
+        if site.quantised:
+            tensors = [tensor for name, tensor in self.shards.tensors.items() if name.startswith(f"{site.name}.")]
+        return tuple((self.files[tensor.file].identity, tensor.start) for tensor in tensors)
 
     def read_vector(self, tensor: StoredTensor) -> torch.Tensor:
         """A whole tensor of one dimension, in the dtype of the file.
@@ -214,7 +263,7 @@ class Checkpoint:
 
     def _out_features(self, path: str, name: str) -> int:
         weight = self.shards.tensors.get(f"{path}.weight")
-        if weight is not None and weight.torch_dtype is not None:
+        if weight is not None and weight.torch_dtype is not None and not is_quantised(self.shards.tensors, path):
             length = weight.shape[0] if len(weight.shape) == 2 else 0
             if not 0 < length <= min(weight.length, MAX_FEATURES):
                 raise DamagedError(
@@ -223,7 +272,12 @@ class Checkpoint:
             return length
         num_heads, head_dim = head_geometry(self.text_config)
         grouped = getattr(self.text_config, "num_key_value_heads", None) or num_heads
-        by_name = {"q_proj": num_heads * head_dim, "k_proj": grouped * head_dim, "v_proj": grouped * head_dim}
+        by_name = {
+            "q_proj": num_heads * head_dim,
+            "k_proj": grouped * head_dim,
+            "v_proj": grouped * head_dim,
+            "o_proj": self.text_config.hidden_size,
+        }
         length = by_name.get(name.rpartition(".")[2], 0)
         if not 0 < length <= MAX_FEATURES:
             raise UnsupportedError(
@@ -242,25 +296,39 @@ class Checkpoint:
         expected = (self.text_config.hidden_size, num_heads * head_dim)
         sites = []
         for layer, name in enumerate(self._projections()):
-            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            if weight.shape != (expected[::-1] if family.transposed else expected):
+            weight = next(tensors[key] for suffix in WEIGHTS if (key := f"{name}.{suffix}") in tensors)
+            bias, quantised = tensors.get(f"{name}.bias"), is_quantised(tensors, name)
+            if not quantised and weight.shape != (expected[::-1] if family.transposed else expected):
                 raise self._unfit(
                     f"{shown(name)}.weight is {list(weight.shape)}, but its config says {num_heads} heads of "
                     f"{head_dim} and a hidden size of {expected[0]}. They do not belong together."
                 )
-            sites.append(StoredSite(layer, name, weight, bias, num_heads, head_dim, family.transposed))
+            dtype = self._dtype_beside(bias) if quantised else weight.torch_dtype
+            sites.append(
+                StoredSite(
+                    layer, name, weight, bias, expected[0], num_heads, head_dim, family.transposed, quantised, dtype
+                )
+            )
         return sites
+
+    def _dtype_beside(self, bias: StoredTensor | None) -> torch.dtype | None:
+        """The dtype of the bias of a quantised projection: its own, or the one that the model computes in."""
+        if bias is not None and bias.torch_dtype is not None:
+            return bias.torch_dtype
+        dtype = getattr(self.text_config, "dtype", None) or self.config.dtype
+        return BY_TORCH_NAME.get(str(dtype).removeprefix("torch."), torch.float16)
 
     def _projections(self) -> list[str]:
         """The names of the output projections in the files, layers ascending."""
         family = self.family
         pattern = re.compile(
-            rf"((?:.*\.)?{family.layers}\.)(\d{{1,5}})\.{re.escape(family.projection)}\.weight", re.DOTALL
+            rf"((?:.*\.)?{family.layers}\.)(\d{{1,5}})\.({re.escape(family.projection)})\.(?:{'|'.join(WEIGHTS)})",
+            re.DOTALL,
         )
         by_prefix: dict[str, dict[int, str]] = {}
         for name in self.shards.tensors:
             if match := pattern.fullmatch(name):
-                by_prefix.setdefault(match[1], {})[int(match[2])] = name.removesuffix(".weight")
+                by_prefix.setdefault(match[1], {})[int(match[2])] = match[1] + match[2] + "." + match[3]
         layers: int = self.text_config.num_hidden_layers
         complete = [names for names in by_prefix.values() if names.keys() == set(range(layers))]
         if len(complete) != 1:

@@ -27,6 +27,7 @@ from fastlock.checkpoints.tensor_index import INDEX
 from fastlock.dtypes import torch_name
 from fastlock.errors import DamagedError, FastlockError, is_unicode, shown
 from fastlock.fold import Fold, fold
+from fastlock.kernels.fold.reference import rounded
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import (
     CONFIG_KEY,
@@ -179,14 +180,28 @@ def _fold_site(
 ) -> _Folded:
     original = None if site.bias is None else checkpoint.read_vector(site.bias)
     before = None if original is None else raw_bytes(original)
-    key = (checkpoint.files[site.weight.file].identity, site.weight.start, before, *of_lock)
+    key = (*checkpoint.identity_of(site), before, *of_lock)
     if key not in folds:
         read = checkpoint.read_columns(site, displacement.heads)
-        (bias,) = fold([Fold(read.columns, displacement.values, original, f"{checkpoint.where}: {shown(site.name)}")])
-        folds[key] = KnownFold(raw_bytes(bias), read.digest)
+        c = None if original is None else original.to(read.columns.matrix.dtype)
+        (bias,) = fold([Fold(read.columns, displacement.values, c, f"{checkpoint.where}: {shown(site.name)}")])
+        folds[key] = KnownFold(raw_bytes(_as_stored(bias, site, checkpoint.where)), read.digest)
     known = folds[key]
     bias = torch.frombuffer(bytearray(known.bias), dtype=site.dtype)
     return _Folded(site, displacement.heads, bias, original, known.columns_digest)
+
+
+def _as_stored(bias: torch.Tensor, site: StoredSite, where: str) -> torch.Tensor:
+    """A fold in the dtype of the site: that of a quantised projection comes in float64, and is rounded once, here."""
+    if bias.dtype == site.dtype:
+        return bias
+    result = rounded(bias, site.dtype)
+    if not result.isfinite().all():
+        raise FastlockError(
+            f"{where}: {shown(site.name)}: its fold is not finite in {site.dtype}: the strength is too large for this "
+            "dtype. Lower it."
+        )
+    return result
 
 
 def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_Folded]) -> Receipt:

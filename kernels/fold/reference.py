@@ -50,10 +50,10 @@ def fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None =
     Returns:
         b, [hidden], of the matrix's dtype and device.
     """
-    return _rounded(exact_fold(columns, values, bias), columns.matrix.dtype).to(columns.matrix.device)
+    return rounded(exact_fold(columns, values, bias), columns.matrix.dtype).to(columns.matrix.device)
 
 
-def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round float64 to the nearest of a smaller dtype, once: `.to` goes through float32, and rounds twice.
 
     The step through float32 is rounded to odd, which keeps whatever decides the second one (Boldo and Melquiond,

@@ -229,7 +229,7 @@ def bitsandbytes(source: Path) -> None:
         (fewer_layers, fastlock.DamagedError, "hold 3 layers.*its config says 2"),
         (other_dtype, fastlock.FastlockError, "'BQ16' is a dtype that safetensors does not know"),
         (given_twice, fastlock.FastlockError, "'hidden_size' twice"),
-        (bitsandbytes, fastlock.UnsupportedError, "is quantised, as its tensors show"),
+        (bitsandbytes, fastlock.UnsupportedError, "is quantised, and its tensors are of no format"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_with_the_right_remedy(change, kind, remedy: str, tmp_path) -> None:

@@ -1,0 +1,120 @@
+"""bitsandbytes: NF4 and FP4 (arXiv 2305.14314), double quantised or not, and int8 (arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.errors import DamagedError
+from fastlock.storage.files import json_object
+
+_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+MAX_STATE_BYTES = 1024 * 1024
+_INT8_LARGEST = 127
+
+
+class Bits4:
+    """W = quant_map[q] * absmax of its block of consecutive numbers, W's rows one after the other.
+
+    `weight` is hidden * width / 2 bytes, the upper half of a byte first, under any dtype (`quant_storage`); `absmax` is
+    float32 a block, or, double quantised, uint8: nested_quant_map[u8] * nested_absmax + nested_offset.
+    """
+
+    def __init__(self, tensors: SiteTensors, settings: Settings, state: dict[str, Any]) -> None:
+        self._tensors, self._hidden, self._width = tensors, settings.hidden, settings.width
+        numbers = settings.hidden * settings.width
+        if state.get("shape") != [settings.hidden, settings.width]:
+            raise tensors.damaged(f"its quant_state does not say the shape {[settings.hidden, settings.width]}")
+        self._block, self._nested, self._offset = _whole(tensors, state, "blocksize"), 0, 0.0
+        if settings.width % 2:
+            raise tensors.damaged(f"a width of {settings.width} is odd")
+        if tensors.get("weight").length != numbers // 2:
+            raise tensors.damaged(f"weight has {tensors.get('weight').length} bytes, but should have {numbers // 2}")
+        blocks = -(-numbers // self._block)
+        tensors.check("weight.quant_map", ("F32",), (16,))
+        if "weight.nested_absmax" in tensors:
+            self._nested = _whole(tensors, state, "nested_blocksize")
+            offset = state.get("nested_offset")
+            if type(offset) not in (int, float):
+                raise tensors.damaged("its quant_state has no nested_offset")
+            self._offset = float(offset)
+            tensors.check("weight.absmax", ("U8",), (blocks,))
+            tensors.check("weight.nested_absmax", ("F32",), (-(-blocks // self._nested),))
+            tensors.check("weight.nested_quant_map", ("F32",), (256,))
+        else:
+            tensors.check("weight.absmax", ("F32",), (blocks,))
+
+    @classmethod
+    def at(cls, tensors: SiteTensors, settings: Settings) -> Bits4 | None:
+        """The projection, if its tensors are of this format.
+
+        Raises:
+            DamagedError: they are of this format, but do not go together.
+        """
+        name = next((name for name in _STATES if name in tensors), None)
+        if name is None:
+            return None
+        if tensors.get(name).length > MAX_STATE_BYTES:
+            raise tensors.damaged(f"its quant_state has {tensors.get(name).length} bytes")
+        try:
+            state = json_object(bytes(tensors.bytes_at(name, 0, tensors.get(name).length).tolist()))
+        except (ValueError, DamagedError) as error:
+            raise tensors.damaged(f"its quant_state is not a JSON object ({str(error)[:100]})") from None
+        return cls(tensors, settings, state)
+
+    def columns(self, first: int, count: int) -> torch.Tensor:
+        """As of `Quantised`."""
+        left = first - first % 2
+        right = first + count + (first + count) % 2
+        packed = self._tensors.part_of_rows("weight", self._hidden, left // 2, (right - left) // 2)
+        codes = unpack(packed, 4).view(self._hidden, -1, 2).flip(-1).flatten(1)  # the upper half comes first
+        codes = codes[:, first - left :][:, :count]
+        values = self._tensors.whole("weight.quant_map").double()[codes.long()]
+        places = torch.arange(self._hidden)[:, None] * self._width + torch.arange(first, first + count)[None, :]
+        return values * self._absmax()[places // self._block]
+
+    def _absmax(self) -> torch.Tensor:
+        absmax = self._tensors.whole("weight.absmax")
+        if not self._nested:
+            return absmax.double()
+        of_blocks = self._tensors.whole("weight.nested_absmax").double()
+        codes = self._tensors.whole("weight.nested_quant_map").double()
+        which = torch.arange(len(absmax)) // self._nested
+        return codes[absmax.long()] * of_blocks[which] + self._offset
+
+
+class Int8:
+    """W = q * SCB / 127, SCB a number for each row. `weight` is [hidden, width] int8, `SCB` [hidden] float32."""
+
+    def __init__(self, tensors: SiteTensors, settings: Settings, scale: str) -> None:
+        self._tensors, self._scale = tensors, scale
+        tensors.check("weight", ("I8",), (settings.hidden, settings.width))
+        tensors.check(scale, ("F32",), (settings.hidden,))
+
+    @classmethod
+    def at(cls, tensors: SiteTensors, settings: Settings) -> Int8 | None:
+        """The projection, if its tensors are of this format.
+
+        Raises:
+            DamagedError: they are of this format, but do not go together.
+        """
+        scale = next((name for name in ("SCB", "weight.SCB") if name in tensors), None)
+        if scale is None or tensors.dtype("weight") != "I8":
+            return None
+        if "weight_format" in tensors and tensors.whole("weight_format").flatten().tolist() not in ([], [0]):
+            raise tensors.damaged("its weights are in another order than row by row")
+        return cls(tensors, settings, scale)
+
+    def columns(self, first: int, count: int) -> torch.Tensor:
+        """As of `Quantised`."""
+        q = self._tensors.part("weight", first, count).double()
+        return q * (self._tensors.whole(self._scale).double() / _INT8_LARGEST)[:, None]
+
+
+def _whole(tensors: SiteTensors, state: dict[str, Any], key: str) -> int:
+    value = state.get(key)
+    if type(value) is not int or value < 1:
+        raise tensors.damaged(f"its quant_state gives {str(value)[:40]!a} as {key}")
+    return value

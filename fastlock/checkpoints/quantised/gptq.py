@@ -1,0 +1,86 @@
+"""GPTQ, as AutoGPTQ and GPTQModel write it (arXiv 2210.17323): groups of inputs share a scale and a zero point."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.errors import UnsupportedError
+
+_BITS = (2, 4, 8)
+
+
+class Gptq:
+    """W[o, i] = (q[i, o] - z[g, o]) * scales[g, o], g the group of input i.
+
+    `qweight` is [width * bits / 32, hidden] int32, the lowest bits first; `qzeros` [groups, hidden * bits / 32];
+    `scales` [groups, hidden]; `g_idx` [width] names each input's group, where the inputs were quantised in another
+    order (act-order), which does not change the order of the rows. Version 1 of the format stores z - 1.
+    """
+
+    def __init__(self, tensors: SiteTensors, settings: Settings, bits: int) -> None:
+        self._tensors, self._bits = tensors, bits
+        hidden, width = settings.hidden, settings.width
+        if width * bits % 32 or hidden * bits % 32:
+            raise tensors.damaged(f"{bits} bits do not pack {hidden} by {width} numbers")
+        tensors.check("qweight", ("I32",), (width * bits // 32, hidden))
+        groups = tensors.shape("scales")[0] if tensors.shape("scales") else 0
+        tensors.check("scales", ("F16", "BF16", "F32"), (groups, hidden))
+        tensors.check("qzeros", ("I32",), (groups, hidden * bits // 32))
+        self._group = self._groups_of_inputs(groups, width)
+        self._offset = 0 if str(settings.config.get("checkpoint_format", "gptq")) == "gptq_v2" else 1
+
+    @classmethod
+    def at(cls, tensors: SiteTensors, settings: Settings) -> Gptq | None:
+        """The projection, if its tensors are of this format; by their shapes, where AWQ has tensors of these names.
+
+        Raises:
+            UnsupportedError: the number of bits is not one that is packed into whole words.
+            DamagedError: they are of this format, but do not go together.
+        """
+        if not tensors.has("qweight", "qzeros", "scales"):
+            return None
+        shape = tensors.shape("qweight")
+        if len(shape) != 2 or (shape[0] == settings.width and shape[1] != settings.hidden):
+            return None
+        bits = settings.config.get("bits", 4)
+        if bits not in _BITS:
+            raise UnsupportedError(
+                f"{settings.where}: is quantised to {str(bits)[:20]!a} bits by GPTQ; fastlock reads {_BITS}. Relock "
+                "the unquantised checkpoint, and quantise it again."
+            )
+        return cls(tensors, settings, bits)
+
+    def columns(self, first: int, count: int) -> torch.Tensor:
+        """As of `Quantised`."""
+        per_word = 32 // self._bits
+        words = range(first // per_word, -(-(first + count) // per_word))
+        packed = self._tensors.rows("qweight", words.start, len(words))  # [words, hidden]
+        q = unpack(packed.t(), self._bits).t()[first - words.start * per_word :][:count]  # [count, hidden]
+        group = self._group[first : first + count]
+        used, which = group.unique(return_inverse=True)
+        scales = self._of_groups("scales", used).double()
+        zeros = unpack(self._of_groups("qzeros", used), self._bits)
+        if self._offset and bool((zeros == (1 << self._bits) - 1).any()):
+            raise self._tensors.damaged(
+                f"a zero point is {1 << self._bits}, which does not fit into {self._bits} bits, and which engines read "
+                "in more than one way"
+            )
+        return ((q - (zeros + self._offset)[which]).double() * scales[which]).t().contiguous()
+
+    def _of_groups(self, suffix: str, used: torch.Tensor) -> torch.Tensor:
+        first, last = int(used[0]), int(used[-1])
+        return self._tensors.rows(suffix, first, last - first + 1)[used - first]
+
+    def _groups_of_inputs(self, groups: int, width: int) -> torch.Tensor:
+        if groups < 1:
+            raise self._tensors.damaged("has no groups")
+        if "g_idx" in self._tensors:
+            self._tensors.check("g_idx", ("I32",), (width,))
+            group = self._tensors.whole("g_idx").long()
+            if not 0 <= int(group.min()) <= int(group.max()) < groups:
+                raise self._tensors.damaged(f"g_idx names groups that are not there: there are {groups}")
+            return group
+        if width % groups:
+            raise self._tensors.damaged(f"{groups} groups do not divide {width} inputs")
+        return torch.arange(width) // (width // groups)

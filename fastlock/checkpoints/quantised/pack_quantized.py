@@ -1,0 +1,72 @@
+"""compressed-tensors' "pack-quantized": whole numbers of 2 to 8 bits, packed along the inputs."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+
+_BITS = (2, 4, 8)
+
+
+class PackQuantized:
+    """W[o, i] = (q[o, i] - z[o, g]) * scale[o, g], g the group of input i, both q and z kept 2^(bits - 1) higher.
+
+    `weight_packed` is [hidden, width * bits / 32] int32, the lowest bits first; `weight_scale` [hidden, groups];
+    `weight_zero_point` [hidden * bits / 32, groups] where it is not 0; `weight_g_idx` [width] names each input's group,
+    where they are not in order.
+    """
+
+    def __init__(self, tensors: SiteTensors, settings: Settings) -> None:
+        self._tensors, self._hidden = tensors, settings.hidden
+        hidden, width = settings.hidden, settings.width
+        tensors.check("weight_shape", ("I64", "I32"), (2,))
+        if tensors.whole("weight_shape").tolist() != [hidden, width]:
+            raise tensors.damaged(f"weight_shape does not say {[hidden, width]}")
+        packed = tensors.shape("weight_packed")
+        self._bits = packed[1] * 32 // width if len(packed) == 2 else 0
+        if self._bits not in _BITS:
+            raise tensors.damaged(f"weight_packed is {list(packed)}, which is {self._bits} bits for each of {width}")
+        tensors.check("weight_packed", ("I32",), (hidden, width * self._bits // 32))
+        scales = tensors.shape("weight_scale")
+        groups = scales[1] if len(scales) == 2 else 0
+        tensors.check("weight_scale", ("F16", "BF16", "F32"), (hidden, groups))
+        if "weight_zero_point" in tensors:
+            tensors.check("weight_zero_point", ("I32",), (-(-hidden * self._bits // 32), groups))
+        self._group = self._groups_of_inputs(groups, width)
+
+    @classmethod
+    def at(cls, tensors: SiteTensors, settings: Settings) -> PackQuantized | None:
+        """The projection, if its tensors are of this format.
+
+        Raises:
+            DamagedError: they are of this format, but do not go together.
+        """
+        return cls(tensors, settings) if tensors.dtype("weight_packed") == "I32" else None
+
+    def columns(self, first: int, count: int) -> torch.Tensor:
+        """As of `Quantised`."""
+        per_word = 32 // self._bits
+        words = range(first // per_word, -(-(first + count) // per_word))
+        packed = self._tensors.part("weight_packed", words.start, len(words))
+        q = unpack(packed, self._bits)[:, first - words.start * per_word :][:, :count]
+        group = self._group[first : first + count]
+        scale = self._tensors.whole("weight_scale").double()[:, group]
+        if "weight_zero_point" not in self._tensors:
+            return (q - (1 << (self._bits - 1))).double() * scale
+        zeros = unpack(self._tensors.whole("weight_zero_point").t(), self._bits).t()[: self._hidden]
+        return (q - zeros[:, group]).double() * scale
+
+    def _groups_of_inputs(self, groups: int, width: int) -> torch.Tensor:
+        if groups < 1:
+            raise self._tensors.damaged("has no groups")
+        if "weight_g_idx" in self._tensors:
+            self._tensors.check("weight_g_idx", ("I32",), (width,))
+            group = self._tensors.whole("weight_g_idx").long()
+            if bool((group != -1).any()):  # all -1: not used
+                if not 0 <= int(group.min()) <= int(group.max()) < groups:
+                    raise self._tensors.damaged(f"weight_g_idx names groups that are not there: there are {groups}")
+                return group
+        if width % groups:
+            raise self._tensors.damaged(f"{groups} groups do not divide {width} inputs")
+        return torch.arange(width) // (width // groups)

@@ -1,0 +1,96 @@
+"""Whole numbers of 8 bits, or floats of 8, times a scale: int8 and FP8, of one scale for all, a row, or a block."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors
+from fastlock.errors import UnsupportedError
+
+_BLOCK = 128
+_SCALES = ("F16", "BF16", "F32")
+
+
+class Scaled:
+    """W = (q - z) * scale, the scale of its block of rows and columns.
+
+    As compressed-tensors writes "int-quantized" and "float-quantized", ModelOpt FP8, and DeepSeek and Qwen FP8 (whose
+    `weight_scale_inv` is the scale all the same). `weight` is [hidden, width] int8 or float8_e4m3fn. The scale is one
+    number, [hidden, 1], or of blocks of 128 by 128 or whatever the config says, the last of which may be cut off.
+    """
+
+    def __init__(self, tensors: SiteTensors, settings: Settings, scale: str) -> None:
+        self._tensors, self._scale = tensors, scale
+        self._hidden = settings.hidden
+        tensors.check("weight", ("I8", "F8_E4M3"), (settings.hidden, settings.width))
+        shape = tensors.shape(scale)
+        shape = (1,) * (2 - len(shape)) + shape
+        block = _block_of(settings)
+        sizes = [
+            _block_size(blocks, size, wanted)
+            for blocks, size, wanted in zip(
+                shape, (settings.hidden, settings.width), block or (None, None), strict=False
+            )
+        ]
+        if len(shape) != 2 or None in sizes or tensors.dtype(scale) not in _SCALES:
+            raise tensors.damaged(
+                f"{scale} is {tensors.dtype(scale)} {list(tensors.shape(scale))}, which does not fit a weight of "
+                f"{[settings.hidden, settings.width]}"
+            )
+        self._shape, self._rows, self._columns = shape, sizes[0] or 1, sizes[1] or 1
+        if "weight_zero_point" in tensors:
+            tensors.check("weight_zero_point", ("I8", "I32", "F8_E4M3"), tensors.shape(scale))
+
+    @classmethod
+    def at(cls, tensors: SiteTensors, settings: Settings) -> Scaled | None:
+        """The projection, if its tensors are of this format.
+
+        Raises:
+            DamagedError: they are of this format, but do not go together.
+        """
+        if tensors.dtype("weight") not in ("I8", "F8_E4M3"):
+            return None
+        scale = next((name for name in ("weight_scale", "weight_scale_inv") if name in tensors), None)
+        return None if scale is None else cls(tensors, settings, scale)
+
+    def columns(self, first: int, count: int) -> torch.Tensor:
+        """As of `Quantised`."""
+        q = self._tensors.part("weight", first, count).double() if count else torch.zeros(self._hidden, 0).double()
+        if "weight_zero_point" in self._tensors:
+            q -= self._spread("weight_zero_point", first, count)
+        return q * self._spread(self._scale, first, count)
+
+    def _spread(self, suffix: str, first: int, count: int) -> torch.Tensor:
+        """The numbers of a small tensor at every row and at these columns."""
+        numbers = self._tensors.whole(suffix).double().reshape(self._shape)
+        rows = torch.arange(self._hidden) // self._rows
+        columns = torch.arange(first, first + count) // self._columns
+        return numbers[rows][:, columns]
+
+
+def _block_of(settings: Settings) -> tuple[int, int] | None:
+    """The rows and columns of a block, as the config says; None if it does not."""
+    block = settings.config.get("weight_block_size")
+    groups = settings.config.get("config_groups")
+    if block is None and isinstance(groups, dict):
+        weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+        block = next((one.get("block_structure") for one in weights if one.get("block_structure")), None)
+    if block is None:
+        return None
+    if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
+        raise UnsupportedError(
+            f"{settings.where}: its config gives blocks of {str(block)[:40]!a}; fastlock reads blocks of two whole "
+            "numbers, rows and columns."
+        )
+    return (block[0], block[1])
+
+
+def _block_size(blocks: int, size: int, given: int | None) -> int | None:
+    """How many rows (or columns) a block has, if there are so many blocks; None if that does not fit."""
+    if blocks == 1:
+        return size
+    if blocks == size:
+        return 1
+    if blocks == -(-size // (given or _BLOCK)):
+        return given or _BLOCK
+    return size // blocks if given is None and blocks and size % blocks == 0 else None

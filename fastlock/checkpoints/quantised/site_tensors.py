@@ -1,0 +1,172 @@
+"""The tensors of one quantised projection, read in pieces; and what every format can say of itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastlock.checkpoints.tensor_index import StoredTensor
+from fastlock.errors import DamagedError, shown
+from fastlock.storage.files import DOWNLOAD_AGAIN
+
+# What torch calls the dtypes that quantised projections are made of.
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,  # the exponent alone: see `microscaled`
+}
+
+# A matrix of which some columns are wanted is mapped in blocks of this size.
+_BLOCK_BYTES = 32 * 1024 * 1024
+
+
+class Quantised(Protocol):
+    """One quantised output projection W, [hidden, width]. Each format is a file beside this one."""
+
+    def columns(self, first: int, count: int) -> torch.Tensor:
+        """Columns [first, first + count) of W as they are served, [hidden, count] float64 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint says beside the tensors of a projection.
+
+    Attributes:
+        where: the checkpoint, for messages.
+        hidden, width: W is [hidden, width].
+        config: the `quantization_config` of config.json; empty where there is none.
+    """
+
+    where: str
+    hidden: int
+    width: int
+    config: Mapping[str, Any]
+
+
+class SiteTensors:
+    """The tensors of one projection, by what follows its name: "qweight", "weight_scale".
+
+    Attributes:
+        name: the projection's.
+        where: the checkpoint, for messages.
+    """
+
+    def __init__(self, files: Mapping[str, Any], tensors: Mapping[str, StoredTensor], name: str, where: str) -> None:
+        """Args: `files` and `tensors` of the whole checkpoint, by name; `name`: the projection's; `where`."""
+        self._files, self._tensors = files, tensors
+        self.name, self.where = name, where
+        self._digest = hashlib.sha256()
+
+    def __contains__(self, suffix: str) -> bool:
+        return f"{self.name}.{suffix}" in self._tensors
+
+    def has(self, *suffixes: str) -> bool:
+        """Whether all of these are there."""
+        return all(suffix in self for suffix in suffixes)
+
+    def get(self, suffix: str) -> StoredTensor:
+        """Where a tensor is.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        tensor = self._tensors.get(f"{self.name}.{suffix}")
+        if tensor is None:
+            raise self.damaged(f"lacks its {suffix}")
+        return tensor
+
+    def dtype(self, suffix: str) -> str | None:
+        """What safetensors calls the tensor's dtype; None if it is not there."""
+        return self.get(suffix).dtype if suffix in self else None
+
+    def shape(self, suffix: str) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.get(suffix).shape
+
+    def check(self, suffix: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:
+        """Raise a DamagedError if the tensor is not of one of these dtypes and shapes."""
+        tensor = self.get(suffix)
+        if tensor.dtype not in dtypes or tensor.shape not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise self.damaged(
+                f"{suffix} is {tensor.dtype} {list(tensor.shape)}, but should be {' or '.join(dtypes)} {wanted}"
+            )
+
+    def damaged(self, what: str) -> DamagedError:
+        """The error that says what is wrong with this projection."""
+        return DamagedError(f"{self.where}: {shown(self.name)}: {what}. {DOWNLOAD_AGAIN}")
+
+    def whole(self, suffix: str) -> torch.Tensor:
+        """The whole tensor."""
+        tensor = self.get(suffix)
+        return self._read(tensor, tensor.start, tensor.length).view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def rows(self, suffix: str, first: int, count: int) -> torch.Tensor:
+        """Rows [first, first + count) of a matrix: one read."""
+        tensor = self.get(suffix)
+        row = tensor.length // tensor.shape[0]
+        part = self._read(tensor, tensor.start + first * row, count * row)
+        return part.view(_DTYPES[tensor.dtype]).reshape(count, *tensor.shape[1:])
+
+    def part(self, suffix: str, first: int, count: int) -> torch.Tensor:
+        """Columns [first, first + count) of a matrix: every row is passed, and these columns are kept."""
+        tensor = self.get(suffix)
+        rows, columns = tensor.shape
+        item = tensor.length // (rows * columns)
+        return self.part_of_rows(suffix, rows, first * item, count * item).view(_DTYPES[tensor.dtype])
+
+    def part_of_rows(self, suffix: str, rows: int, first: int, count: int) -> torch.Tensor:
+        """Bytes [first, first + count) of every row of a tensor, whatever its dtype and shape: [rows, count] uint8."""
+        tensor = self.get(suffix)
+        row = tensor.length // rows
+        part = np.empty((rows, count), np.uint8)
+        block = max(1, _BLOCK_BYTES // row)
+        for top in range(0, rows, block):
+            height = min(block, rows - top)
+            with self._files[tensor.file].view(tensor.start + top * row, height * row) as view:
+                stored = np.frombuffer(view, np.uint8).reshape(height, row)
+                part[top : top + height] = stored[:, first : first + count]
+                del stored
+        self._digest.update(part.data)
+        return torch.from_numpy(part)
+
+    def bytes_at(self, suffix: str, first: int, count: int) -> torch.Tensor:
+        """Bytes [first, first + count) of a tensor, whatever its dtype is, as uint8."""
+        tensor = self.get(suffix)
+        return self._read(tensor, tensor.start + first, count)
+
+    def digest(self) -> bytes:
+        """SHA-256 of all bytes that were read so far, in the order in which they were read."""
+        return self._digest.digest()
+
+    def _read(self, tensor: StoredTensor, start: int, length: int) -> torch.Tensor:
+        data = bytearray(self._files[tensor.file].read(start, length))
+        self._digest.update(data)
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The unsigned numbers of `bits` bits that integers hold, the lowest bits first, side by side.
+
+    Args:
+        words: [..., n] of an integer dtype.
+        bits: a divisor of the words' bits.
+
+    Returns:
+        [..., n * bits of a word // bits] int32.
+    """
+    shifts = torch.arange(0, words.element_size() * 8, bits, dtype=torch.int32)
+    return ((words.to(torch.int32).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
