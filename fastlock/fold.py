@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
 from fastlock.errors import DamagedError, FastlockError
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.ways import NoWayError
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.launch import build_table, launch  # this imports no Triton
 from fastlock.kernels.fold.reference import HeadColumns
+
+# Another thread folds where each has this many numbers of weights to read: half a millisecond, several times its start.
+_NUMBERS_A_THREAD = 2**19
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +64,9 @@ class FoldPlan:
 
     Only the locked head columns of W are read. On a CUDA device, all sites of one dtype, layout and head_dim take one
     kernel launch (so do a model, or a zoo). It accumulates in float32, in an order that does not change from run to
-    run. Elsewhere the reference folds in float64. Both round once. Sites that read the same memory with the same
-    displacement are folded once, and share one result.
+    run. Elsewhere, and on a GPU where no kernel passed its check (`fastlock.kernels.ahead_of_time.ways`), the reference
+    folds in float64. Both round once. Sites that read the same memory with the same displacement are folded once, and
+    share one result.
 
     A plan holds addresses: it is valid while weights and biases stay where they are. Their numbers may change.
 
@@ -68,14 +76,13 @@ class FoldPlan:
     """
 
     def __init__(self, folds: Sequence[Fold]) -> None:
+        check_not_capturing()
         self._firsts = _firsts_alike(folds)
         groups: dict[tuple[object, ...], list[int]] = {}
         for first in dict.fromkeys(self._firsts):
             groups.setdefault(_group(folds[first]), []).append(first)
         with torch.inference_mode(False), torch.no_grad():
-            self._groups = [
-                (members, _way(folds[members[0]])([folds[i] for i in members])) for members in groups.values()
-            ]
+            self._groups = [(members, _prepared([folds[i] for i in members])) for members in groups.values()]
         results = {i: b for members, group in self._groups for i, b in zip(members, group.results, strict=True)}
         self.results = [results[first] for first in self._firsts]
         self.by_torch = any(isinstance(group, _ByReference) for _, group in self._groups)
@@ -88,16 +95,25 @@ class FoldPlan:
             FastlockError: a fold is not finite, as the strength is too large for the dtype. In both cases the results
                 hold what came out.
         """
-        self.start()
-        self.finish()
+        try:
+            self.start()
+            self.finish()
+        except BaseException:
+            self.settle()
+            raise
 
     def start(self) -> None:
-        """Begin to fold: on a CUDA device, what is launched on the current stream from now on finds the results."""
+        """Begin to fold: on a CUDA device, what is launched on the current stream from now on finds the results.
+
+        Raises:
+            FastlockError: a CUDA graph is being captured; nothing was begun. Or a launch was refused.
+        """
+        check_not_capturing()
         try:
             for _, group in self._groups:
                 group.start()
         except BaseException:
-            self._settle()
+            self.settle()
             raise
 
     def finish(self) -> None:
@@ -105,15 +121,15 @@ class FoldPlan:
         try:
             errors = [error for _, group in self._groups if (error := group.finish()) is not None]
         except BaseException:
-            self._settle()
+            self.settle()
             raise
         if errors:
             raise errors[0]
 
-    def _settle(self) -> None:
-        """Wait for whatever was begun, and ignore what went wrong in it."""
+    def settle(self) -> None:
+        """Wait for whatever was begun, and ignore what went wrong in it: to be called while an error is on its way."""
         for _, group in self._groups:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 group.finish()
 
     def displace(self, folds: Sequence[Fold]) -> bool:
@@ -131,8 +147,16 @@ class FoldPlan:
             return False
         if any(folds[i].head_dim != group.head_dim for members, group in self._groups for i in members):
             return False
-        for members, group in self._groups:
-            group.displace([folds[i] for i in members])
+        with torch.inference_mode(False), torch.no_grad():
+            for number, (members, group) in enumerate(self._groups):
+                displaced = [folds[i] for i in members]
+                try:
+                    group.displace(displaced)
+                except NoWayError:  # other heads may ask for another kernel
+                    by_reference = _ByReference(displaced)
+                    by_reference.results = group.results
+                    self._groups[number] = members, by_reference
+                    self.by_torch = True
         return True
 
 
@@ -147,6 +171,10 @@ class _ByKernel:
         copies = iter(copy for _, copy in self._copied)
         self.results = [_result_of(f) for f in folds]
         self.head_dim = folds[0].head_dim
+        self._running = False
+        device = self.results[0].device
+        self._cuda_index = device.index if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
         self._build([f if f.bias is None or f.bias.is_contiguous() else replace(f, bias=next(copies)) for f in folds])
 
     def _build(self, folds: list[Fold]) -> None:
@@ -159,20 +187,37 @@ class _ByKernel:
         self._folds, self._table, self._flags = folds, table, table.flags.numpy()
 
     def start(self) -> None:
+        if self._running:  # and was never waited for: its flags are those of an earlier run
+            self.finish()
         for bias, copy in self._copied:
             copy.copy_(bias)
+        if self._cuda_index is not None:
+            self._note_stream(self._cuda_index)
+        self._running = True
         launch(self._table)
 
     def finish(self) -> FastlockError | None:
         """Wait, and give the error of the first fold that is not finite."""
-        device = self.results[0].device
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        if not self._flags[0]:
-            return None
-        first = int(self._flags[1:].argmax())
-        self._flags.fill(0)
-        return _not_finite(self._folds[first])
+        error = None
+        if self._stream is not None:
+            self._stream.synchronize()
+        if self._flags[0]:
+            first = int(self._flags[1:].argmax())
+            self._flags.fill(0)
+            error = _not_finite(self._folds[first])
+        self._running = False
+        return error
+
+    def _note_stream(self, index: int) -> None:
+        """Keep the stream that is launched on, to wait for that one. To make a Stream takes longer than to launch."""
+        if self._stream is None or self._stream.cuda_stream != cubins.current_stream(index):
+            self._stream = torch.cuda.current_stream(index)
+
+    def __del__(self) -> None:
+        # torch would give the flags' memory to others, and a kernel that still runs would write to it.
+        if getattr(self, "_running", False) and self._stream is not None:
+            with contextlib.suppress(Exception):
+                self._stream.synchronize()
 
     def displace(self, displaced: Sequence[Fold]) -> None:
         folds = [replace(f, columns=d.columns, values=d.values) for f, d in zip(self._folds, displaced, strict=True)]
@@ -184,7 +229,7 @@ class _ByKernel:
 
 
 class _ByReference:
-    """The folds of one device, dtype, layout and head_dim, by the reference, one after the other."""
+    """The folds of one device, dtype, layout and head_dim, by the reference: on a CPU in several threads."""
 
     def __init__(self, folds: Sequence[Fold]) -> None:
         self._folds = list(folds)
@@ -192,9 +237,30 @@ class _ByReference:
         self.head_dim = folds[0].head_dim
 
     def start(self) -> None:
+        parts = self._parts()
+        with ThreadPoolExecutor(parts) as threads:  # which start as they get something to do
+            others = [threads.submit(self._fold_part, part, parts) for part in range(1, parts)]
+            self._fold_part(0, parts)
+        for other in others:
+            other.result()
+
+    def _parts(self) -> int:
+        """How many threads fold, each a part of every site's rows.
+
+        They are Python's: torch's own wait for each other after every step, which on busy cores takes longer than all
+        the rest. In a thread that torch has only one of, as one of many that fold, there is one.
+        """
+        if self.results[0].device.type != "cpu":
+            return 1
+        numbers = sum(f.values.numel() * len(b) for f, b in zip(self._folds, self.results, strict=True))
+        return max(1, min(torch.get_num_threads(), _MAX_THREADS, numbers // _NUMBERS_A_THREAD))
+
+    def _fold_part(self, part: int, parts: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for f, b in zip(self._folds, self.results, strict=True):
-                b.copy_(reference.fold(f.columns, f.values, f.bias))
+                rows = slice(part * len(b) // parts, (part + 1) * len(b) // parts)
+                columns = replace(f.columns, matrix=f.columns.matrix[rows])
+                b[rows].copy_(reference.fold(columns, f.values, None if f.bias is None else f.bias[rows]))
 
     def finish(self) -> FastlockError | None:
         """Give the error of the first fold that is not finite."""
@@ -205,6 +271,28 @@ class _ByReference:
 
     def displace(self, displaced: Sequence[Fold]) -> None:
         self._folds = list(displaced)
+
+
+def _prepared(folds: Sequence[Fold]) -> _ByKernel | _ByReference:
+    """The folds of one group, by the kernel where there is one that is right; `NoWayError`'s warnings said why not."""
+    try:
+        return _way(folds[0])(folds)
+    except NoWayError:
+        return _ByReference(folds)
+
+
+def check_not_capturing() -> None:
+    """Refuse to fold while a CUDA graph is captured: whoever waits for the device then spoils the capture.
+
+    Raises:
+        FastlockError: this thread's current stream is being captured.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise FastlockError(
+            "a CUDA graph is being captured, and a lock cannot be put in meanwhile: that waits for the device, which a "
+            "capture does not allow. Relock before the capture; a fastlock.Plan can relock later as well, into the "
+            "biases that the graph reads."
+        )
 
 
 def _way(f: Fold) -> type[_ByKernel] | type[_ByReference]:
@@ -241,10 +329,10 @@ def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
 
 def _bad(folds: Sequence[torch.Tensor]) -> list[bool]:
     """Which of the folds are not finite."""
-    # One sum for all. In float64 the sum of finite numbers cannot overflow, unless they are float64 themselves.
-    if math.isfinite(torch.cat(list(folds)).cpu().sum(dtype=torch.float64).item()):
-        return [False] * len(folds)
-    return [not bool(b.isfinite().all()) for b in folds]
+    # In float64 the sum of finite numbers cannot overflow, unless they are float64 themselves. One sum a fold, as torch
+    # would share a longer one among its threads; they are waited for once.
+    sums = torch.stack([b.sum(dtype=torch.float64) for b in folds]).tolist()
+    return [not (math.isfinite(total) or bool(b.isfinite().all())) for total, b in zip(sums, folds, strict=True)]
 
 
 def _not_finite(f: Fold) -> FastlockError:

@@ -6,6 +6,7 @@ For servers that load one fine-tune after another into the same memory, and for 
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,9 +17,12 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError
-from fastlock.fold import FoldPlan
+from fastlock.fold import FoldPlan, check_not_capturing
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.locks.receipt import Receipt
+from fastlock.models.addresses import Addresses
+from fastlock.models.copies import Copies
+from fastlock.models.links import Links
 from fastlock.models.relocking import (
     Member,
     changing,
@@ -111,6 +115,7 @@ class Plan:
             FastlockError, and its kinds: as for `fastlock.relock`. After any error all models are as they were, and
                 the next call works as if this one had never been made.
         """
+        check_not_capturing()
         if os.getpid() != self._process:  # in a forked process, the thread that held the lock is not there
             self._one_at_a_time, self._process = threading.Lock(), os.getpid()
         with self._one_at_a_time:
@@ -168,20 +173,18 @@ class _Built:
             modules = [site.module for member in self._members for site in member.sites]
             # A copy of each result, to put back after an error: for a model, the buffer that it has anyway. And memory
             # for the next copy, which changes places with it: one of the two is always whole.
-            self._kept = [
-                getattr(module, PLACED_BIAS) if isinstance(module, nn.Module) else result.clone()
-                for module, result in zip(modules, self._plan.results, strict=True)
-            ]
-            self._spare = [kept.clone() for kept in self._kept]
+            self._kept, self._spare = Copies(self._plan.results), Copies(self._plan.results)
             self._buffers = [module._buffers if isinstance(module, nn.Module) else {} for module in modules]
-            self._links = _links(models, self._members)
+            self._place(self._kept.tensors)
+            self._links = Links(models, self._members)
             read = [tensor for module in modules for tensor in _read(module)]
-            self._places = [(t, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in read]
             self._read = [tensor for tensor in read if not tensor.is_inference()]  # torch counts the writes to these
-            self._biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
+            biases: list[Any] = [module.bias for module in modules if isinstance(module, nn.Module)]
+            self._addresses = Addresses(read, biases)
+            self._biases = [bias for bias in biases if not bias.is_inference()]
             self._own = _numbers_with_a_bias(modules, self._plan.results)
-            self._versions = self._versions_read()
-            self._note_what_we_wrote()
+            self._versions = _versions_of(self._read)
+            self._written = _versions_of(self._biases)
             self.sound = True
 
     def biases(self) -> list[dict[int, torch.Tensor]]:
@@ -189,7 +192,7 @@ class _Built:
         return [{site.layer: next(results) for site in member.sites} for member in self._members]
 
     def receipts(self) -> list[Receipt | None]:
-        if self.moved() or self._versions != self._versions_read():
+        if self.moved() or self._versions != _versions_of(self._read):
             raise FastlockError(
                 "a model was changed since it was relocked: a receipt made now would not say what was done. Call "
                 "relock() again."
@@ -201,20 +204,13 @@ class _Built:
 
     def moved(self) -> bool:
         """Whether what was looked up is elsewhere now, or others wrote to the biases. Weights may be written to."""
-        for names, name, meaning in self._links:
-            if names.get(name) is not meaning:
-                return True
-        for tensor, address, shape, stride, dtype in self._places:
-            if tensor.data_ptr() != address or tensor.shape != shape or tensor.stride() != stride:
-                return True
-            if tensor.dtype != dtype:
-                return True
-        for bias, address, version in self._written:
-            if bias.data_ptr() != address or (version is not None and bias._version != version):
-                return True
+        if self._links.changed() or self._addresses.moved() or _versions_of(self._biases) != self._written:
+            return True
         # Not every write is counted, and a fine-tune that has biases of its own brings them into these.
-        return any(
-            not torch.equal(torch.cat([self._plan.results[i] for i in own]), torch.cat([self._kept[i] for i in own]))
+        return bool(self._own) and any(
+            not torch.equal(
+                torch.cat([self._plan.results[i] for i in own]), torch.cat([self._kept.tensors[i] for i in own])
+            )
             for own in self._own
         )
 
@@ -244,7 +240,7 @@ class _Built:
         for member, receipt in zip(members, receipts, strict=True):
             if member.model is not None:
                 set_receipt(member.model, receipt)
-        self._links = _links(self._models, members)
+        self._links = Links(self._models, members)
         self.sound = True
         return True
 
@@ -263,16 +259,16 @@ class _Built:
     def _run(self) -> None:
         try:
             self._plan.start()
-            versions = self._versions_read()  # like the copy, while the device folds
-            _copy(self._plan.results, self._spare)
+            versions = _versions_of(self._read)  # like the copy, while the device folds
+            self._spare.take()
             self._plan.finish()
-            self._place(self._spare)
+            self._place(self._spare.tensors)
             self._kept, self._spare, self._versions = self._spare, self._kept, versions
         except BaseException:
             self._mend(self._put_back)
             raise
         if self._plan.by_torch:  # which counts what it writes
-            self._note_what_we_wrote()
+            self._written = _versions_of(self._biases)
 
     def _mend(self, mend: Callable[[], object]) -> None:
         """Mend what an error left; if that fails too, this is not sound any more."""
@@ -283,28 +279,26 @@ class _Built:
 
     def _put_back(self) -> None:
         """Put back the biases as they were before this run, for every stream that may read them."""
-        _copy(self._kept, self._plan.results)
+        self._plan.settle()  # what is still running would write to them afterwards
+        self._kept.give_back()
         for device in {result.device for result in self._plan.results if result.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        self._place(self._kept)
-        self._note_what_we_wrote()
+        self._place(self._kept.tensors)
+        self._written = _versions_of(self._biases)
 
     def _place(self, copies: list[torch.Tensor]) -> None:
         """Give each module its copy of what the lock put there."""
         for buffers, copy in zip(self._buffers, copies, strict=True):
             buffers[PLACED_BIAS] = copy
 
-    def _versions_read(self) -> list[int]:
-        return [tensor._version for tensor in self._read]
 
-    def _note_what_we_wrote(self) -> None:
-        self._written = [(b, b.data_ptr(), None if b.is_inference() else b._version) for b in self._biases]
+# What torch counts of the writes to each tensor.
+_version = operator.attrgetter("_version")
 
 
-def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """Copy each source to its target, by one launch where torch can."""
-    if targets:
-        torch._foreach_copy_(targets, sources)
+def _versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How often each was written to, as far as torch counts that; it does not for inference tensors."""
+    return list(map(_version, tensors))
 
 
 def _numbers_with_a_bias(modules: Sequence[Any], results: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -324,29 +318,3 @@ def _read(module: Any) -> list[torch.Tensor]:
     """The tensors that folding reads, as their owner has them."""
     bare = not isinstance(module, nn.Module)
     return [module.weight, module.bias] if bare and module.bias is not None else [module.weight]
-
-
-def _links(
-    models: Sequence[nn.Module | BareProjections], members: Sequence[Member]
-) -> list[tuple[dict[Any, Any], Any, Any]]:
-    """What leads to the tensors, and the marks of the lock: (where a name is looked up, the name, what it means)."""
-    links: dict[tuple[int, Any], tuple[dict[Any, Any], Any, Any]] = {}
-
-    def note(names: dict[Any, Any], name: Any) -> Any:
-        links[id(names), name] = names, name, names.get(name)
-        return names.get(name)
-
-    for model, member in zip(models, members, strict=True):
-        if isinstance(model, dict):
-            for site in member.sites:
-                note(model, site.layer)
-            continue
-        inner: Any = member.model
-        note(inner.__dict__, RECEIPT)
-        for site in member.sites:
-            module = inner
-            for name in site.name.split("."):
-                module = note(module._modules, name)
-            note(module._parameters, "weight")
-            note(module._parameters, "bias")
-    return list(links.values())

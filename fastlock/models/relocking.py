@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.fold import Fold, fold
+from fastlock.fold import Fold, check_not_capturing, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt
 from fastlock.models.reloaded import mark, receipt_of, take_over
@@ -132,7 +132,11 @@ def changing() -> Iterator[ExitStack]:
     """A stack of callbacks that undo each change: whatever error comes, all changes are undone.
 
     Tensors made inside are ordinary ones, in inference mode too: the model can still be trained.
+
+    Raises:
+        FastlockError: a CUDA graph is being captured.
     """
+    check_not_capturing()
     with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
         yield undo
         undo.pop_all()

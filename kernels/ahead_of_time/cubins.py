@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +70,20 @@ class Loader:
     def choose(self, variant: str, index: int) -> Choice:
         """How a variant is launched on torch's CUDA device `index`.
 
-        Never raises: whatever prevents a cubin is the reason for the JIT.
+        Never raises: whatever prevents a cubin is the reason for the JIT; only this once, if it will pass (memory had
+        run out, say).
         """
         try:
             return self._choices[index, variant]
         except KeyError:
             pass
         with self._lock:
-            if (index, variant) not in self._choices:
-                self._choices[index, variant] = self._found_out(variant, index)
-            return self._choices[index, variant]
+            if (index, variant) in self._choices:
+                return self._choices[index, variant]
+            choice, passing = self._found_out(variant, index)
+            if not passing:
+                self._choices[index, variant] = choice
+            return choice
 
     def choices(self, index: int) -> list[Choice]:
         """The choice for every variant in the manifest, each of them loaded; or, without one, the reason."""
@@ -89,12 +93,13 @@ class Loader:
             return [Choice(None, str(error))]
         return [self.choose(variant, index) for variant in variants] or [Choice(None, "the manifest lists no cubin")]
 
-    def _found_out(self, variant: str, index: int) -> Choice:
+    def _found_out(self, variant: str, index: int) -> tuple[Choice, bool]:
+        """The choice, and whether another try may give another one."""
         try:
             kernel = self._load(variant, index)
         except (FastlockError, OSError) as error:
-            return Choice(None, str(error))
-        return Choice(kernel, f"a cubin for {kernel.cubin.target} fits it")
+            return Choice(None, str(error)), isinstance(error, driver.DriverError) and error.passing
+        return Choice(kernel, f"a cubin for {kernel.cubin.target} fits it"), False
 
     def _load(self, variant: str, index: int) -> Kernel:
         cubins = self._usable_manifest(variant).cubins
@@ -156,7 +161,7 @@ class Kernel:
 
         Args:
             grid: blocks in x, y and z.
-            addresses: of the sites, heads, values and flags, multiples of ALIGNMENT.
+            addresses: of the kernel's tables, multiples of ALIGNMENT.
 
         Raises:
             FastlockError: the addresses are not those of the kernel's arguments.
@@ -172,7 +177,7 @@ class Launch:
     def __init__(self, kernel: Kernel, grid: tuple[int, int, int], addresses: Sequence[int]) -> None:
         self._kernel = kernel
         self._process = os.getpid()
-        self._device = torch.device("cuda", kernel.index)
+        self._index = kernel.index
         self._context = kernel.context
         self._current = kernel.driver.function_named("cuCtxGetCurrent")
         self._launch = kernel.driver.function_named("cuLaunchKernel")
@@ -187,7 +192,7 @@ class Launch:
     def __call__(self) -> None:
         if os.getpid() != self._process:
             raise forked()
-        stream = current_stream(self._device)
+        stream = current_stream(self._index)
         context = c_void_p()
         status = self._current(byref(context))
         if status:
@@ -208,8 +213,9 @@ class Launch:
             self._kernel.driver.check("cuLaunchKernel", status)
         except driver.DriverError as error:
             raise driver.DriverError(
-                f"the fold was not launched, or an earlier kernel failed: {error}. Set {SWITCH}=0 and start again to "
-                "launch it by Triton's JIT."
+                f"{self._kernel.cubin.variant} was not launched, or an earlier kernel failed: {error}. Set {SWITCH}=0 "
+                "and start again to launch it by Triton's JIT.",
+                status,
             ) from None
 
 
@@ -221,9 +227,20 @@ def forked() -> FastlockError:
     )
 
 
-def current_stream(device: torch.device) -> int:
-    """The handle of torch's current stream on a device."""
-    return torch.cuda.current_stream(device).cuda_stream
+def _slow_current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+def _stream_reader() -> Callable[[int], int]:
+    """What reads the handle of torch's current stream on the device of an index.
+
+    torch's own function for that makes no object, and is not public: where it is missing, the public one is taken.
+    """
+    return getattr(torch._C, "_cuda_getCurrentRawStream", _slow_current_stream)
+
+
+# The handle of torch's current stream on the device of an index.
+current_stream = _stream_reader()
 
 
 def interpreting() -> bool:

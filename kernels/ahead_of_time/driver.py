@@ -44,8 +44,25 @@ FUNCTION_MAX_THREADS = 0
 FUNCTION_MAX_DYNAMIC_SHARED = 8
 
 
+# CUresults that another try may do without: there was no memory, the device was taken, a CUDA graph was being captured.
+PASSING = frozenset({2, 46, *range(900, 910)})
+
+
 class DriverError(FastlockError):
-    """A function of the CUDA driver returned an error."""
+    """A function of the CUDA driver returned an error.
+
+    Attributes:
+        status: the CUresult.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def passing(self) -> bool:
+        """Whether another try may do without it."""
+        return self.status in PASSING
 
 
 def open_library() -> Any:
@@ -85,7 +102,9 @@ class Driver:
         """Raise what a non-zero result of the function `name` means."""
         if status:
             words = " ".join(self._text(kind, status) for kind in ("cuGetErrorName", "cuGetErrorString"))
-            raise DriverError(f"{name}: {words.strip() or 'an error that the driver has no name for'} ({status})")
+            raise DriverError(
+                f"{name}: {words.strip() or 'an error that the driver has no name for'} ({status})", status
+            )
 
     def version(self) -> tuple[int, int]:
         """The newest CUDA version that the driver supports, such as (12, 8)."""

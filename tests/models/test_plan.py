@@ -373,7 +373,7 @@ def test_an_error_after_the_first_fold_changes_nothing(monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fastlock.models.plan._links", interrupted)
+        patched.setattr("fastlock.models.plan.Links", interrupted)
         with pytest.raises(KeyboardInterrupt):
             plan.relock()
     assert same_state(state(model), before)
