@@ -165,7 +165,7 @@ class StepRunner:
     def _variant(self, tensors: StepTensors, clipped: bool) -> StepVariant | None:
         """The kernel for a parameter; None for plain PyTorch."""
         device = tensors.weight.device
-        if device.type != "cuda":
+        if not launch.has_kernels(device):
             return None
         variant = launch.variant_of(tensors)
         if variant is None:

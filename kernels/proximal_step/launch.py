@@ -76,11 +76,14 @@ def variant_of(tensors: StepTensors) -> StepVariant | None:
     return StepVariant(weight, state, None if anchor is None else anchor.dtype, stochastic)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the step has kernels for a kind of device."""
+    return device.type == "cuda"
+
+
 def why_not(variant: Variant, device: torch.device) -> str | None:
     """What keeps a kernel from running on a device, as a clause; None if it can run, for which it is tried out once."""
-    if device.type != "cuda":
-        return f"the kernel runs on CUDA devices, not on {device.type}"
-    if cubins.interpreting():
+    if _cuda_index(device) is not None and cubins.interpreting():
         return "TRITON_INTERPRET is set"
     try:
         launcher_of(variant, device)
