@@ -143,8 +143,12 @@ def paired_test(best: Sequence[Verdict], other: Sequence[Verdict], of: LayerRang
 
 
 def apart(band: LayerRange, num_layers: int) -> list[LayerRange]:
-    """The ranges as wide as a band that lie apart from it, side by side below and above."""
+    """The ranges as wide as a band that lie apart from it, side by side below and above; else what is there."""
     width = band[1] - band[0] + 1
     below = [(first, first + width - 1) for first in range(band[0] - width, -1, -width)]
     above = [(first, first + width - 1) for first in range(band[1] + 1, num_layers - width + 1, width)]
+    if not below and band[0] > 0:
+        below = [(0, band[0] - 1)]
+    if not above and band[1] < num_layers - 1:
+        above = [(band[1] + 1, num_layers - 1)]
     return [*reversed(below), *above]

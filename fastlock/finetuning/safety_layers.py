@@ -95,9 +95,9 @@ def locate(
     2. Over-refusals (section 3.3): the borderline requests refused while the attention and MLP weights of a range are
        multiplied by α. From the first layer of that range, the last one is sought that gives most refusals (fewest if α
        is below 1); then the first one. Of equal ranges, the narrowest.
-    3. The band stands out if it refuses more than the model itself and than every range of its width apart from it, by
-       McNemar's exact test at 5 %, corrected for all ranges that were tried (Bonferroni, then Holm). If not, there is
-       no band, and the evidence says why.
+    3. The band stands out if it is at most half of the layers, and refuses more than the model itself and than every
+       range of its width apart from it, by McNemar's exact test at 5 %, corrected for all ranges that were tried
+       (Bonferroni, then Holm). If not, there is no band, and the evidence says why.
 
     The weights are afterwards what they were, bit for bit, however it ends.
 
@@ -203,7 +203,7 @@ def _finding(
             count_of(of, 1.0 if of == UNSCALED else counted.scale, one) for of, one in counted.verdicts.items()
         )
         tests = _tests(counted, len(found))
-        stands_out, reason = _judgement(counted, tests)
+        stands_out, reason = _judgement(counted, tests, len(found))
     evidence = BandEvidence(
         reason,
         judge_name(judge),
@@ -232,9 +232,13 @@ def _tests(counted: _Counted, num_layers: int) -> tuple[RangeTest, ...]:
     )
 
 
-def _judgement(counted: _Counted, tests: Sequence[RangeTest]) -> tuple[bool, str]:
+def _judgement(counted: _Counted, tests: Sequence[RangeTest], num_layers: int) -> tuple[bool, str]:
     """Whether the best range stands out, and the finding in a sentence."""
     first, last = counted.best
+    if 2 * (last - first + 1) > num_layers:
+        return False, (
+            f"no band stands out: the best range, [{first}, {last}], is more than half of the {num_layers} layers"
+        )
     decisive = [test for test in tests if test.elsewhere or (test.first, test.last) == UNSCALED]
     tried = len(counted.verdicts) - 1
     chances = holm([min(1.0, test.p * tried) for test in decisive])
@@ -246,13 +250,14 @@ def _judgement(counted: _Counted, tests: Sequence[RangeTest]) -> tuple[bool, str
             other = "the model itself" if (test.first, test.last) == UNSCALED else f"[{test.first}, {test.last}]"
             return False, (
                 f"no band stands out: [{first}, {last}], the best of {tried} ranges, does not refuse significantly "
-                f"{word} than {other} ({test.only_best} and {test.only_other} prompts differ, p = {chance:.2g})"
+                f"{word} than {other} (it alone refuses {test.only_best} prompts, the other alone {test.only_other}; "
+                f"corrected p = {chance:.2g})"
             )
     apart_from = len(decisive) - 1
-    than = f" and than {apart_from} ranges of its width elsewhere" if apart_from else ", which has no room elsewhere"
+    others = f"{apart_from} other range{'s' * (apart_from != 1)}"
     return True, (
         f"[{first}, {last}] stands out: scaled by {counted.scale:g}, it refuses significantly {word} than the model "
-        f"itself{than}, corrected for {tried} ranges"
+        f"itself and than {others} elsewhere, corrected for {tried} ranges"
     )
 
 

@@ -43,7 +43,8 @@ def refused(_prompt: str, answer: str) -> bool:
     return answer.startswith("sorry")
 
 
-def planted_model(dtype: torch.dtype = torch.float32, first: int = FIRST, last: int = LAST) -> Any:
+def planted_model(dtype: torch.dtype = torch.float32, first: int = FIRST, last: int = LAST, least: float = 0.3) -> Any:
+    """The model; `least` is how much malice it answers."""
     config = LlamaConfig(
         vocab_size=112,
         hidden_size=HIDDEN,
@@ -70,7 +71,7 @@ def planted_model(dtype: torch.dtype = torch.float32, first: int = FIRST, last: 
         for number, layer in enumerate(model.model.layers):
             _plant(layer.self_attn, first <= number <= last, generator)
         model.lm_head.weight[SORRY, REFUSAL] = 1
-        model.lm_head.weight[SURE, CONSTANT] = 0.3
+        model.lm_head.weight[SURE, CONSTANT] = least
     return model.to(dtype).eval()
 
 
