@@ -15,7 +15,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastlock.cli import calibrate, doctor, evaluate, extract, locate, relock, show, train, unlock, verify, zoo
+from fastlock.cli import (
+    calibrate,
+    doctor,
+    evaluate,
+    extract,
+    finetune,
+    locate,
+    relock,
+    show,
+    train,
+    unlock,
+    verify,
+    zoo,
+)
 from fastlock.cli.commands import BROKEN, REFUSED, STOPPED, Group, call, option
 from fastlock.cli.output import complain
 from fastlock.errors import FastlockError
@@ -31,6 +44,7 @@ COMMANDS = Group(
         calibrate.COMMAND,
         evaluate.COMMAND,
         locate.COMMAND,
+        finetune.COMMAND,
         relock.COMMAND,
         unlock.COMMAND,
         verify.COMMAND,
