@@ -409,7 +409,7 @@ def _check_loaded(groups: list[dict[str, Any]], state: dict[torch.Tensor, dict[s
                 value = of_parameter.get(name)
                 if value is not None and value.shape != parameter.shape:
                     raise FastlockError(
-                        f"{_name(group, j)} is {list(parameter.shape)}, and its {name} {list(value.shape)}: this is "
+                        f"{_name(group, j)}: its {name} is {list(value.shape)}, not {list(parameter.shape)}; this is "
                         "another model's state. Load the one that was saved with this model."
                     )
             if group["anchored"] and of_parameter and "anchor" not in of_parameter:
@@ -423,7 +423,7 @@ def _name(group: dict[str, Any], place: int) -> str:
     """A parameter in words: by its name, where the optimizer was given names."""
     names = group.get("param_names")
     shape = list(group["params"][place].shape)
-    return f"parameter {names[place]}" if names else f"parameter {place} of its group, of shape {shape},"
+    return f"parameter {names[place]}" if names else f"parameter {place} of its group (shape {shape})"
 
 
 def _on_host(found_inf: torch.Tensor) -> Callable[[], bool]:

@@ -507,7 +507,7 @@ def test_what_does_not_fit_is_not_loaded() -> None:
     def reshaped(state):
         state["state"][4]["anchor"] = torch.zeros(7185)
 
-    refused(r"parameter 4 .*its anchor \[7185\].*another\s+model's state", reshaped)
+    refused(r"parameter 4 .*its anchor is \[7185\], not \[7186\]; this is another model's state", reshaped)
     refused("exp_avg", lambda state: state["state"][2].update(exp_avg=torch.zeros(62)))
     refused("an anchor was saved, and it was not loaded", lambda state: state["state"][2].pop("anchor"))
     refused("pull is -1", lambda state: state["param_groups"][0].update(pull=-1))
@@ -612,3 +612,22 @@ def test_compiled_loops_fall_back_to_it() -> None:
             step(torch.full((2, 6), 0.1 * i))
         results.append([p.detach().clone() for p in model.parameters()])
     assert same(*results)
+
+
+def test_what_accelerate_prepares_keeps_its_anchor(tmp_path) -> None:
+    """It loads the optimizer's state, which torch would cast to the parameters' dtype."""
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(4, 3).bfloat16()
+    optimizer = fastlock.ProximalAdamW(
+        model.parameters(), pull=1.0, anchor_dtype=torch.float32, state_dtype=torch.float32
+    )
+    optimizer.anchor()
+    optimizer.state[model.weight]["anchor"].add_(2.0**-20)  # which bfloat16 does not hold
+    anchor = optimizer.state[model.weight]["anchor"].clone()
+    prepared, wrapped = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+    assert torch.equal(optimizer.state[model.weight]["anchor"], anchor)
+    prepared(torch.ones(2, 4, dtype=torch.bfloat16)).square().mean().backward()
+    wrapped.step()
+    assert optimizer.state[model.weight]["exp_avg"].dtype == torch.float32
+    assert torch.equal(optimizer.state[model.weight]["anchor"], anchor)
+    assert optimizer.drift() > 0
