@@ -148,17 +148,21 @@ def _listed(shards: Shards, where: str, model_type: str, layers: int) -> _ByLaye
             if match[4] in named or str(int(match[3])) != match[3]:
                 raise DamagedError(f"{where}: {shown(name)} names a layer in two ways. {DOWNLOAD_AGAIN}")
             named[match[4]] = (name, tensor)
-    complete = {path: by_layer for path, by_layer in lists.items() if by_layer.keys() == set(range(layers))}
-    if family is not None and len(complete) > 1:  # a vision tower may have as many layers
-        projection = f"{family.projection}."
-        complete = {
-            path: by_layer
-            for path, by_layer in complete.items()
-            if any(name.startswith(projection) for name in by_layer[0])
-        }
-    if len(complete) != 1:
+    every = set(range(layers))
+    if family is None:
+        found = [by_layer for by_layer in lists.values() if by_layer.keys() == every]
+    else:  # those of a vision tower have other projections; one that is not whole must not make room for another
+        start = f"{family.projection}."
+        found = [
+            by_layer
+            for by_layer in lists.values()
+            if any(name.startswith(start) for named in by_layer.values() for name in named)
+        ]
+    if len(found) != 1 or found[0].keys() != every:
+        sizes = ", ".join(str(len(by_layer)) for by_layer in found) or "none"
         raise UnsupportedError(
-            f"{where}: its {CONFIG} says {layers} layers ({shown(model_type)}), and its files hold {len(complete)} "
-            "lists of so many. A band is a part of one plain list of decoder layers; it cannot be verified here."
+            f"{where}: its {CONFIG} says {layers} layers ({shown(model_type)}); the lists of layers in its files that "
+            f"could be these have as many: {sizes}. A band is a part of one plain list of decoder layers; it cannot be "
+            "verified here."
         )
-    return next(iter(complete.values()))
+    return found[0]
