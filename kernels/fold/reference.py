@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-# On a CPU, rows are widened to float64 in blocks that stay in the cache.
-_CACHED_ROWS = 512
+# On a CPU, rows are widened to float64 in blocks of so many numbers: half a megabyte, which stays in the cache.
+_BLOCK_NUMBERS = 2**16
+# From so many on (its GRAIN_SIZE), torch shares them among its threads. To wait for those takes longer than the sums,
+# and on busy cores longer than all the rest: `fastlock.fold` has threads that do not wait for each other.
+_SHARED_NUMBERS = 2**15
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +75,31 @@ def exact_fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | 
     matrix = columns.matrix
     device = matrix.device if matrix.device.type in ("cpu", "cuda") else torch.device("cpu")
     b = torch.zeros(matrix.shape[0], dtype=torch.float64, device=device)
-    block = _CACHED_ROWS if device.type == "cpu" else max(1, len(b))
-    for of_head, value in _by_head(columns, values):
-        for first in range(0, len(b), block):
-            rows = slice(first, first + block)
-            # Not a matrix product: BLAS would share these few rows among threads, which takes longer than the sums.
-            b[rows] += (of_head[rows].to(device).double() * value.to(device)).sum(dim=1)
+    narrow, wide = _room(len(b), values.shape[1], device)
+    for of_head, value in _by_head(columns, values.to(device)):
+        for sums, rows in zip(b.split(len(wide)), of_head.split(len(wide)), strict=True):
+            # Not a matrix product: BLAS would share these few rows among threads, too.
+            sums.add_(_products(rows, value, narrow[: len(rows)], wide[: len(rows)]).sum(dim=1))
     return b if bias is None else b + bias.detach().to(device).double()
+
+
+def _room(rows: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for a block of rows of one head, in float32 and in float64."""
+    if device.type == "cpu":
+        numbers = _BLOCK_NUMBERS if torch.get_num_threads() == 1 else _SHARED_NUMBERS - 1
+        rows = min(rows, numbers // head_dim)
+    size = (max(1, rows), head_dim)
+    return torch.empty(size, dtype=torch.float32, device=device), torch.empty(size, dtype=torch.float64, device=device)
+
+
+def _products(rows: torch.Tensor, value: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Each row times the value, in `wide`.
+
+    By way of `narrow`, which is exact: from float16 to float64 directly, torch takes twice as long.
+    """
+    if rows.dtype != torch.float64:
+        rows = wide.copy_(narrow.copy_(rows))
+    return torch.mul(rows.to(wide.device), value, out=wide)
 
 
 def error_bound(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

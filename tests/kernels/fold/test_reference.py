@@ -51,6 +51,24 @@ def test_the_fold_against_exact_arithmetic() -> None:
         assert found[row].item() == pytest.approx(float(sum(products, Fraction(bias[row].item()))), rel=1e-15)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_blocks_and_the_way_to_float64_change_no_bit(dtype: torch.dtype, threads: int) -> None:
+    """As many rows as fill several blocks, and some more; numbers of every size, subnormal ones too."""
+    weight = (torch.randn(1283, 3 * 128) * torch.exp2(torch.randint(-20, 10, (1283, 1)))).to(dtype)
+    values = torch.randn(2, 128, dtype=torch.float64)
+    expected = torch.zeros(1283, dtype=torch.float64)
+    for head, value in zip((0, 2), values, strict=True):
+        expected += (weight[:, head * 128 : (head + 1) * 128].double() * value).sum(dim=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = exact_fold(HeadColumns.in_projection(weight, (0, 2), 128), values)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.view(torch.int64), expected.view(torch.int64))
+
+
 def test_the_bound_is_near_one_unit_and_grows_with_cancellation() -> None:
     weight = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     values = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
