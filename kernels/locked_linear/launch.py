@@ -10,14 +10,16 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from fastlock.errors import UnsupportedError
+from fastlock.kernels.ahead_of_time.ways import WAYS
 from fastlock.kernels.locked_linear.reference import Inputs, by_torch, layout_of
+from fastlock.kernels.locked_linear.self_check import check_rows
 from fastlock.kernels.locked_linear.tiles import BY_TORCH, DTYPES, MAX_HEAD_DIM, Multiprocessors, Sizes, Way, ways
 from fastlock.kernels.locked_linear.timing import fastest, in_turn, on_device
 
@@ -160,14 +162,27 @@ def seconds(candidates: Iterable[Way], many: Sequence[Inputs]) -> dict[Way, floa
 
 
 def _runs(way: Way, inputs: Inputs) -> bool:
-    """Whether a way runs on the inputs' device. Its kernels are compiled here."""
+    """Whether a way runs on the inputs' device, and is right there. Its kernels are compiled here."""
     try:
         run(way, inputs)
+        return way == BY_TORCH or _is_right(way, inputs)
     except Exception as error:  # no compiler, an assembler that is too old: another way is taken
         if type(error).__name__ != "OutOfResources":
             warnings.warn(f"fastlock goes without {way.name} on this device: {error}", RuntimeWarning, stacklevel=2)
         return False
-    return True
+
+
+def _is_right(way: Way, inputs: Inputs) -> bool:
+    """Whether its first run on the device, for such weights, gave what float64 gives."""
+    dtype = str(inputs.x.dtype).removeprefix("torch.")
+    kernel = f"locked_linear {dtype}-{layout_of(inputs.weight)}-{inputs.head_dim}"
+    index = inputs.x.device.index if inputs.x.device.type == "cuda" else None
+
+    def compute(made_up: Inputs) -> torch.Tensor:
+        shape = (inputs.rows, inputs.weight.shape[0])
+        return run(way, made_up, None if way.tile is None else inputs.x.new_full(shape, math.nan))
+
+    return WAYS.passes(kernel, index, way.name, partial(check_rows, compute, inputs))
 
 
 @cache

@@ -65,9 +65,10 @@ def test_an_interruption_while_the_device_folds_leaves_no_flag(kind: str, monkey
     def interrupted(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr("fastlock.models.copies.Copies.take", interrupted)
-        plan.relock(strength=1e39)
+        with pytest.raises(KeyboardInterrupt):
+            plan.relock(strength=1e39)
     assert same_biases(biases(model), before)
     plan.relock(strength=3.0)
     assert_near(biases(model), want[3.0])
@@ -81,9 +82,10 @@ def test_interrupted_twice(monkeypatch) -> None:
     def interrupted(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(fold_module._ByKernel, "finish", interrupted)
-        plan.relock(strength=1e39)
+        with pytest.raises(KeyboardInterrupt):
+            plan.relock(strength=1e39)
     plan.relock(strength=3.0)
     assert_near(biases(model), want[3.0])
     assert fastlock.verify(model, lock).strength == 3.0

@@ -1,5 +1,6 @@
 """Ways of running a kernel: each checked once, the bad ones left, with a warning and the reason."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -12,6 +13,15 @@ from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.ahead_of_time import ways as ways_module
 from fastlock.kernels.ahead_of_time.driver import DriverError
 from fastlock.kernels.ahead_of_time.ways import NoWayError, Ways, WrongResultError
+
+
+@contextlib.contextmanager
+def silent():
+    """A warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
 
 BOTH = {"cubin": "by cubin", "jit": "by jit"}
 
@@ -71,8 +81,7 @@ def test_no_way_left_is_an_error_that_says_why() -> None:
     ways, check = Ways(), Checks(cubin=WrongResultError("row 3 is 0"), jit=RuntimeError("no C compiler"))
     with pytest.warns(RuntimeWarning), pytest.raises(NoWayError, match="row 3 is 0; RuntimeError: no C compiler"):
         ways.first("fold", 0, BOTH, check)
-    with warnings.catch_warnings(), pytest.raises(UnsupportedError, match="`fastlock doctor` says why"):
-        warnings.simplefilter("error")
+    with silent(), pytest.raises(UnsupportedError, match="`fastlock doctor` says why"):
         ways.first("fold", 0, BOTH, check)
     assert check.asked == ["by cubin", "by jit"]
 
@@ -90,8 +99,7 @@ PASSING = [
 @pytest.mark.parametrize("error", PASSING, ids=str)
 def test_what_will_pass_says_nothing_about_a_way(error: Exception) -> None:
     ways, check = Ways(), Checks(cubin=error)
-    with warnings.catch_warnings(), pytest.raises(type(error)):
-        warnings.simplefilter("error")
+    with silent(), pytest.raises(type(error)):
         ways.first("fold", 0, BOTH, check)
     assert ways.bad(0) == []
     check.outcomes.clear()

@@ -60,7 +60,7 @@ def a_middle_row_left_out(real, arguments, variant, grid):
 def everything_doubled(real, arguments, variant, grid):
     real(arguments, variant, grid)
     for result in results_of(arguments):
-        result *= 2
+        result.mul_(2)
 
 
 def last_site_zero(real, arguments, variant, grid):
@@ -107,15 +107,14 @@ def some_sites():
 def test_a_wrong_kernel_is_not_used(wrong, monkeypatch) -> None:
     sites = some_sites()
     launched = spoil(monkeypatch, wrong)
-    with pytest.warns(RuntimeWarning, match="not run by its jit on the CPU: its result was"):
-        with pytest.raises(NoWayError, match="its result was"):
-            kernels.fold_sites(*arguments(sites))
+    warned = pytest.warns(RuntimeWarning, match="not run by its jit on the CPU: its result was")
+    with warned, pytest.raises(NoWayError, match="its result was"):
+        kernels.fold_sites(*arguments(sites))
     assert launched == [2], "once, for the first site and the last"
     assert all(site.guarded.isnan().all() for site in sites), "nothing was written to the results"
-    with warnings.catch_warnings(), pytest.raises(NoWayError):
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as others, pytest.raises(NoWayError):
         kernels.fold_sites(*arguments(sites))
-    assert launched == [2]
+    assert (launched, others) == ([2], [])
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
