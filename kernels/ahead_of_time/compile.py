@@ -28,6 +28,26 @@ from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time.manifest import MANIFEST, Cubin, Manifest, digest_of_sources
 
 ARCHS = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one has for all programs that run on it at once; `shared` in bytes."""
+
+    programs: int
+    warps: int
+    shared: int
+    registers: int = 65536
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(32, 64, 164 * 1024),
+    86: Multiprocessor(16, 48, 100 * 1024),
+    89: Multiprocessor(24, 48, 100 * 1024),
+    90: Multiprocessor(32, 64, 228 * 1024),
+    100: Multiprocessor(32, 64, 228 * 1024),
+    120: Multiprocessor(24, 48, 100 * 1024),
+}
 # True where TRITON_INTERPRET=1 was set when this module was imported: Triton cannot compile then.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -210,6 +230,32 @@ def write_cubins(reports: Iterable[Report], directory: Path) -> Manifest:
 def count_wide_loads(ptx: str) -> int:
     """How many 16-byte loads from global memory the code has."""
     return len(re.findall(r"\bld\.global\S*\.v4\.[bf]32\b", ptx))
+
+
+def count_wide_copies(ptx: str) -> int:
+    """How many asynchronous copies of 16 bytes from global to shared memory the code has."""
+    return len(re.findall(r"\bcp\.async\.\S+ \[[^]]*\], \[[^]]*\], 0x10\b", ptx))
+
+
+def programs_at_once(arch: int, registers: int, shared: int, num_warps: int) -> int:
+    """How many programs run on a multiprocessor of a compute capability at once.
+
+    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; registers are given out by warps, in
+    portions of 256, and each program takes a KiB of shared memory more than it asks for ("Shared Memory" of 9.0).
+
+    Args:
+        registers: of a thread.
+        shared: bytes of shared memory of a program.
+        num_warps: of a program.
+    """
+    limits = MULTIPROCESSORS[arch]
+    of_a_warp = -(-32 * registers // 256) * 256
+    return min(
+        limits.programs,
+        limits.warps // num_warps,
+        limits.registers // of_a_warp // num_warps,
+        limits.shared // (shared + 1024),
+    )
 
 
 def rounding_problems(ptx: str, dtype: torch.dtype) -> list[str]:

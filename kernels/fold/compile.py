@@ -17,21 +17,45 @@ from fastlock.kernels.ahead_of_time.compile import (
     Op,
     Report,
     compile_kernel,
+    count_wide_copies,
     count_wide_loads,
+    programs_at_once,
     rounding_problems,
 )
 from fastlock.kernels.ahead_of_time.manifest import Cubin
 from fastlock.kernels.fold.triton_kernel import SIGNATURE, constants, fold_kernel
-from fastlock.kernels.fold.variants import Variant, shipped, variants
+from fastlock.kernels.fold.variants import Variant, default_variant, shipped, variants
 
-WIDE_LOADS = "v4"
+# What a report counts: loads and copies of 16 bytes, programs on a multiprocessor at once, and the KB of W that these
+# have under way at most.
+WIDE_LOADS, WIDE_COPIES, PROGRAMS, UNDER_WAY = "v4", "async", "CTAs/SM", "KB/SM"
 
 
 def sample(arch: int) -> Iterator[Variant]:
-    """What CI compiles: three head sizes everywhere, aligned; and for bfloat16 on sm_90 all that there is."""
-    for variant in variants():
-        if (arch == 90 and variant.dtype == torch.bfloat16) or (variant.aligned and variant.head_dim in (80, 128, 192)):
+    """What CI compiles of the defaults: three head sizes everywhere, aligned; and for bfloat16 on sm_90 all there are.
+
+    Of the other kinds: one head size everywhere, and on sm_90 two.
+    """
+    for variant in every(arch):
+        if is_default(variant):
+            of_all = arch == 90 and variant.dtype == torch.bfloat16
+            sampled = of_all or (variant.aligned and variant.head_dim in (80, 128, 192))
+        else:
+            sampled = variant.aligned and variant.head_dim in ((80, 128) if arch == 90 else (128,))
+        if sampled:
             yield variant
+
+
+def every(arch: int) -> Iterator[Variant]:
+    """All that fits a compute capability."""
+    return (variant for variant in variants() if arch not in variant.spills_on)
+
+
+def is_default(variant: Variant) -> bool:
+    """Whether it is launched where nobody asks for a kind."""
+    return variant == default_variant(
+        variant.dtype, variant.out_dtype, variant.head_dim, variant.transposed, variant.aligned
+    )
 
 
 def compile_variant(arch: int, variant: Variant) -> Report:
@@ -44,11 +68,23 @@ def compile_variant(arch: int, variant: Variant) -> Report:
     return compiled.report(
         arch,
         variant.name,
-        {WIDE_LOADS: count_wide_loads(compiled.ptx)},
+        counts_of(arch, variant, compiled),
         problems,
         cubin=cubin if shipped(variant) else None,
         binary=compiled.kernel.asm["cubin"],
     )
+
+
+def counts_of(arch: int, variant: Variant, compiled: Compiled) -> dict[str, int]:
+    """What is counted in the code, and what follows from its registers and shared memory."""
+    shared = compiled.kernel.metadata.shared
+    programs = programs_at_once(arch, compiled.usage["REG"], shared, variant.num_warps)
+    return {
+        WIDE_LOADS: count_wide_loads(compiled.ptx),
+        WIDE_COPIES: count_wide_copies(compiled.ptx),
+        PROGRAMS: programs,
+        UNDER_WAY: programs * variant.heads_ahead * variant.bytes_a_head // 1024,
+    }
 
 
 def describe(variant: Variant, compiled: Compiled) -> Cubin:
@@ -88,29 +124,36 @@ def launch_problems(variant: Variant, cubin: Cubin, metadata: dict[str, Any]) ->
     return problems
 
 
-def expected_wide_loads(variant: Variant) -> int:
-    """The 16-byte loads of one thread and head if all of W is read by them."""
+def expected_wide(variant: Variant) -> tuple[int, int]:
+    """The loads and the copies of 16 bytes in the code of one thread, if all of W is read by them.
+
+    A loop that stages has its copies once before it for each head that it is ahead, and once inside.
+    """
     threads = 32 * variant.num_warps
     of_weight = variant.block_rows * variant.block_columns // threads // variant.vector
+    if variant.stages > 1:
+        return 0, variant.stages * of_weight
     # By rows, a thread reads the values of its vector's columns: `vector` numbers of 4 bytes.
     of_values = 0 if variant.transposed else variant.vector // 4
-    return of_weight + of_values
+    return variant.heads * (of_weight + of_values), 0
 
 
 def code_problems(variant: Variant, ptx: str) -> list[str]:
     """What is wrong with the code: W not read 16 bytes at a time, or the result not rounded to the nearest."""
     problems = []
-    count, expected = count_wide_loads(ptx), expected_wide_loads(variant)
-    if variant.aligned and count < expected:
-        problems.append(f"{count} vector loads, {expected} expected")
+    loads, copies = expected_wide(variant)
+    if variant.aligned and count_wide_loads(ptx) < loads:
+        problems.append(f"{count_wide_loads(ptx)} vector loads, {loads} expected")
+    if variant.aligned and count_wide_copies(ptx) < copies:
+        problems.append(f"{count_wide_copies(ptx)} copies of 16 bytes, {copies} expected")
     return problems + rounding_problems(ptx, variant.out_dtype)
 
 
 OP = Op(
     name="fold",
     sample=sample,
-    every=lambda arch: variants(),
-    shipped=lambda arch: filter(shipped, variants()),
+    every=every,
+    shipped=lambda arch: filter(shipped, every(arch)),
     compile=compile_variant,
-    counted=(WIDE_LOADS,),
+    counted=(WIDE_LOADS, WIDE_COPIES, PROGRAMS, UNDER_WAY),
 )

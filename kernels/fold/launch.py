@@ -9,13 +9,28 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.ways import WAYS
 from fastlock.kernels.fold.reference import HeadColumns
-from fastlock.kernels.fold.variants import DTYPES, MAX_HEAD_DIM, SITE_FIELDS, VECTOR_BYTES, Variant
+from fastlock.kernels.fold.self_check import check_fold
+from fastlock.kernels.fold.variants import (
+    COUNT_AND_SITE,
+    DTYPES,
+    KINDS,
+    MAX_HEAD_DIM,
+    SITE_FIELDS,
+    VECTOR_BYTES,
+    Variant,
+    default_variant,
+)
+
+# The most programs that CUDA lets a grid have in y.
+MOST_IN_Y = 65535
 
 
 @dataclass(frozen=True)
@@ -26,14 +41,18 @@ class Table:
     of locked heads of all sites together.
 
     Attributes:
-        sites: what the kernel reads of each site, [sites, SITE_FIELDS] int64.
+        sites: what the kernel reads of each site, [sites, SITE_FIELDS] int64: those with most heads first, so that the
+            last programs are short ones. There may be empty ones at the end, see `grid`.
         heads: the address of each locked head's first column, [K] int64.
         values: the displacements, [K, head_dim] float32.
         flags: [1 + sites] int32, in the host's memory, which the kernel writes to: no copy has to be waited for. The
-            first is not 0 if any site's fold was not finite; the others say which. To be read once the launch is done.
+            first is not 0 if any site's fold was not finite; the others say which, in the caller's order. To be read
+            once the launch is done.
         variant: the kernel to launch.
-        grid: (sites, blocks of rows of the tallest site).
-        run: launches a cubin with its arguments packed, where one fits (see `cubins.Loader`); else Triton's JIT.
+        grid: blocks of rows of the tallest site, and sites, over y and z. The hardware starts with x: neighbouring
+            programs read neighbouring rows of one site, and few pages at once, however many models there are.
+        run: launches a cubin with its arguments packed, where one fits (see `cubins.Loader`); else Triton's JIT. Each
+            way was checked on the device before (see `ahead_of_time.ways`).
     """
 
     sites: torch.Tensor
@@ -41,7 +60,7 @@ class Table:
     values: torch.Tensor
     flags: torch.Tensor
     variant: Variant
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
     run: Callable[[], None] = field(repr=False, compare=False)
 
     def displace(self, values: Sequence[torch.Tensor]) -> None:
@@ -107,30 +126,98 @@ def build_table(
     values: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     out: Sequence[torch.Tensor],
+    kind: str | None = None,
 ) -> Table:
-    """The table of one launch, for at least one site; one copy to the device. Takes and raises as `fold_sites`."""
+    """The table of one launch, for at least one site; one copy to the device. Takes and raises as `fold_sites`.
+
+    The first table of a variant in this process also folds the first and the last site into memory of their own, waits
+    for that, and holds some rows to the reference (see `self_check`).
+
+    Args:
+        kind: how W is read, a name of `variants.KINDS`; None for the default.
+
+    Raises:
+        NoWayError: no launch of the variant is right on this device.
+    """
     _check(columns, values, biases, out)
+    arguments, variant, grid = _packed(columns, values, biases, out, kind)
+    device = arguments[0].device
+    check = partial(_passes, columns, biases, variant)
+    launcher = WAYS.first(f"fold {variant.name}", _cuda_index(device), _ways(variant, device), check)
+    return Table(*arguments, variant, grid, launcher(arguments, grid))
+
+
+def _passes(
+    columns: Sequence[HeadColumns], biases: Sequence[torch.Tensor | None], variant: Variant, launcher: Launcher
+) -> bool:
+    """Whether a launch of the first and the last site gives what the reference gives. Raises as `check_fold`."""
+    ends = [0, len(columns) - 1] if len(columns) > 1 else [0]
+    columns, biases = [columns[i] for i in ends], [biases[i] for i in ends]
+
+    def fold(values: list[torch.Tensor], results: list[torch.Tensor]) -> torch.Tensor:
+        arguments, _, grid = _packed(columns, values, biases, results, variant=variant)
+        if 0 not in grid:
+            launcher(arguments, grid)()
+        return arguments[3].to(columns[0].matrix.device, non_blocking=True)  # after the kernel: see `fold_sites`
+
+    return check_fold(fold, columns, biases, variant.head_dim, variant.out_dtype)
+
+
+def _packed(
+    columns: Sequence[HeadColumns],
+    values: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    out: Sequence[torch.Tensor],
+    kind: str | None = None,
+    variant: Variant | None = None,
+) -> tuple[Arguments, Variant, tuple[int, int, int]]:
+    """What one launch takes: its arguments; its variant, unless that is given; its grid."""
     weights = [of_site.matrix for of_site in columns]
     transposed = any(is_transposed(weight) for weight in weights)
-    head_dim = values[0].shape[1]
-    rows: list[int] = []
+    rows: list[list[int]] = []
     addresses: list[int] = []
-    for of_site, bias, result in zip(columns, biases, out, strict=True):
+    for site, (of_site, bias, result) in enumerate(zip(columns, biases, out, strict=True)):
         weight, first = of_site.matrix, len(addresses)
         column_bytes = weight.stride(1) * weight.element_size()
-        addresses += [weight.data_ptr() + start * column_bytes for start in of_site.starts]
-        stride = weight.stride(1 if transposed else 0)
-        # In the order of BIAS, OUT, STRIDE, HIDDEN, FIRST, LAST.
-        rows += [0 if bias is None else bias.data_ptr(), result.data_ptr()]
-        rows += [stride, weight.shape[0], first, len(addresses)]
-    variant = Variant(
-        weights[0].dtype, out[0].dtype, head_dim, transposed, _aligned(weights, addresses, head_dim, transposed)
-    )
+        heads = [weight.data_ptr() + start * column_bytes for start in of_site.starts]
+        addresses += heads
+        # In the order of STRIDE, HIDDEN, HEAD, NEXT_HEAD, FIRST, COUNT_AND_SITE, BIAS, OUT.
+        rows.append([weight.stride(1 if transposed else 0), weight.shape[0], *(*heads, 0, 0)[:2], first])
+        rows[-1] += [len(heads) + (site << 32), 0 if bias is None else bias.data_ptr(), result.data_ptr()]
+    variant = variant or _variant_for(weights, addresses, out[0].dtype, values[0].shape[1], transposed, kind)
     device = weights[0].device
-    parts = _pack(rows, addresses, torch.cat(list(values)), device)
-    flags = _on_host(1 + len(weights), torch.int32, device).zero_()
-    grid = (len(weights), -(-max(weight.shape[0] for weight in weights) // variant.block_rows))
-    return Table(*parts, flags, variant, grid, _launcher((*parts, flags), variant, grid, device))
+    flags = _on_host(1 + len(rows), torch.int32, device).zero_()
+    grid = _grid(max(weight.shape[0] for weight in weights), len(rows), variant)
+    rows.sort(key=lambda row: row[COUNT_AND_SITE] & 0xFFFFFFFF, reverse=True)
+    rows += [[0] * SITE_FIELDS] * (grid[1] * grid[2] - len(rows))
+    parts = _pack([number for row in rows for number in row], addresses, torch.cat(list(values)), device)
+    return (*parts, flags), variant, grid
+
+
+def _grid(hidden: int, sites: int, variant: Variant) -> tuple[int, int, int]:
+    """That of so many sites, the tallest of which has `hidden` rows; where y does not hold them all, in equal parts."""
+    in_z = -(-sites // MOST_IN_Y)
+    return -(-hidden // variant.block_rows), -(-sites // in_z), in_z
+
+
+def _variant_for(
+    weights: Sequence[torch.Tensor],
+    addresses: Sequence[int],
+    out_dtype: torch.dtype,
+    head_dim: int,
+    transposed: bool,
+    kind: str | None,
+) -> Variant:
+    """The variant that reads such weights, of a kind that was asked for, or of the default one."""
+    aligned = _aligned(weights, addresses, head_dim, transposed)
+    if kind is None:
+        return default_variant(weights[0].dtype, out_dtype, head_dim, transposed, aligned)
+    if kind not in KINDS:
+        raise FastlockError(f"there is no kind {kind!r} of the fold kernel; the kinds are {', '.join(KINDS)}.")
+    variant = Variant(weights[0].dtype, out_dtype, head_dim, transposed, aligned, kind)
+    if variant.misfit:
+        raise UnsupportedError(f"the fold kernel's kind {kind} cannot read these weights: {variant.misfit}.")
+    return variant
 
 
 def launch(table: Table) -> None:
@@ -144,19 +231,33 @@ def launch(table: Table) -> None:
         table.run()
 
 
-def _launcher(
-    arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int], device: torch.device
-) -> Callable[[], None]:
-    """What launches it: the cubin of the variant with its arguments packed, or Triton's JIT."""
+# Sites, heads, values and flags, as in `Table`.
+Arguments: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Given the arguments and the grid: the launch as a function of nothing.
+Launcher: TypeAlias = Callable[[Arguments, tuple[int, int, int]], Callable[[], None]]
+
+
+def _ways(variant: Variant, device: torch.device) -> dict[str, Launcher]:
+    """How a variant may be launched on a device, best first: by its cubin with arguments packed, or by Triton's JIT."""
+    ways: dict[str, Launcher] = {}
     index = _cuda_index(device)
-    if index is not None:
-        kernel = cubins.LOADER.choose(variant.name, index).kernel
-        if kernel is not None:
-            return kernel.launcher((*grid, 1), [argument.data_ptr() for argument in arguments])
+    kernel = None if index is None else cubins.LOADER.choose(variant.name, index).kernel
+    if kernel is not None:
+        ways["cubin"] = partial(_by_cubin, kernel)
+    ways["jit"] = partial(_by_jit, variant)
+    return ways
+
+
+def _by_cubin(kernel: cubins.Kernel, arguments: Arguments, grid: tuple[int, int, int]) -> Callable[[], None]:
+    return kernel.launcher(grid, [argument.data_ptr() for argument in arguments])
+
+
+def _by_jit(variant: Variant, arguments: Arguments, grid: tuple[int, int, int]) -> Callable[[], None]:
     return partial(_launch_jit, arguments, variant, grid, os.getpid())
 
 
-def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int], process: int) -> None:
+def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int, int], process: int) -> None:
     if os.getpid() != process and _cuda_index(arguments[0].device) is not None:
         raise cubins.forked()
     try:
@@ -181,7 +282,7 @@ def _pack(
     rows: list[int], addresses: list[int], values: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sites, heads and values of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
-    numbers = rows + addresses + [0] * (len(addresses) % 2)  # SITE_FIELDS is even, so two int64 are 16 bytes
+    numbers = rows + addresses + [0] * (len(addresses) % 2)  # a row of sites is 64 bytes, and two int64 are 16
     host = _on_host(len(numbers) + (values.numel() + 1) // 2, torch.int64, device)
     host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()

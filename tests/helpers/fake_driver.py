@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastlock.kernels.ahead_of_time import cubins, driver, manifest
+from fastlock.kernels.ahead_of_time.ways import WAYS, Ways
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import variants
 
@@ -176,7 +177,7 @@ class FakeDriver:
         self.launches.append(
             Launch(variant, (gx, gy, gz), (bx, by, bz), shared, stream or 0, values, self.stack[-1], extra)
         )
-        run_fold(BY_NAME[variant], values[:4], (gx, gy))
+        run_fold(BY_NAME[variant], values[:4], (gx, gy, gz))
 
 
 BY_NAME = {
@@ -184,7 +185,7 @@ BY_NAME = {
     for dtype, transposed, head_dim, aligned in itertools.product(
         variants.DTYPES, (False, True), (32, 64, 80, 96, 112, 128, 160, 192, 256), (True, False)
     )
-    for variant in [variants.Variant(dtype, dtype, head_dim, transposed, aligned)]
+    for variant in [variants.default_variant(dtype, dtype, head_dim, transposed, aligned)]
 }
 
 
@@ -199,22 +200,26 @@ def at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
-def run_fold(variant: variants.Variant, addresses: tuple[int, ...], grid: tuple[int, int]) -> None:
+def run_fold(variant: variants.Variant, addresses: tuple[int, ...], grid: tuple[int, int, int]) -> None:
     """What the kernel does, in float64, by the rows that the grid reaches."""
-    table = at(addresses[0], grid[0] * 6, torch.int64).view(-1, 6)
-    heads = at(addresses[1], int(table[:, 5].max()), torch.int64).tolist()
+    sites = grid[1] * grid[2]
+    table = at(addresses[0], sites * 8, torch.int64).view(-1, 8)
+    counts = table[:, 5] & 0xFFFFFFFF
+    heads = at(addresses[1], int((table[:, 4] + counts).max()), torch.int64).tolist()
     values = at(addresses[2], len(heads) * variant.head_dim, torch.float32).view(-1, variant.head_dim)
-    flags = at(addresses[3], 1 + grid[0], torch.int32)
-    for site, (bias, out, stride, hidden, first, last) in enumerate(table.tolist()):
+    flags = at(addresses[3], 1 + sites, torch.int32)
+    for stride, hidden, head, next_head, first, count_and_site, bias, out in table.tolist():
+        site, count = divmod(count_and_site, 1 << 32)
+        assert [head, next_head][:count] == heads[first : first + count][:2]
         b = torch.zeros(hidden, dtype=torch.float64)
-        for i in range(first, last):
+        for i in range(first, first + count):
             lines, length = (variant.head_dim, hidden) if variant.transposed else (hidden, variant.head_dim)
             read = at(heads[i], (lines - 1) * stride + length, variant.dtype)
             weight = read.as_strided((lines, length), (stride, 1)).double()
             b += (weight.t() if variant.transposed else weight) @ values[i].double()
         if bias:
             b += at(bias, hidden, variant.dtype).double()
-        rows = min(hidden, grid[1] * variant.block_rows)
+        rows = min(hidden, grid[0] * variant.block_rows)
         result = at(out, hidden, variant.out_dtype)[:rows]
         result[:] = b[:rows].to(variant.out_dtype)
         if not result.isfinite().all():
@@ -247,11 +252,19 @@ def write_folder(folder, described) -> None:
     (folder / manifest.MANIFEST).write_text(everything.to_json())
 
 
-def install(monkeypatch, folder, library: FakeDriver) -> None:
-    """From now on what is on the CPU counts as on the fake driver's device 0, and `folder` holds the cubins."""
+def install(monkeypatch, folder, library: FakeDriver, checked: bool = False) -> None:
+    """From now on what is on the CPU counts as on the fake driver's device 0, and `folder` holds the cubins.
+
+    Unless `checked`, launches are not checked before: each is one that the test asked for.
+    """
     monkeypatch.setattr(cubins, "interpreting", lambda: False)
     monkeypatch.setattr(cubins.LOADER, "folder", folder)
-    monkeypatch.setattr(cubins, "current_stream", lambda device: STREAM + device.index)
+    monkeypatch.setattr(cubins, "current_stream", lambda index: STREAM + index)
     monkeypatch.setattr(driver, "open_library", lambda: library)
     monkeypatch.setattr(fold, "_cuda_index", lambda device: 0)
     cubins.LOADER.forget()
+    fresh = Ways()
+    for name in ("_good", "_bad", "_lock"):
+        monkeypatch.setattr(WAYS, name, getattr(fresh, name))
+    if not checked:
+        monkeypatch.setattr(WAYS, "is_good", lambda kernel, index, way: True)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fastlock.kernels.fold import variants
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 from fastlock.kernels import build
 from fastlock.kernels.ahead_of_time.compile import Op, Report
 from fastlock.kernels.ahead_of_time.manifest import read_manifest
+from fastlock.kernels.proximal_step.variants import norm_variants, step_variants
 from tests.helpers.fake_driver import BY_NAME, describe
 
 SOUND = Report(
@@ -26,7 +28,10 @@ SOUND = Report(
     problems=[],
     ptx="",
 )
-SHIPPED, PLAIN = "bfloat16-rows-64-aligned", "bfloat16-rows-64-plain"
+SHIPPED, PLAIN = (
+    variants.default_variant(torch.bfloat16, torch.bfloat16, 64, transposed=False, aligned=aligned).name
+    for aligned in (True, False)
+)
 
 
 @pytest.fixture
@@ -70,6 +75,8 @@ def test_one_op_and_all_of_it(compiled) -> None:
     assert compiled == [("one", 90, PLAIN), ("one", 90, SHIPPED)]
 
 
-def test_wheels_have_the_aligned_fold_and_no_other_kernel() -> None:
-    shipped = [job.name for op in build.OPS for job in op.shipped(90)]
-    assert sorted(shipped) == sorted(variant.name for variant in variants.variants() if variant.aligned)
+def test_wheels_have_the_aligned_fold_the_optimizers_step_and_no_other_kernel() -> None:
+    shipped = [job.name for op in build.OPS for job in op.shipped(90) if op.name != "proximal_step"]
+    assert sorted(shipped) == sorted(variant.name for variant in variants.variants() if variants.shipped(variant))
+    (step,) = (op for op in build.OPS if op.name == "proximal_step")
+    assert list(step.shipped(90)) == [*step_variants(), *norm_variants()]

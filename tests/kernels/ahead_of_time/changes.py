@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from fastlock.kernels.ahead_of_time import cubins, manifest
-from tests.helpers.fake_driver import FakeDriver
+from tests.helpers.fake_driver import FakeDriver, describe
+from tests.kernels.ahead_of_time.launching import BF16_ROWS
 
 
 def change_manifest(**changes: object):
@@ -51,7 +52,7 @@ def other_sources(folder: Path, library: FakeDriver, monkeypatch) -> None:
     monkeypatch.setattr(cubins, "digest_of_sources", lambda folder=None: digest)
 
 
-FILE = "bfloat16-rows-64-aligned-sm_90a.cubin"
+FILE = describe(BF16_ROWS).file
 
 
 LOADING = ("cuDeviceGet", "cuDeviceGetAttribute", "cuDriverGetVersion", "cuDevicePrimaryCtxRetain", "cuModuleLoadData")

@@ -6,10 +6,11 @@ from functools import partial
 import torch
 
 from fastlock.kernels.fold import launch as fold
+from fastlock.kernels.fold import variants
 from tests.helpers import fake_driver
 from tests.kernels.fold.sites import arguments
 
-BF16_ROWS = fake_driver.BY_NAME["bfloat16-rows-64-aligned"]
+BF16_ROWS = variants.default_variant(torch.bfloat16, torch.bfloat16, 64, transposed=False, aligned=True)
 
 
 EVERY = list(fake_driver.BY_NAME.values())

@@ -43,7 +43,7 @@ def test_every_argument_of_a_launch(variant: variants.Variant, installed: FakeDr
     addresses = tuple(part.data_ptr() for part in (table.sites, table.heads, table.values, table.flags))
     assert launch == fake_driver.Launch(
         variant=variant.name,
-        grid=(2, -(-1000 // 32), 1),
+        grid=(-(-1000 // 32), 2, 1),
         block=(max(128, 2 * variant.block_columns), 1, 1),
         shared=1024,
         stream=fake_driver.STREAM,
@@ -90,7 +90,8 @@ def test_a_module_is_loaded_once_a_device_and_variant(installed: FakeDriver) -> 
         fold16(make_site(40, 64, (0,)))
     fold16(make_site(40, 64, (0,), torch.float16))
     assert installed.calls.count("cuModuleLoadData") == 2
-    assert sorted(installed.modules.values()) == [b"bfloat16-rows-64-aligned", b"float16-rows-64-aligned"]
+    names = [dataclasses.replace(BF16_ROWS, dtype=d, out_dtype=d).name for d in (torch.bfloat16, torch.float16)]
+    assert sorted(installed.modules.values()) == [name.encode() for name in names]
 
 
 def test_other_threads_and_other_devices_contexts(installed: FakeDriver) -> None:
@@ -149,7 +150,7 @@ def test_relock_by_a_cubin(installed: FakeDriver, monkeypatch) -> None:
     model = tiny_model("llama", torch.bfloat16, head_dim=64)
     lock, before = random_lock(model, [(0, 1), (0, 3), (1, 2), (2, 0)]), state(model)
     fastlock.relock(model, lock, 2.0)
-    assert [launch.grid[0] for launch in installed.launches] == [3]
+    assert [launch.grid[1] for launch in installed.launches] == [3]
     assert fastlock.verify(model, lock)
     fastlock.unlock(model)
     assert same_state(state(model), before)

@@ -86,7 +86,7 @@ def test_what_the_functions_tell() -> None:
     assert context == fake_driver.context_of(1)
     with cuda.current(context):
         assert library.stack == [context]
-        module = cuda.load_module(b"bfloat16-rows-64-aligned")
+        module = cuda.load_module(b"bfloat16-rows-64-aligned-serial")
         function = cuda.function_of(module, "fold_kernel")
         cuda.allow_shared(function, 70_000)
     assert library.stack == []

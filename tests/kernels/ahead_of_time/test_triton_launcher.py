@@ -56,7 +56,7 @@ def test_fastlock_launches_what_triton_launches(launches) -> None:
     ours, theirs = launches["ours"], launches["theirs"]
     assert (ours.pop("launches"), theirs.pop("launches")) == (1, 2)
     assert ours == theirs
-    assert ours["grid"] == [2, 128, 1]
+    assert ours["grid"] == [128, 2, 1]
     assert ours["block"] == [256, 1, 1]
     assert ours["shared"] > 0
     assert all(ours["parameters"][:4])

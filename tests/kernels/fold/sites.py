@@ -1,10 +1,11 @@
-"""One site's arguments, with what must not be read or written around them."""
+"""One site's arguments, with what must not be read or written around them; and what must come out."""
 
 import dataclasses
 import math
 
 import torch
 
+from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold.reference import HeadColumns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,3 +60,42 @@ def make_site(
 
 def arguments(sites):
     return [[getattr(site, name) for site in sites] for name in ("columns", "values", "bias", "out")]
+
+
+def run(*sites, kind=None):
+    """Fold, by the default kind of kernel or another one, which must be there."""
+    if kind is None:
+        fold.fold_sites(*arguments(sites))
+        return
+    table = fold.build_table(*arguments(sites), kind)
+    assert table.variant.kind == kind
+    fold.launch(table)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def check(*sites, kind=None):
+    """Fold, then hold every result between the roundings of truth - error and truth + error.
+
+    Rounding keeps the order, so this is exact about rounding. The error is that of n fp32 additions and roundings,
+    gamma_n = n u / (1 - n u) with u = 2**-24, times the sum of the terms' magnitudes.
+    """
+    run(*sites, kind=kind)
+    for site in sites:
+        truth = torch.zeros(site.weight.shape[0], dtype=torch.float64)
+        magnitude = truth.clone()
+        head_dim = site.values.shape[1]
+        for head, d in zip(site.heads, site.values.double(), strict=True):
+            columns = site.weight.detach().cpu()[:, head * head_dim : (head + 1) * head_dim].double()
+            truth += columns @ d
+            magnitude += columns.abs() @ d.abs()
+        if site.bias is not None:
+            truth += site.bias.detach().cpu().double()
+            magnitude += site.bias.detach().cpu().double().abs()
+        n = site.values.numel() + 3  # the terms, the bias, and the roundings of d and of a product
+        error = n * 2.0**-24 / (1 - n * 2.0**-24) * magnitude
+        out = site.out.cpu()
+        low, high = (truth - error).to(out.dtype), (truth + error).to(out.dtype)
+        assert ((low <= out) & (out <= high)).all(), (out.double() - truth).abs().max()
+        assert site.guarded[:GUARD].isnan().all()
+        assert site.guarded[-GUARD:].isnan().all()

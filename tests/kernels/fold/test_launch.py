@@ -10,41 +10,10 @@ pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.fold import launch as fold
-from tests.kernels.fold.sites import DEVICE, GUARD, arguments, make_site
+from tests.kernels.fold.sites import DEVICE, GUARD, arguments, check, make_site, run
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 HEAD_DIMS = [64, 80, 96, 112, 128, 160, 192, 256]
-
-
-def run(*sites):
-    fold.fold_sites(*arguments(sites))
-
-
-def check(*sites):
-    """Fold, then hold every result between the roundings of truth - error and truth + error.
-
-    Rounding keeps the order, so this is exact about rounding. The error is that of n fp32 additions and roundings,
-    gamma_n = n u / (1 - n u) with u = 2**-24, times the sum of the terms' magnitudes.
-    """
-    run(*sites)
-    for site in sites:
-        truth = torch.zeros(site.weight.shape[0], dtype=torch.float64)
-        magnitude = truth.clone()
-        head_dim = site.values.shape[1]
-        for head, d in zip(site.heads, site.values.double(), strict=True):
-            columns = site.weight.detach().cpu()[:, head * head_dim : (head + 1) * head_dim].double()
-            truth += columns @ d
-            magnitude += columns.abs() @ d.abs()
-        if site.bias is not None:
-            truth += site.bias.detach().cpu().double()
-            magnitude += site.bias.detach().cpu().double().abs()
-        n = site.values.numel() + 3  # the terms, the bias, and the roundings of d and of a product
-        error = n * 2.0**-24 / (1 - n * 2.0**-24) * magnitude
-        out = site.out.cpu()
-        low, high = (truth - error).to(out.dtype), (truth + error).to(out.dtype)
-        assert ((low <= out) & (out <= high)).all(), (out.double() - truth).abs().max()
-        assert site.guarded[:GUARD].isnan().all()
-        assert site.guarded[-GUARD:].isnan().all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -163,7 +132,7 @@ def test_table_is_one_aligned_buffer():
         assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
         assert all(part.data_ptr() % 16 == 0 for part in parts)
         assert [part.dtype for part in parts] == [torch.int64, torch.int64, torch.float32]
-        assert table.grid == (2, 64 // table.variant.block_rows)
+        assert table.grid == (64 // table.variant.block_rows, 2, 1)
 
 
 def test_table_can_be_launched_again():
