@@ -1,7 +1,7 @@
 """Which layers tell malicious from normal in SmolLM2-135M taught to refuse, and whether they stand out.
 
 Needs what `make demo` sets up. `fastlock.locate` on the aligned model that the demo uses, with shipped prompts; the
-same with the kinds of half of the prompts exchanged, which must find nothing. On a CPU the borderline prompts are
+same with the kinds of every second prompt exchanged, which must find nothing. On a CPU the borderline prompts are
 every third one. `--out DIR` keeps the page.
 """
 
@@ -42,13 +42,13 @@ def main() -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_report(out, found, {key: value for key, value in describe().items() if key in ("device", "torch")})
-    half = len(prompts.normal) // 2
+    # Every second prompt, since both lists begin with one way of asking and end with another.
     mixed = replace(
         prompts,
-        normal=prompts.normal[:half] + prompts.malicious[half:],
-        malicious=prompts.malicious[:half] + prompts.normal[half:],
+        normal=prompts.normal[::2] + prompts.malicious[::2],
+        malicious=prompts.normal[1::2] + prompts.malicious[1::2],
     )
-    timed("With the kinds of half of the prompts exchanged", model, tokenizer, mixed)
+    timed("With the kinds of every second prompt exchanged", model, tokenizer, mixed)
 
 
 def timed(name: str, model: Any, tokenizer: Any, prompts: BandPrompts) -> Located:
