@@ -23,6 +23,7 @@ from fastlock.inference.batching import Progress, Row, no_progress
 from fastlock.inference.chat import check_row, prompt_tokens
 from fastlock.locks.band import MAX_LETTERS, Band
 from fastlock.locks.band_evidence import AngleCurve, BandEvidence, RangeCount, RangeTest
+from fastlock.models.names import base_name
 from fastlock.version import __version__
 
 # The paper's rule: the first α, in steps of 0.05, whose counts have a standard deviation of 15 among 721 prompts.
@@ -215,7 +216,7 @@ def _finding(
         counts,
         tests,
     )
-    name = str(getattr(model.config, "_name_or_path", "") or "")[:MAX_LETTERS]
+    name = (base_name(model) or "")[:MAX_LETTERS]
     band = None
     if stands_out and counted is not None:
         source = f"located by fastlock {__version__}, α = {counted.scale:g}"

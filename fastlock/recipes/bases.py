@@ -15,13 +15,6 @@ from fastlock.models.sites import check_foldable, sites, text_config, unwrapped
 from fastlock.storage.places import files_digest
 
 
-def base_name(model: nn.Module) -> str | None:
-    """The model's name on a hub, or that of its directory: this machine's path says nothing on another."""
-    config: Any = model.config
-    path = Path(config._name_or_path or "")
-    return path.resolve().name if path.name and path.is_dir() else str(path) if path.name else None
-
-
 def identity(model: nn.Module) -> str:
     """What tells a model from others: its name, some of its weights, and the state of its files if they are here."""
     config: Any = unwrapped(model).config

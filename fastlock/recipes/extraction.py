@@ -30,10 +30,10 @@ from fastlock.errors import FastlockError, UnsupportedError, check_number
 from fastlock.inference.batching import Progress, no_progress
 from fastlock.inference.generation import input_device
 from fastlock.locks.lock import Lock
+from fastlock.models.names import base_name
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
 from fastlock.recipes.activations import activations_of
-from fastlock.recipes.bases import base_name
 from fastlock.recipes.head_scores import Statistics, statistics
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless
 from fastlock.recipes.recipe import Recipe

@@ -28,10 +28,10 @@ from fastlock.inference.batching import Progress, no_progress
 from fastlock.inference.chat import prompt_tokens
 from fastlock.inference.generation import in_eval_mode, input_device
 from fastlock.locks.lock import Lock
+from fastlock.models.names import base_name
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
 from fastlock.models.unfolded import displaced
-from fastlock.recipes.bases import base_name
 from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless, shipped_pairs, shipped_texts
 from fastlock.version import __version__
 

@@ -40,6 +40,7 @@ def test_json_with_a_scale_and_a_first_range(base, run) -> None:
     arguments = [*files(base), "--scale", 1.2, "--first-range", 1, 2, "--new-tokens", 2, "--json"]
     data = json.loads(run("locate", base / "base", *arguments, code=1))
     assert data["band"] is None
+    assert data["base_model"] == "base", "a path of this machine says nothing on another"
     assert data["evidence"]["first_range"] == [1, 2]
     assert (data["evidence"]["normal"], data["evidence"]["borderline"]) == (3, 3)
     assert {one["scale"] for one in data["evidence"]["counts"]} == {1.0, 1.2}
