@@ -21,14 +21,15 @@ def _schedule(text: str) -> _Schedule:
     """The type of --lisa."""
     parts = text.split(",")
     try:
-        numbers = [*map(int, parts[:2]), float(parts[2]), int(parts[3]) if len(parts) == 4 else 0]
+        alignment_steps, user_steps, free_steps = int(parts[0]), int(parts[1]), int(parts[3] if parts[3:] else 0)
+        pull = float(parts[2])
     except (ValueError, IndexError):
-        numbers = []
-    if len(numbers) != 4 or len(parts) > 4:
+        parts = []
+    if len(parts) not in (3, 4):
         raise ArgumentTypeError(
             f"{text} was given; it must be alignment steps, user steps, pull, and free steps if any: 100,900,1.0."
         )
-    return numbers[0], numbers[1], numbers[2], numbers[3]
+    return alignment_steps, user_steps, pull, free_steps
 
 
 def _finetune(

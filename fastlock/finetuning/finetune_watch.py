@@ -12,7 +12,7 @@ from fastlock.errors import FastlockError
 from fastlock.inference.batching import Progress
 
 
-class TrainingWatch(transformers.TrainerCallback):  # type: ignore[misc]
+class TrainingWatch(transformers.TrainerCallback):
     """Shows progress, and ends a training whose loss or gradient is not a number, before it is saved."""
 
     def __init__(self, progress: Progress) -> None:

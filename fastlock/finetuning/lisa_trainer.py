@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import ConcatDataset
@@ -28,12 +28,10 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_TrainerClass = TypeVar("_TrainerClass", bound="type[Trainer]")
-
 _STATES = ("alignment", "user")
 
 
-def lisa(trainer: _TrainerClass) -> _TrainerClass:
+def lisa(trainer: type[Trainer]) -> type[Any]:
     """A subclass of a Trainer that trains with Lisa (arXiv 2405.18641): alternating, and pulled back to an anchor.
 
     It takes what the Trainer takes, and two arguments more: `alignment_dataset`, which is prepared as the
@@ -60,8 +58,7 @@ def lisa(trainer: _TrainerClass) -> _TrainerClass:
     check_trainer(trainer)
     if issubclass(trainer, LisaTraining):
         return trainer
-    made: Any = type(f"Lisa{trainer.__name__}", (LisaTraining, trainer), {"__module__": __name__})
-    return made
+    return type(f"Lisa{trainer.__name__}", (LisaTraining, trainer), {"__module__": __name__})
 
 
 class LisaTraining(_Base):
@@ -78,9 +75,10 @@ class LisaTraining(_Base):
         check_arguments(self)
         if schedule.alignment_steps:
             check_sampling(self)
+            user: Any = self.train_dataset
             alignment = prepared(self, alignment_dataset)
-            self._user_rows, self._alignment_rows = len(self.train_dataset), len(alignment)
-            self.train_dataset = ConcatDataset([self.train_dataset, alignment])
+            self._user_rows, self._alignment_rows = len(user), len(alignment)
+            self.train_dataset = ConcatDataset([user, alignment])
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, _model: Any = None) -> tuple[Any, Any]:
@@ -125,7 +123,7 @@ class LisaTraining(_Base):
         skipped = self.state.global_step - rows.start(epoch)
         return epoch, skipped * self.args.gradient_accumulation_steps
 
-    def _run_epoch(self, **kwargs: Any) -> Any:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         rows = self._alternation
         if rows is not None:
             rows.set_epoch(kwargs["epoch"])  # accelerate does not find the sampler behind the batches it skips
@@ -134,7 +132,7 @@ class LisaTraining(_Base):
                 "num_update_steps_per_epoch": rows.steps(rows.epoch),
                 "steps_in_epoch": -(-len(rows) // batch),
             }
-        return super()._run_epoch(**kwargs)
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """As the Trainer's; before the first of an optimizer step, set the pull, and at a switch take the anchor."""

@@ -15,7 +15,7 @@ from fastlock.models.saving import carried_model
 from fastlock.models.sites import unwrapped
 
 
-class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]
+class TrainerCallback(transformers.TrainerCallback):
     """Relocks the model at the end of any run of a transformers or TRL Trainer.
 
     Before the first step, the model is relocked and unlocked once, and it is made sure that it can be saved relocked:
