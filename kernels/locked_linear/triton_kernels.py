@@ -17,7 +17,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Blocks of rows whose programs run one after the other, so that they find each other's weights in the L2 cache.
 GROUP = tl.constexpr(8)
-# From this many sums of one thread on, the columns are finished in two halves.
+# Up to this many sums of one thread, it has registers for as many numbers of the folds while it sums.
+FEW_SUMS = 32
+# From this many on, the columns are finished in two halves.
 MANY_SUMS = 64
 # Rows and columns of one program of `add_kernel`, rows of one of `shift_kernel`.
 ADD_ROWS, ADD_COLUMNS, SHIFT_ROWS = 4, 512, 16
@@ -51,6 +53,45 @@ def rows_of(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def shifted(
+    b_x: tl.tensor,
+    p_heads: tl.tensor,
+    p_slots: tl.tensor,
+    p_values: tl.tensor,
+    b_lock: tl.tensor,
+    b_strength: tl.tensor,
+    num_columns: tl.tensor,
+    i_first: tl.tensor,
+    o_k: tl.tensor,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """x + s d of columns i_first + o_k, all of one head: [BM, BK], as b_x."""
+    i_head = i_first // D
+    i_column = tl.load(p_heads + i_head)
+    if i_column >= 0:  # some lock shifts this head; one that does not exist makes x NaN
+        o_slot = b_lock.to(tl.int64) * num_columns + i_column  # [BM]
+        b_slot = tl.load(p_slots + o_slot, mask=b_lock >= 0, other=-1)  # [BM]
+        o_d = b_slot.to(tl.int64)[:, None] * D + (i_first - i_head * D + o_k)[None, :]
+        b_d = tl.load(p_values + o_d, mask=(b_slot >= 0)[:, None], other=0.0)  # [BM, BK]
+        b_x = (b_x.to(tl.float32) + b_strength[:, None] * b_d).to(b_x.dtype)
+    return b_x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def folds_of(p_folds: tl.tensor, b_lock: tl.tensor, o_n: tl.tensor, hidden: tl.tensor) -> tl.tensor:
+    """The fold of each row's lock, [BM, BN] fp32; 0 where none acts."""
+    o_fold = b_lock.to(tl.int64)[:, None] * hidden + o_n[None, :]
+    return tl.load(p_folds + o_fold, mask=(b_lock >= 0)[:, None] & (o_n < hidden)[None, :], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def write(b_acc: tl.tensor, p_y: tl.tensor, o_m: tl.tensor, o_n: tl.tensor, rows: tl.tensor, hidden: tl.tensor) -> None:
+    """Round the sums once, and write them to y. b_acc: [BM, BN] fp32."""
+    o_y = o_m.to(tl.int64)[:, None] * hidden + o_n[None, :]
+    tl.store(p_y + o_y, b_acc.to(p_y.dtype.element_ty), mask=(o_m < rows)[:, None] & (o_n < hidden)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def finish(
     b_acc: tl.tensor,
     p_bias: tl.tensor,
@@ -71,7 +112,8 @@ def finish(
     b_acc: [BM, BN] fp32.
     """
     o_n = i_n + tl.arange(0, BN)  # [BN]
-    m_n = o_n < hidden
+    if HAS_BIAS:  # read while the folds are
+        b_bias = tl.load(p_bias + o_n, mask=o_n < hidden, other=0.0)
     if not SHIFT:
         i_lock = tl.max(b_lock)
         if i_lock == tl.min(b_lock):  # one request's rows, as most of a long prompt's tiles are
@@ -79,17 +121,14 @@ def finish(
             b_one = tl.load(p_folds + i_lock.to(tl.int64) * hidden + o_n, mask=m_one, other=0.0)  # [BN]
             b_acc += b_strength[:, None] * b_one[None, :]
         else:
-            o_fold = b_lock.to(tl.int64)[:, None] * hidden + o_n[None, :]
-            m_fold = (b_lock >= 0)[:, None] & m_n[None, :]
-            b_acc += b_strength[:, None] * tl.load(p_folds + o_fold, mask=m_fold, other=0.0)  # [BM, BN]
+            b_acc += b_strength[:, None] * folds_of(p_folds, b_lock, o_n, hidden)
     if HAS_BIAS:
-        b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_y = o_m.to(tl.int64)[:, None] * hidden + o_n[None, :]
-    tl.store(p_y + o_y, b_acc.to(p_y.dtype.element_ty), mask=(o_m < rows)[:, None] & m_n[None, :])
+        b_acc += b_bias.to(tl.float32)[None, :]
+    write(b_acc, p_y, o_m, o_n, rows, hidden)
 
 
 @triton.jit(do_not_specialize=CHANGING)  # type: ignore[untyped-decorator]
-def gemm_kernel(
+def gemm_kernel(  # noqa: PLR0912, PLR0915 - half of it is decided as it is compiled
     p_x: tl.tensor,
     p_w: tl.tensor,
     p_bias: tl.tensor,
@@ -116,14 +155,16 @@ def gemm_kernel(
     HAS_BIAS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     HALVES: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """One program writes BM rows and BN columns of y = (x + s d) Wᵀ + c: d added to x (SHIFT), or W d to the sums.
 
     The tensors are those of `locked_linear.Inputs`; y is contiguous, of any dtype. stride_w: from one row of W to the
-    next; from one column, if TRANSPOSED. SHIFT: BK divides D. EVEN: BK divides the width. UPCAST: tiles are fp32
-    before they are multiplied, and x + s d is not rounded, for Triton's interpreter.
+    next; from one column, if TRANSPOSED. SHIFT: BK divides D. EVEN: BK divides the width. EARLY: folds and bias are
+    read while W is, not after it. UPCAST: tiles are fp32 before they are multiplied, and x + s d is not rounded, for
+    Triton's interpreter.
     Sums are fp32; each is made by one program in one order: the result has the same bits from run to run.
     """
     blocks_n = tl.cdiv(hidden, BN)
@@ -137,7 +178,6 @@ def gemm_kernel(
     m_m = o_m < rows
     m_n = o_n < hidden
     b_lock, b_strength = rows_of(p_lock, p_strength, o_m, rows, rows_per_entry, num_locks)
-    o_slot = b_lock.to(tl.int64) * num_columns  # [BM]
 
     p_x += o_m.to(tl.int64)[:, None] * stride_x + o_k[None, :]  # [BM, BK]
     step = tl.full([], BK, tl.int64)
@@ -148,30 +188,33 @@ def gemm_kernel(
         p_w += o_n.to(tl.int64)[None, :] * stride_w + o_k[:, None]  # [BK, BN]
 
     b_acc = tl.zeros([BM, BN], dtype=tl.float32)
+    if EARLY:
+        b_fold = tl.zeros([BM, BN], dtype=tl.float32)
+        if HAS_BIAS:
+            b_bias = tl.load(p_bias + o_n, mask=m_n, other=0.0)  # [BN]
     for i_k in range(0, tl.cdiv(width, BK)):
-        if EVEN:
-            b_x = tl.load(p_x, mask=m_m[:, None], other=0.0)
-            b_w = tl.load(p_w, mask=m_n[None, :], other=0.0)
-        else:
-            m_k = o_k < width - i_k * BK
-            b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
-            b_w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0)
+        m_k = o_k < width - i_k * BK
+        b_x = tl.load(p_x, mask=m_m[:, None] if EVEN else m_m[:, None] & m_k[None, :], other=0.0)
+        b_w = tl.load(p_w, mask=m_n[None, :] if EVEN else m_n[None, :] & m_k[:, None], other=0.0)
         if UPCAST:
             b_x = b_x.to(tl.float32)
             b_w = b_w.to(tl.float32)
         if SHIFT:
-            i_head = i_k * BK // D
-            i_column = tl.load(p_heads + i_head)
-            if i_column >= 0:  # some lock shifts this head; one that does not exist makes x NaN
-                b_slot = tl.load(p_slots + o_slot + i_column, mask=b_lock >= 0, other=-1)  # [BM]
-                o_d = b_slot.to(tl.int64)[:, None] * D + (i_k * BK - i_head * D + o_k)[None, :]
-                b_d = tl.load(p_values + o_d, mask=(b_slot >= 0)[:, None], other=0.0)  # [BM, BK]
-                b_x = (b_x.to(tl.float32) + b_strength[:, None] * b_d).to(b_x.dtype)
+            b_x = shifted(b_x, p_heads, p_slots, p_values, b_lock, b_strength, num_columns, i_k * BK, o_k, D)
+        elif EARLY:  # noqa: SIM102 - Triton cannot join a constant and a number
+            if i_k == 0:  # the first steps' tiles are on their way: none of them waits for the rows' locks
+                b_fold = folds_of(p_folds, b_lock, o_n, hidden)
         b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
         p_x += BK
         p_w += step
 
-    if HALVES:
+    if EARLY:
+        if not SHIFT:
+            b_acc += b_strength[:, None] * b_fold
+        if HAS_BIAS:
+            b_acc += b_bias.to(tl.float32)[None, :]
+        write(b_acc, p_y, o_m, o_n, rows, hidden)
+    elif HALVES:
         # The folds of half the columns at a time: with all of them, the sums would not fit into the registers.
         b_left, b_right = tl.split(tl.permute(tl.reshape(b_acc, (BM, 2, BN // 2)), (0, 2, 1)))  # [BM, BN / 2]
         i_half = i_n + BN // 2
@@ -267,6 +310,7 @@ def gemm_constants(
     tile: Tile, kind: str, width: int, head_dim: int, has_bias: bool, transposed: bool
 ) -> dict[str, Any]:
     """The constexpr arguments of `gemm_kernel` for a tile and a kind of way, "gather" or "shift"."""
+    sums = tile.rows * tile.hidden // (32 * tile.num_warps)
     return {
         "D": head_dim,
         "BM": tile.rows,
@@ -276,7 +320,8 @@ def gemm_constants(
         "HAS_BIAS": has_bias,
         "TRANSPOSED": transposed,
         "EVEN": width % tile.width == 0,
-        "HALVES": tile.rows * tile.hidden // (32 * tile.num_warps) >= MANY_SUMS,
+        "EARLY": sums <= FEW_SUMS,
+        "HALVES": sums >= MANY_SUMS,
         "UPCAST": INTERPRETED,
     }
 

@@ -56,6 +56,9 @@ def test_the_sample(tmp_path):
     for way in build_locked_linear.likely_on(90, BF16):  # every tile that an H200 is given
         report = found[90, Compilation(way, BF16).name]
         check_room(report, way.tile)
+        # Where there are registers for it, nothing is read once all tiles are there: not even the folds and the bias.
+        (_, after) = re.split(r"\bcp\.async\.wait_group\s+0;", report.ptx)
+        assert ("ld.global" in after) == (not reads_early(way.tile)), way
         kinds = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\b", report.ptx))
         assert kinds == {"wgmma.mma_async" if way.tile.rows >= 64 else "mma.sync"}
     for way in build_locked_linear.ways_on(90, FP32, 128):
@@ -73,6 +76,11 @@ def test_the_sample(tmp_path):
     check_shift_kernels([found[90, Compilation(Way("around"), BF16, put_back=there).name] for there in (False, True)])
     largest = found[100, Compilation(Way("gather", Tile(128, 256, 64, 8, 4)), BF16).name]
     assert "tcgen05.mma" in largest.ptx
+
+
+def reads_early(tile):
+    """Whether a thread has 32 sums at most, and so registers for as many numbers of the folds."""
+    return tile.rows * tile.hidden <= 32 * 32 * tile.num_warps
 
 
 def check_room(report, tile):
