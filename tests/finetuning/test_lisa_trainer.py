@@ -1,4 +1,11 @@
-"""Lisa in transformers' Trainer: what is read, what is trained, what is logged, and what is refused."""
+"""Lisa in transformers' Trainer: what is read, what is trained, what is logged, and what is refused.
+
+Each fault of the authors' code has its test: counting micro-batches and losing user rows (`every_user_row`), the term
+in the loss (`holds_no_term`), free steps that end anywhere (`free_steps`), names and shards (`test_lisa_ranks`),
+forgetting on resume (`never_stopped`), a loader per micro-step (`one_loader`), the token counts of another batch
+(`fed_its_batches`), the other snapshot (`authors_loop`), fp16 norms (`test_lisa_loops`), and no user steps
+(`test_lisa_schedule`).
+"""
 
 from collections import Counter
 
@@ -251,6 +258,23 @@ def whole(tmp_path_factory):
     trainer = run(tmp_path_factory.mktemp("whole"), save_strategy="steps", save_steps=1)
     trainer.train()
     return trainer
+
+
+def test_one_loader_is_made_and_its_length_is_that_of_an_epoch(tmp_path, monkeypatch):
+    made = []
+    get = LisaRecording.get_train_dataloader
+    monkeypatch.setattr(LisaRecording, "get_train_dataloader", lambda self: made.append(get(self)) or made[-1])
+    trainer = lisa_trainer(tmp_path, Lisa(2, 3, 0.5), num_train_epochs=2)
+    trainer.train()
+    assert len(made) == 1
+    assert len(trainer.accelerator._dataloaders) == 1
+
+
+def test_half_an_epoch_can_be_trained(tmp_path):
+    trainer = lisa_trainer(tmp_path, Lisa(2, 3, 0.5), num_train_epochs=0.5)
+    trainer.train()
+    # 3 of the 6 steps on the user's data, and the 2 before them.
+    assert trainer.state.global_step == 5
 
 
 def test_a_checkpoint_without_an_anchor_is_refused(tmp_path):
