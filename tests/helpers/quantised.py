@@ -25,17 +25,23 @@ def _words(numbers: list[int], bits: int) -> list[int]:
 
 
 def gptq(
-    hidden: int, width: int, *, bits: int = 4, group: int = 32, act_order: bool = False, version: int = 1, seed: int = 0
+    hidden: int,
+    width: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    act_order: bool = False,
+    version: int = 1,
+    symmetric: bool = False,
+    seed: int = 0,
 ) -> Written:
-    """Number by number, as GPTQModel's format says."""
+    """Number by number, as GPTQModel's format says; if symmetric, all zero points are in the middle."""
     rng = np.random.default_rng(seed)
     groups, largest = width // group, (1 << bits) - 1
     q = rng.integers(0, largest + 1, (width, hidden))
-    z = (
-        rng.integers(1, largest + 1, (groups, hidden))
-        if version == 1
-        else rng.integers(0, largest + 1, (groups, hidden))
-    )
+    z = rng.integers(version == 1, largest + 1, (groups, hidden))
+    if symmetric:
+        z[:] = 1 << (bits - 1)
     scales = torch.from_numpy(rng.uniform(0.01, 0.1, (groups, hidden))).half()
     of_input = np.arange(width) // group
     if act_order:
@@ -51,7 +57,7 @@ def gptq(
         "scales": scales,
         "g_idx": torch.from_numpy(of_input).int(),
     }
-    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": symmetric}
     return tensors, config | ({"checkpoint_format": "gptq_v2"} if version == 2 else {}), weight
 
 

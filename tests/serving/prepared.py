@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastlock
 from fastlock.models.unfolded import unfolded
 from tests.helpers.families import logits, random_lock, tiny_model, tokens
+from tests.helpers.quantised import Written
 
 STRENGTH = 4.0
 IDS = tokens()
@@ -58,6 +61,39 @@ def prepare(kind: str, directory: Path, stacks: list[str], changes: dict[str, An
     exact = model.double()
     plain = logits(exact, IDS)[0].numpy()
     with unfolded(exact, lock, STRENGTH):
+        locked = logits(exact, IDS)[0].numpy()
+    return Prepared(out, plain, locked)
+
+
+def prepare_quantised(
+    name: str, write: Callable[..., Written], directory: Path, strength: float, changes: dict[str, Any]
+) -> Prepared:
+    """Save a tiny Llama whose projections are quantised, relock it on disk, and compute what its dense twin says.
+
+    Args:
+        name: of the format.
+        write: of `tests.helpers.quantised`.
+        directory: where to put the original and the relocked checkpoint.
+        strength: of the lock.
+        changes: what its config must have for the engine to run it.
+    """
+    model = tiny_model("llama", torch.bfloat16, **changes)
+    lock, source, out = random_lock(model), directory / name, directory / f"{name}-relocked"
+    model.save_pretrained(source)
+    tensors, exact, config = load_file(source / "model.safetensors"), model.double(), {}
+    for seed, path in enumerate(sorted(name for name in tensors if name.endswith("_proj.weight"))):
+        hidden, width = tensors.pop(path).shape
+        written, config, dense = write(hidden, width, seed=seed)
+        tensors |= {path.removesuffix("weight") + suffix: tensor.contiguous() for suffix, tensor in written.items()}
+        exact.get_parameter(path).data = dense
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    if groups := config.get("config_groups"):
+        config |= {"quantization_status": "compressed", "ignore": ["lm_head"], "config_groups": groups}
+    described = json.loads((source / "config.json").read_text()) | {"quantization_config": config}
+    (source / "config.json").write_text(json.dumps(described))
+    fastlock.relock_checkpoint(source, lock, out, strength, stacks=["transformers", "vllm"])
+    plain = logits(exact, IDS)[0].numpy()
+    with unfolded(exact, lock, strength):
         locked = logits(exact, IDS)[0].numpy()
     return Prepared(out, plain, locked)
 

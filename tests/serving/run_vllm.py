@@ -1,6 +1,6 @@
-"""The logarithms of the probabilities of every token after every prompt position, by vLLM in float32.
+"""The logarithms of the probabilities of every token after every prompt position, by vLLM.
 
-run_vllm.py IDS DIRECTORY...: DIRECTORY.npy gets [tokens - 1, vocab]. Prints what went wrong with which, as JSON.
+run_vllm.py IDS DTYPE DIRECTORY...: DIRECTORY.npy gets [tokens - 1, vocab]. Prints what went wrong with which, as JSON.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ import numpy as np
 from vllm import LLM, SamplingParams
 
 
-def run(directory: str, ids: list[int], **options: str) -> np.ndarray:
+def run(directory: str, ids: list[int], dtype: str) -> np.ndarray:
     """Load a checkpoint, and read one prompt."""
     engine = LLM(
         directory,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=64,
         max_logprobs=-1,
-        **options,
     )
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
     (answer,) = engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
@@ -40,9 +39,9 @@ def run(directory: str, ids: list[int], **options: str) -> np.ndarray:
 def main() -> None:
     """Run all of them in one process; an engine takes seconds to import."""
     ids, errors = [int(word) for word in sys.argv[1].split(",")], {}
-    for directory in sys.argv[2:]:
+    for directory in sys.argv[3:]:
         try:
-            np.save(f"{directory}.npy", run(directory, ids))
+            np.save(f"{directory}.npy", run(directory, ids, sys.argv[2]))
             errors[directory] = ""
         except Exception as error:  # an engine raises anything
             errors[directory] = f"{type(error).__name__}: {error}"
