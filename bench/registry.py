@@ -6,11 +6,24 @@ from dataclasses import dataclass
 
 from bench.disk import checkpoints_report
 from bench.lib.report import Report, printed_section
-from bench.ops import first_relock_report, fold_report, host_report, parity_report, rows_report
+from bench.ops import (
+    first_relock_report,
+    fold_counters_report,
+    fold_report,
+    host_report,
+    parity_report,
+    proximal_step_report,
+    rows_report,
+    warm_up_report,
+)
 
 BENCH, GPU = "make bench", "make gpu"
-# All that `make gpu` runs, one after the other.
-GPU_SECONDS = 470
+# All that `run.py --gpu` runs, one after the other, the warm-up too: 8 minutes, but for the build before it.
+GPU_SECONDS = 455
+# Of these, for what run.py itself does between the steps.
+SPARE_SECONDS = 5
+# The limit of the warm-up. On a machine whose disk is slow it takes what it takes, and the steps share the rest.
+WARM_UP_SECONDS = 150
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,8 @@ class Benchmark:
         name: for `run.py --only`.
         measures: what, in a line.
         files: from the repository on: those that pytest collects, or one script.
-        cpu, cuda: the seconds it may take there; None: it does not run there.
+        cpu, cuda: the seconds it may take there; None: it does not run there. With --gpu the steps share the time in
+            this proportion, and get more where earlier ones were quick.
         part_of: which of BENCH and GPU run it.
         arguments: for pytest, or for the script.
         script: whether the file is run as it is, without pytest.
@@ -50,8 +64,30 @@ KERNEL_TESTS = (
     "tests/kernels/fold/test_dispatch.py",
     "tests/kernels/locked_linear/test_launch.py",
     "tests/kernels/locked_linear/test_choices.py",
+    "tests/kernels/proximal_step/test_launch.py",
+)
+MODEL_TESTS = (
+    "tests/models/test_request_locks.py",
+    "tests/models/test_relocking.py",
+    "tests/checkpoints/test_diagnosis.py",
+)
+# Of the models' tests those that a CPU skips or tells less of: graphs, compiled modules, autocast, every dtype.
+DEVICE_TESTS = (
+    "gpu or cuda_graph or reduce_overhead or compiled_module or autocast or unfolded_forward or kernels "
+    "or memory_stays or devices"
 )
 HOUR = 3600
+
+# Before all others on a GPU. As a rule it takes this long.
+WARM_UP = Benchmark(
+    "warm-up",
+    "what the first process on a machine pays for, and what it finds there",
+    ("bench/ops/warm_up.py",),
+    cpu=None,
+    cuda=40,
+    script=True,
+    report=warm_up_report.REPORT,
+)
 
 # In the order in which they run: what a GPU run must not lose comes first, and what may hang last.
 BENCHMARKS = (
@@ -60,7 +96,7 @@ BENCHMARKS = (
         "every kernel variant, by cubin and by JIT, and relocking in every family, against float64",
         ("bench/ops/parity.py",),
         cpu=None,
-        cuda=60,
+        cuda=35,
         part_of=(GPU,),
         spread=True,
         report=parity_report.REPORT,
@@ -79,7 +115,7 @@ BENCHMARKS = (
         "the fold by every path, ours and others', on the shapes of Llama-3 8B and 70B",
         ("bench/ops/fold.py",),
         cpu=600,
-        cuda=100,
+        cuda=80,
         part_of=(BENCH, GPU),
         report=fold_report.REPORT,
     ),
@@ -88,7 +124,7 @@ BENCHMARKS = (
         "the first relock of a process, by cubin and by JIT",
         ("bench/ops/first_relock.py",),
         cpu=None,
-        cuda=70,
+        cuda=45,
         part_of=(GPU,),
         report=first_relock_report.REPORT,
     ),
@@ -97,35 +133,53 @@ BENCHMARKS = (
         "a projection with a lock per row, by every way, over the plain projection",
         ("bench/ops/rows.py",),
         cpu=200,
-        cuda=60,
+        cuda=35,
         part_of=(BENCH, GPU),
         report=rows_report.REPORT,
+    ),
+    Benchmark(
+        "optimizer",
+        "the optimizer's step with a pull, against torch's fused AdamW without one and with it by foreach",
+        ("bench/ops/proximal_step.py",),
+        cpu=300,
+        cuda=20,
+        part_of=(GPU,),
+        report=proximal_step_report.REPORT,
     ),
     Benchmark(
         "kernel-tests",
         "the kernels' own tests, on the device",
         KERNEL_TESTS,
         cpu=None,
-        cuda=60,
+        cuda=25,
         part_of=(GPU,),
         spread=True,
     ),
     Benchmark(
         "model-tests",
         "tests of request locks and of models on several devices that a CPU skips or tells less of",
-        ("tests/models/test_request_locks.py", "tests/models/test_relocking.py"),
+        MODEL_TESTS,
         cpu=None,
         cuda=50,
         part_of=(GPU,),
-        arguments=("-k", "gpu or cuda_graph or autocast or kernels or memory_stays or devices"),
+        arguments=("-k", DEVICE_TESTS),
         spread=True,
+    ),
+    Benchmark(
+        "fold-counters",
+        "what the GPU's own counters say of each kind of the fold kernel, by ncu where it may read them",
+        ("bench/ops/fold_counters.py",),
+        cpu=None,
+        cuda=20,
+        part_of=(GPU,),
+        report=fold_counters_report.REPORT,
     ),
     Benchmark(
         "sanitizer",
         "no kernel reads or writes out of bounds: compute-sanitizer's memcheck",
         ("bench/ops/sanitizer.py",),
         cpu=None,
-        cuda=70,
+        cuda=100,
         part_of=(GPU,),
     ),
     Benchmark(

@@ -23,6 +23,12 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 
 import transformers
 
+from tests.helpers.fake_gpu import limits
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    limits.skip(items)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

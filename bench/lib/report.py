@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ class Results:
         facts: date, command, machine.
         steps: in the order in which they ran.
         total: how many steps there will be.
+        unwritten: why it could not be written the last time, if so.
+        interrupted: whether somebody ended the run.
     """
 
     directory: Path
@@ -58,17 +61,27 @@ class Results:
     facts: dict[str, Any]
     total: int
     steps: list[Done] = field(default_factory=list)
+    unwritten: str = ""
+    interrupted: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether anything failed so far."""
-        return any(step.outcome.failed for step in self.steps)
+        """Whether anything failed so far, or was not run, or could not be written."""
+        troubles = [step for step in self.steps if step.outcome.failed or not step.outcome.ran]
+        return bool(troubles or self.unwritten or self.interrupted)
 
     def write(self) -> None:
-        """Write NAME.json, NAME.md, and NAME.STEP.svg where there is a picture; each at once, not in pieces."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        replace(self.directory / f"{self.name}.json", self.to_json())
-        replace(self.directory / f"{self.name}.md", self.to_markdown())
+        """Write NAME.json, NAME.md, and NAME.STEP.svg where there is a picture; each at once, not in pieces.
+
+        Where that fails, the steps to come have still to be run: it is said, and tried again after each.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            replace(self.directory / f"{self.name}.json", self.to_json())
+            replace(self.directory / f"{self.name}.md", self.to_markdown())
+            self.unwritten = ""
+        except OSError as error:
+            self.unwritten = str(error)
 
     def to_json(self) -> str:
         """Everything, as JSON."""
@@ -86,6 +99,8 @@ class Results:
         lines += [f"Written by `{self.facts['command']}` ({took:.0f} s); the same numbers are in {self.name}.json.", ""]
         if len(self.steps) < self.total:
             lines += [f"**Not finished: {len(self.steps)} of {self.total} steps.**", ""]
+        if self.facts.get("tiny"):
+            lines += ["**Tiny shapes, only to see that everything runs: the numbers mean nothing.**", ""]
         lines += table(["", ""], [[key, value] for key, value in machine.items()])
         lines += self._outcomes()
         for step in self.steps:
@@ -102,10 +117,14 @@ class Results:
             outcome = step.outcome
             counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
             why = f" - {last_lines(outcome.problems[0]).splitlines()[-1]}" if outcome.problems else ""
-            lines.append(f"{'FAILED' if outcome.failed else 'ok':<7}{outcome.step}: {counts}{why}"[:SUMMARY_COLUMNS])
-        headlines = [line for step in self.steps for line in _headline(step)]
+            verdict = "NOT RUN" if not outcome.ran else "FAILED" if outcome.failed else "ok"
+            lines.append(f"{verdict:<8}{outcome.step}: {counts}{why}"[:SUMMARY_COLUMNS])
+        headlines = [
+            part for step in self.steps for line in _headline(step) for part in textwrap.wrap(line, SUMMARY_COLUMNS)
+        ]
         room = max(0, SUMMARY_LINES - 1 - len(lines))
-        return [*lines, *headlines[:room], f"Results: {self.directory / self.name}.md and .json"]
+        where = f"Results: {self.directory / self.name}.md and .json"
+        return [*lines, *headlines[:room], f"RESULTS NOT WRITTEN: {self.unwritten}" if self.unwritten else where]
 
     def _outcomes(self) -> list[str]:
         rows = [

@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.recording import RECORDS, Row, last_lines, read_records
+from bench.lib.tiny import SWITCH
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKERS = 8
+# Where Linux tells of processes. Elsewhere a step's process group alone is ended.
+PROCESSES = Path("/proc")
+# Seconds for a process that was killed to be gone.
+GRACE = 5.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Outcome:
         problems: what failed, and the last lines of why.
         seconds: how long it took.
         rows: what it measured.
+        ran: False if there was no time left for it.
     """
 
     step: str
@@ -39,13 +45,21 @@ class Outcome:
     problems: list[str]
     seconds: float
     rows: list[Row]
+    ran: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """All but the rows."""
         return {key: value for key, value in asdict(self).items() if key != "rows"}
 
 
-def run_step(name: str, command: Sequence[str], limit: float, work: Path, spread: bool = False) -> Outcome:
+def not_run(name: str, why: str) -> Outcome:
+    """Of a step for which there was no time."""
+    return Outcome(name, 0, 0, 0, [f"{name} was not run: {why}"], 0.0, [], ran=False)
+
+
+def run_step(
+    name: str, command: Sequence[str], limit: float, work: Path, spread: bool = False, tiny: bool = False
+) -> Outcome:
     """Run a command, and end it and all that it started after `limit` seconds.
 
     Args:
@@ -54,11 +68,13 @@ def run_step(name: str, command: Sequence[str], limit: float, work: Path, spread
         limit: seconds.
         work: a directory, in which it runs.
         spread: over several processes, of one thread each.
+        tiny: see `bench.lib.tiny`.
     """
     work.mkdir(parents=True, exist_ok=True)
     records, log = work / f"{name}.jsonl", work / f"{name}.log"
     records.unlink(missing_ok=True)
-    environment = environment_of(os.environ | {RECORDS: str(records)} | ({"OMP_NUM_THREADS": "1"} if spread else {}))
+    changes = {RECORDS: str(records)} | ({"OMP_NUM_THREADS": "1"} if spread else {}) | ({SWITCH: "1"} if tiny else {})
+    environment = environment_of(os.environ | changes)
     start = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -69,10 +85,25 @@ def run_step(name: str, command: Sequence[str], limit: float, work: Path, spread
         except subprocess.TimeoutExpired:
             code = None
         finally:  # on Ctrl-C as well; and of a step that ended, whatever it left running
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_all(process, records)
     return _outcome(name, code, limit, records, log, time.perf_counter() - start)
+
+
+def end_all(process: subprocess.Popen[bytes], records: Path) -> None:
+    """End a step's process group, and what it started in groups of their own: all that knows the step's records.
+
+    What the kernel cannot end, as a driver does not answer, is not waited for.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    mark = f"{RECORDS}={records}".encode()
+    for _ in range(3):  # one that is just being started is found the next time
+        left = [found for found in map(int, filter(str.isdecimal, _listed(PROCESSES))) if mark in _environment(found)]
+        for found in left:
+            with contextlib.suppress(OSError):
+                os.kill(found, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
 
 
 def environment_of(environment: dict[str, str]) -> dict[str, str]:
@@ -90,11 +121,12 @@ def environment_of(environment: dict[str, str]) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", **kept, "PYTHONPATH": path}
 
 
-def pytest_command(files: Sequence[str], arguments: Sequence[str], spread: bool) -> list[str]:
+def pytest_command(files: Sequence[str], arguments: Sequence[str], spread: bool, tiny: bool = False) -> list[str]:
     """pytest on files of the repository, from whatever directory, with what is recorded written down."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.lib.recording"]
     command += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
-    command += ["-n", str(WORKERS)] if spread and importlib.util.find_spec("xdist") else []
+    command += ["-p", "bench.lib.tiny"] if tiny else []
+    command += ["-n", str(WORKERS)] if spread and not tiny and importlib.util.find_spec("xdist") else []
     return [*command, *(str(REPOSITORY / file) for file in files), *arguments]
 
 
@@ -118,6 +150,22 @@ def _outcome(name: str, code: int | None, limit: float, records: Path, log: Path
         failed = 1
     passed = found.count("passed") if found.outcomes else int(code == 0)
     return Outcome(name, passed, failed, found.count("skipped"), problems, seconds, found.rows)
+
+
+def _listed(directory: Path) -> list[str]:
+    """The names in a directory; none where there is no such directory."""
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _environment(process: int) -> list[bytes]:
+    """The variables of a process, NAME=VALUE each; none of one that is gone, or somebody else's."""
+    try:
+        return (PROCESSES / str(process) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _tail(log: Path) -> str:

@@ -17,6 +17,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that each tensor is an 
 import torch
 
 from bench.lib import machine
+from bench.lib.tiny import sized
 from bench.lib.workloads import errors
 from bench.ops import rows
 from fastlock.kernels.ahead_of_time import cubins
@@ -26,6 +27,8 @@ from fastlock.kernels.locked_linear import launch as locked_linear
 
 DEVICE = machine.device()
 HEADS = (0, 2)
+HEAD_DIMS = sized((64, 80), (64,))
+HIDDEN = sized((1000, 33, 1), (40, 33, 1))
 
 
 def site(dtype: torch.dtype, head_dim: int, transposed: bool, hidden: int) -> tuple[HeadColumns, torch.Tensor]:
@@ -38,8 +41,9 @@ def site(dtype: torch.dtype, head_dim: int, transposed: bool, hidden: int) -> tu
 def worst_of_rows() -> float:
     """The largest error of the projections with a lock per row, by a way of each kind; no tile divides the rows."""
     worst = 0.0
-    for count in (1, 136):
-        case = rows.make_case(torch.randn(1, 640, 640, device=DEVICE).to(rows.DTYPE), count)
+    width = sized(640, 96)
+    for count in sized((1, 136), (1,)):
+        case = rows.make_case(torch.randn(1, width, width, device=DEVICE).to(rows.DTYPE), count)
         (inputs,) = case.inputs
         ways = locked_linear.ways_for(inputs) if rows.ON_GPU else [tiles.BY_TORCH]
         for way in {way.kind: way for way in ways}.values():
@@ -54,8 +58,8 @@ def main() -> int:
     for switch in ("1", "0"):  # by a cubin, where there is one, and by Triton's JIT
         os.environ[cubins.SWITCH] = switch
         cubins.LOADER.forget()
-        for dtype, head_dim, transposed in itertools.product(variants.DTYPES, (64, 80), (False, True)):
-            sites = [site(dtype, head_dim, transposed, hidden) for hidden in (1000, 33, 1)]
+        for dtype, head_dim, transposed in itertools.product(variants.DTYPES, HEAD_DIMS, (False, True)):
+            sites = [site(dtype, head_dim, transposed, hidden) for hidden in HIDDEN]
             columns, values = zip(*sites, strict=True)
             biases = [torch.randn(len(of_site.matrix)).to(of_site.matrix) for of_site in columns]
             outs = [torch.full_like(bias, torch.nan) for bias in biases]
