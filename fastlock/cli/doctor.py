@@ -36,7 +36,9 @@ def _show_launch_paths(as_json: bool) -> None:
         print_json({"devices": [path.to_dict() for path in paths]})
         return
     for path in paths:
-        say(f"{path.device}: {path.path} ({path.reason})", "red" if path.path == "none" else "")
+        say(f"{path.device}: {path.path} ({path.reason})")
+        for fault in path.faults:
+            say(f"{path.device}: {fault}", "red")
 
 
 COMMAND = Command(

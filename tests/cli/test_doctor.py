@@ -25,4 +25,16 @@ def test_of_the_machine(run, monkeypatch) -> None:
     assert len(said) == 2
     devices = json.loads(run("doctor", "--json"))["devices"]
     assert [(device["path"], device["reason"]) for device in devices] == [(path.path, path.reason) for path in paths]
+    assert [device["faults"] for device in devices] == [[], []]
     assert "Name one" in run("doctor", "--for", "vllm", code=2)
+
+
+def test_of_a_machine_whose_kernels_are_wrong(run, monkeypatch) -> None:
+    paths = [LaunchPath("cuda:0, B300", "reference", "no cubin fits", ("its jit is wrong", "and not written"))]
+    monkeypatch.setattr("fastlock.kernels.ahead_of_time.launch_paths.launch_paths", lambda: paths)
+    assert run("doctor").splitlines() == [
+        "cuda:0, B300: reference (no cubin fits)",
+        "cuda:0, B300: its jit is wrong",
+        "cuda:0, B300: and not written",
+    ]
+    assert json.loads(run("doctor", "--json"))["devices"][0]["faults"] == ["its jit is wrong", "and not written"]

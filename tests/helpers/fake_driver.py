@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlock.kernels.ahead_of_time import cubins, driver, manifest
+from fastlock.kernels.ahead_of_time import cubins, driver, launch_paths, manifest
 from fastlock.kernels.ahead_of_time.ways import WAYS, Ways
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import variants
@@ -262,6 +262,7 @@ def install(monkeypatch, folder, library: FakeDriver, checked: bool = False) -> 
     monkeypatch.setattr(cubins, "current_stream", lambda index: STREAM + index)
     monkeypatch.setattr(driver, "open_library", lambda: library)
     monkeypatch.setattr(fold, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(launch_paths, "device_of", lambda index: torch.device("cpu"))
     cubins.LOADER.forget()
     fresh = Ways()
     for name in ("_good", "_bad", "_lock"):
