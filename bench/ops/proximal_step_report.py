@@ -8,7 +8,7 @@ from bench.lib.report import Report, Rows
 from bench.lib.tables import table
 
 HOW_TO_READ = """\
-Random numbers in tensors of the shape of Llama-3 8B, on a CPU a quarter as wide and high: all-linear adapters
+Random numbers in tensors of the shape of Llama-3 8B, on a CPU an eighth as wide and high: all-linear adapters
 (**LoRA**), or whole **layers**. No model was downloaded.
 
 - **pull**, **no pull**: `fastlock.ProximalAdamW` with an anchor and without; **pull, clipped**: with `max_grad_norm`,
