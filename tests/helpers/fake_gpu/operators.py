@@ -59,8 +59,8 @@ def on_gpu(value, base=None):
 def run(op, *arguments, **options):
     """One operator whose arguments or result are on the fake GPU."""
     check_devices(op, arguments)
-    check_capture(op, arguments)
     device = options.get("device") or torch.device("cuda")
+    check_capture(op, arguments, device)
     if "device" in options:
         options = {**options, "device": torch.device("cpu"), "pin_memory": False}
     host_arguments, host_options = tree_map(on_host, (arguments, options))
@@ -89,12 +89,16 @@ def check_devices(op, arguments) -> None:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {op} found cuda:0 and cpu.")
 
 
-def check_capture(op, arguments) -> None:
-    """As torch does it from 2.11 on: in a graph, nothing may be copied from memory of the host that is not pinned."""
-    if State.capturing is None or op._schema.name != "aten::copy_":
+def check_capture(op, arguments, device) -> None:
+    """Of a graph: nothing is waited for, nor (from torch 2.11 on) copied from memory of the host that is not pinned."""
+    if State.capturing is None:
         return
-    target, source = arguments[:2]
-    if target.device.type != source.device.type and not getattr(source, "fake_pinned", False):
+    if op._schema.name == "aten::_local_scalar_dense":
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    if op._schema.name not in ("aten::copy_", "aten::_to_copy"):
+        return
+    source, target = (arguments[1], arguments[0].device) if op._schema.name == "aten::copy_" else (arguments[0], device)
+    if target.type != source.device.type and not getattr(source, "fake_pinned", False):
         raise RuntimeError(
             "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned."
         )
