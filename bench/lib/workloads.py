@@ -47,10 +47,12 @@ SHAPES = sized(
     {
         "8B": Shape("8B", 4096, 32, 32, 24, 12, "Meta-Llama-3-8B-Instruct.safelock"),
         "70B": Shape("70B", 8192, 80, 64, 48, 21, "Meta-Llama-3-70B-Instruct_48.safelock"),
+        "Nemo": Shape("Nemo", 5120, 40, 32, 24, 12, "Mistral_Nemo_12B.safelock"),
     },
     tiny={
         "8B": Shape("8B", 48, 4, 8, 4, 2, "none", head_dim=32),
         "70B": Shape("70B", 64, 6, 8, 6, 3, "none", head_dim=64),
+        "Nemo": Shape("Nemo", 80, 4, 8, 5, 2, "none", head_dim=32),
     },
 )
 

@@ -1,4 +1,4 @@
-"""The fold, by every path, on random checkpoints of the shape of Llama-3 8B and 70B.
+"""The fold, by every kind of kernel and by every path, on random checkpoints of the shapes of real models.
 
 The rounds of a benchmark rotate among models, so that caches are cold; or, warm, use one model again and again. What
 the last timed round returned, into outputs filled with NaN before, is held against float64.
@@ -16,17 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench.lib import machine
+from bench.lib import fold_model, machine
 from bench.lib.figures import interval_of_median
 from bench.lib.paths import PATHS, Batch, Path
 from bench.lib.tiny import sized
-from bench.lib.workloads import COLD, SHAPES, Zoo, errors, make_zoo
+from bench.lib.workloads import COLD, MOST_MODELS, SHAPES, Zoo, errors, make_zoo
+from fastlock.kernels.fold.launch import Table, build_table, launch
+from fastlock.kernels.fold.variants import KINDS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ZOOS = [("8B", BF16), ("8B", FP16), ("8B", FP32), ("70B", BF16), ("70B", FP16)]
 SECONDS = sized({"cpu": 1.5, "cuda": 0.4}, tiny={"cpu": 0, "cuda": 0})
 ROUNDS = (9, 300)
 DEVICE_ROUNDS = sized(40, 4)
+# Of a CUDA graph: how often it runs, and how many launches it has at least.
+GRAPH_ROUNDS, GRAPH_LAUNCHES = sized((15, 32), tiny=(1, 1))
 # Read before each device timing of cold weights: it empties the L2, and keeps the GPU busy while the host queues.
 FLUSH_BYTES, FLUSHES = sized(2**31, 2**16), 8
 # Else the GPU waits: this many cycles, some 5 ms.
@@ -75,6 +79,96 @@ def zoo_of() -> Callable[[str, torch.dtype], Zoo]:
         return held[shape, dtype]
 
     return make
+
+
+# The zoo of the last ones is that of the first paths.
+KIND_CASES = sorted(fold_model.WORKLOADS, key=lambda case: (case[0] == ZOOS[0][0], case[1]))
+
+
+@pytest.mark.skipif(machine.device().type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(("shape", "count"), KIND_CASES)
+def test_kinds(
+    shape: str,
+    count: int,
+    zoo_of: Callable[[str, torch.dtype], Zoo],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Every kind of kernel, in turn, on the same cold models."""
+    zoo = zoo_of(shape, BF16)
+    count = min(count, MOST_MODELS)
+    if count > len(zoo.models):
+        pytest.skip(f"memory for {len(zoo.models)} models, not {count}")
+    batches = make_batches(zoo, by_path("launch"), count)
+    tables = {kind: [table_of(batch, kind) for batch in batches] for kind in KINDS}
+    times = times_in_turn(tables, zoo.device)
+    graphs = graph_times_in_turn(tables)
+    heads = [len(displacement.heads) for displacement in zoo.displacements.values()] * count
+    for kind, of_kind in tables.items():
+        batches[0].reset()
+        launch(of_kind[0])
+        machine.synchronize(zoo.device)
+        error = errors(batches[0].columns, batches[0].values, batches[0].outs, batches[0].biases)
+        variant = of_kind[0].variant
+        row = row_of(zoo, by_path("launch"), count, len(batches), error) | {"path": "kind", "warm": False}
+        row |= {"kind": kind, "variant": variant.name, "default": table_of(batches[0], None).variant.kind}
+        row |= {"device_seconds": interval_of_median(times[kind]), "events_seconds": interval_of_median(times[NOTHING])}
+        row |= {"graph_seconds": interval_of_median(graphs[kind])}
+        row |= {"model_seconds": fold_model.seconds(heads, zoo.shape.hidden, fold_model.launched(variant))}
+        record_property("row", row)
+        assert error["bounds"] <= 1, kind
+
+
+def by_path(name: str) -> Path:
+    """The way to fold of a name."""
+    return next(path for path in PATHS if path.name == name)
+
+
+def table_of(batch: Batch, kind: str | None) -> Table:
+    return build_table(batch.columns, batch.values, batch.biases, batch.outs, kind)
+
+
+# What is timed beside the kinds: the two events alone.
+NOTHING = "nothing"
+
+
+def times_in_turn(tables: dict[str, list[Table]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds on the device between two events, of each kind and of NOTHING; each round begins with another one."""
+    flush = torch.randn(FLUSH_BYTES // 4, device=device)
+
+    def busy() -> None:
+        for _ in range(FLUSHES):
+            flush.sum()
+
+    names = [*tables, NOTHING]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for of_kind in tables.values():  # what is compiled or loaded once
+        launch(of_kind[0])
+    for i in range(DEVICE_ROUNDS):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            run = partial(launch, tables[name][i % len(tables[name])]) if name != NOTHING else lambda: None
+            times[name].append(machine.between_events(run, busy))
+    return {name: [seconds for seconds in of_name if not math.isnan(seconds)] for name, of_name in times.items()}
+
+
+def graph_times_in_turn(tables: dict[str, list[Table]]) -> dict[str, list[float]]:
+    """Seconds a launch, of many in one CUDA graph that rotates among the models: without events or gaps between."""
+    graphs = {}
+    for kind, of_kind in tables.items():
+        graphs[kind] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[kind]):
+            for table in itertools.islice(itertools.cycle(of_kind), launches_in_graph(of_kind)):
+                launch(table)
+    times: dict[str, list[float]] = {kind: [] for kind in graphs}
+    for _ in range(GRAPH_ROUNDS):
+        for kind, graph in graphs.items():
+            seconds = machine.between_events(graph.replay, lambda: torch.cuda._sleep(WAIT))
+            times[kind].append(seconds / launches_in_graph(tables[kind]))
+    return {kind: [seconds for seconds in of_kind if not math.isnan(seconds)] for kind, of_kind in times.items()}
+
+
+def launches_in_graph(tables: list[Table]) -> int:
+    """Whole rotations, with GRAPH_LAUNCHES launches or more; a few of large ones, which take long."""
+    return len(tables) * max(1, GRAPH_LAUNCHES // len(tables) if len(tables) > 1 else GRAPH_LAUNCHES // 8)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "path", "count", "warm"), list(cases()))

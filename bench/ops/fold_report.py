@@ -56,8 +56,62 @@ COLUMNS_ON_GPU = ("on the device (95 %)", "GB/s", "of copy", "vs `linear` float1
 HEADLINES = (("launch", 1), ("plan", 1), ("plan", 8), ("plan", 64), ("relock", 1))
 
 
+OF_KINDS = """\
+Every kind of the fold kernel (docs/fold-kernel.md) on the same cold models, in turn, in bfloat16.
+
+- **model**: what `bench/lib/fold_model.py` says, which knows nothing of this machine.
+- **between events**: median and 95 % interval between two CUDA events around one launch, after the L2 was emptied.
+  **events alone** is what two events cost with nothing between them; **without events** has that taken off.
+- **in a graph**: a launch of many in one CUDA graph, which rotates among models: no events, no gap.
+- **of copy**: bytes of the locked columns and biases a second over those of a large `copy_`, by the graph."""
+KIND_COLUMNS = ("models", "kind", "model", "between events (95 %)", "events alone", "without events")
+KIND_COLUMNS += ("in a graph (95 %)", "of copy", "right")
+
+
 def section(rows: Rows) -> list[str]:
-    """How to read it, what the paths are, and a table for each shape and dtype."""
+    """The kinds of kernel; then how to read the paths, what they are, and a table for each shape and dtype."""
+    kinds, paths = [row for row in rows if "kind" in row], [row for row in rows if "kind" not in row]
+    return [*(_kinds(kinds) if kinds else []), *(_paths(paths) if paths else [])]
+
+
+def _kinds(rows: Rows) -> list[str]:
+    cells = []
+    for row in rows:
+        name = f"{row['kind']} (default)" if row["kind"] == row["default"] else row["kind"]
+        line = [f"{row['shape']} × {row['models']}", name, time_text(row["model_seconds"])]
+        line += [span_text(row[key]) if row[key] else "not measured" for key in ("device_seconds", "events_seconds")]
+        both = row["device_seconds"] and row["events_seconds"]
+        line.append(time_text(row["device_seconds"][0] - row["events_seconds"][0]) if both else "not measured")
+        line.append(span_text(row["graph_seconds"]) if row["graph_seconds"] else "not measured")
+        line += [_share(row), f"{yes_text(row['matches'])} ({row['error_in_bounds']:.2g})"]
+        cells.append(line)
+    return ["## The kinds of the fold kernel", "", OF_KINDS, "", *table(KIND_COLUMNS, cells)]
+
+
+def _share(row: Row) -> str:
+    """Of the copy's bandwidth, in a graph."""
+    if not row["graph_seconds"]:
+        return ""
+    return f"{row['bytes'] / row['graph_seconds'][0] / row['copy_bytes_per_second']:.0%}"
+
+
+def _fastest(rows: Rows) -> list[str]:
+    """For each workload the kind that took least in a graph, and what the default took: a line in all."""
+    told = []
+    for case in dict.fromkeys((row["shape"], row["models"]) for row in rows):
+        timed = {r["kind"]: r for r in rows if (r["shape"], r["models"]) == case and r["graph_seconds"]}
+        if not timed:
+            continue
+        best = min(timed.values(), key=lambda row: row["graph_seconds"][0])
+        line = f"{case[0]} x {case[1]} {best['kind']} {time_text(best['graph_seconds'][0])}, {_share(best)}"
+        default = timed.get(best["default"])
+        if default is not None and default is not best:
+            line += f" (default {best['default']} {time_text(default['graph_seconds'][0])})"
+        told.append(line)
+    return [f"fastest kinds, of copy: {'; '.join(told)}"] if told else []
+
+
+def _paths(rows: Rows) -> list[str]:
     on_gpu = rows[0]["device"].startswith("cuda")
     lines = ["## How to read the tables of the fold", "", HOW_TO_READ, ON_DEVICE if on_gpu else ON_CPU, ""]
     whats = {row["path"]: [f"`{row['path']}`", row["starts_from"], row["what"]] for row in rows}
@@ -68,8 +122,9 @@ def section(rows: Rows) -> list[str]:
 
 
 def headline(rows: Rows) -> list[str]:
-    """Of Llama-3 8B in bfloat16, cold: what some paths take, of the copy's bandwidth, and against the authors' way."""
-    lines = []
+    """The fastest kinds; of Llama-3 8B in bfloat16, cold, what some paths take, of the copy, against the authors."""
+    lines = _fastest([row for row in rows if "kind" in row])
+    rows = [row for row in rows if "kind" not in row]
     for path, models in HEADLINES:
         for row in rows:
             if (row["shape"], row["dtype"], row["path"], row["models"]) != ("8B", "bfloat16", path, models):

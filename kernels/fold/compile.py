@@ -24,7 +24,7 @@ from fastlock.kernels.ahead_of_time.compile import (
 )
 from fastlock.kernels.ahead_of_time.manifest import Cubin
 from fastlock.kernels.fold.triton_kernel import SIGNATURE, constants, fold_kernel
-from fastlock.kernels.fold.variants import Variant, default_variant, shipped, variants
+from fastlock.kernels.fold.variants import Variant, is_default, shipped, variants
 
 # What a report counts: loads and copies of 16 bytes, programs on a multiprocessor at once, and the KB of W that these
 # have under way at most.
@@ -49,13 +49,6 @@ def sample(arch: int) -> Iterator[Variant]:
 def every(arch: int) -> Iterator[Variant]:
     """All that fits a compute capability."""
     return (variant for variant in variants() if arch not in variant.spills_on)
-
-
-def is_default(variant: Variant) -> bool:
-    """Whether it is launched where nobody asks for a kind."""
-    return variant == default_variant(
-        variant.dtype, variant.out_dtype, variant.head_dim, variant.transposed, variant.aligned
-    )
 
 
 def compile_variant(arch: int, variant: Variant) -> Report:
