@@ -113,7 +113,13 @@ def test_step(
         ratios = [mine / theirs for mine, theirs in zip(times[name], times[BASE], strict=True)]
         measured[name] = {"bytes": one.bytes, "error": errors[name], "seconds": interval_of_median(times[name])}
         measured[name] |= {"host_seconds": interval_of_median(host_times[name]), "ratio": interval_of_median(ratios)}
-    row = {"shape": shape, "weight": _word(weight), "state": _word(state), "device": str(device), "ways": measured}
+    row: dict[str, Any] = {
+        "shape": shape,
+        "weight": _word(weight),
+        "state": _word(state),
+        "device": str(device),
+        "ways": measured,
+    }
     row |= {"tensors": len(sizes), "parameters": sum(map(math.prod, sizes)), "rounds": ROUNDS}
     record_property("row", row | {"copy_bytes_per_second": copy})
     # All in bfloat16, the plain step rounds each operation, as torch does.
@@ -260,9 +266,15 @@ def exact_of(name: str, one: Stepping) -> list[StepTensors]:
     for place in places(one):
         p = one.params[place]
         state = one.optimizer.state[p]
-        doubles = [x.detach().double() for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]) if x is not None]
-        anchor = None if one.anchors is None else one.anchors[place].double()
-        tensors = StepTensors(*doubles, anchor, settings, float(state["step"]) + 1)
+        tensors = StepTensors(
+            weight=p.detach().double(),
+            grad=None if p.grad is None else p.grad.double(),
+            exp_avg=state["exp_avg"].double(),
+            exp_avg_sq=state["exp_avg_sq"].double(),
+            anchor=None if one.anchors is None else one.anchors[place].double(),
+            settings=settings,
+            step=float(state["step"]) + 1,
+        )
         proximal_step(tensors, None, clip)
         exact.append(tensors)
     return exact

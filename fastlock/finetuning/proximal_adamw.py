@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
+from torch._compile import _disable_dynamo
 
-from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.errors import FastlockError
 from fastlock.finetuning.held_tensors import HeldTensors
+from fastlock.finetuning.optimizer_groups import (
+    WITHOUT_PULL,
+    check_gradient,
+    check_group,
+    check_loaded,
+    check_rounding,
+    not_empty,
+    settings_of,
+)
 from fastlock.finetuning.sharded_tensors import local, sharding_of, sum_over_shards
 from fastlock.finetuning.step_runner import StepOptions, StepParameter, StepRunner
 from fastlock.kernels.proximal_step.reference import StepSettings, StepTensors
 
-_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
-_ANCHOR_DTYPES = (None, torch.float32)
 # Of a drift, so many numbers are looked at together: its memory does not grow with the model.
 _CHUNK = 2**24
-# What a loop that is compiled runs as it is, as torch's own optimizers do it. The public torch.compiler.disable imports
-# the compiler at once.
-_not_compiled = torch._disable_dynamo
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _not_compiled(method: _Method) -> _Method:
+    """What a loop that is compiled runs as it is; as torch's own optimizers say it, without importing the compiler."""
+    return cast(_Method, _disable_dynamo(method))
 
 
 class ProximalAdamW(torch.optim.Optimizer):
@@ -69,6 +80,7 @@ class ProximalAdamW(torch.optim.Optimizer):
 
     # A GradScaler leaves the division by its scale, and the decision whether to step, to such an optimizer.
     _step_supports_amp_scaling = True
+    _undecided: tuple[Callable[[], bool], Callable[[], None]] | None
 
     def __init__(
         self,
@@ -101,14 +113,15 @@ class ProximalAdamW(torch.optim.Optimizer):
             "seed": seed,
             "anchored": False,
         }
-        _settings(defaults, "the arguments")
-        super().__init__(_not_empty(params), defaults)
+        settings_of(defaults, "the arguments")
+        super().__init__(not_empty(params), defaults)
+        check_rounding(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's. After `anchor()`, call it again: until then the new parameters have none."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups, len(self.param_groups) - 1)
+            check_group(self.param_groups, len(self.param_groups) - 1)
         except FastlockError:
             self.param_groups.pop()
             raise
@@ -153,7 +166,7 @@ class ProximalAdamW(torch.optim.Optimizer):
 
     @_not_compiled
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. What is wrong is found before anything moves.
 
         Args:
@@ -172,10 +185,10 @@ class ProximalAdamW(torch.optim.Optimizer):
                 loss = closure()
         self._settle()
         groups = self.param_groups
-        settings = [_settings(group, f"group {i}") for i, group in enumerate(groups)]
+        settings = [settings_of(group, f"group {i}") for i, group in enumerate(groups)]
         every = [parameter for group in groups for parameter in group["params"]]
-        given = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
-        options = StepOptions(*given, max_norm=groups[0]["max_grad_norm"])
+        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        options = StepOptions(found_inf, grad_scale, groups[0]["max_grad_norm"])
         take_back = self._runner.again(every, self.state, settings, options)
         if take_back is None:
             take_back = self._step_anew(every, settings, options)
@@ -225,7 +238,7 @@ class ProximalAdamW(torch.optim.Optimizer):
         try:
             super().load_state_dict(state_dict)
             self._keep_dtypes(given)
-            _check_loaded(self.param_groups, self.state)
+            check_loaded(self.param_groups, self.state)
         except BaseException:
             self.__setstate__(before)
             raise
@@ -236,13 +249,13 @@ class ProximalAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._begin()
         for group in self.param_groups:
-            for name, value in {**_PLAIN, **getattr(self, "defaults", {})}.items():
+            for name, value in {**WITHOUT_PULL, **getattr(self, "defaults", {})}.items():
                 group.setdefault(name, value)
 
     def _begin(self) -> None:
         self._runner = StepRunner()
         # Of a step whose found_inf is still on its way to the host: what waits for it, and what takes back the count.
-        self._undecided: tuple[Callable[[], bool], Callable[[], None]] | None = None
+        self._undecided = None
 
     def _settle(self) -> None:
         """Take back the count of a step that, as the device found, did not take place."""
@@ -267,7 +280,7 @@ class ProximalAdamW(torch.optim.Optimizer):
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     wanted = anchored and of_group.acts
-                    _check_gradient(parameter, wanted and "anchor" not in self.state.get(parameter, {}), group, place)
+                    check_gradient(parameter, wanted and "anchor" not in self.state.get(parameter, {}), group, place)
 
     def _gathered(self, settings: list[StepSettings]) -> Iterator[tuple[torch.Tensor, int, StepParameter]]:
         """Every parameter that has a gradient or a state, its group, and what its step needs."""
@@ -305,125 +318,6 @@ class ProximalAdamW(torch.optim.Optimizer):
                     self.state[parameter][name] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
                 elif isinstance(value, torch.Tensor) and value.dtype != parameter.dtype:
                     self.state[parameter][name] = value.to(device=parameter.device, copy=True)
-
-
-# What another AdamW's group lacks. Its state can go on without an anchor.
-_PLAIN: dict[str, Any] = {
-    "pull": 0.0,
-    "anchor_decay": 0.0,
-    "max_grad_norm": None,
-    "state_dtype": None,
-    "anchor_dtype": None,
-    "stochastic_rounding": False,
-    "seed": 0,
-    "anchored": False,
-}
-
-
-def _settings(group: dict[str, Any], where: str) -> StepSettings:
-    """A group's numbers, checked."""
-    lr = group["lr"]
-    if isinstance(lr, torch.Tensor):
-        if lr.numel() != 1:
-            raise FastlockError(f"{where}: lr is a tensor of {lr.numel()} numbers; give one.")
-        lr = lr.item()
-    betas = group["betas"]
-    if len(betas) != 2:
-        raise FastlockError(f"{where}: betas are {betas!r}; give two numbers.")
-    numbers = {"lr": lr, "eps": group["eps"], "weight_decay": group["weight_decay"], "pull": group["pull"]}
-    numbers |= {"anchor_decay": group["anchor_decay"]}
-    for name, number in numbers.items():
-        if not _is_number(number) or not 0 <= number < math.inf:
-            raise FastlockError(f"{where}: {name} is {number!r}; it must be a finite number of at least 0.")
-    for i, beta in enumerate(betas):
-        if not _is_number(beta) or not 0 <= beta < 1:
-            raise FastlockError(f"{where}: betas[{i}] is {beta!r}; it must be at least 0 and below 1.")
-    norm = group["max_grad_norm"]
-    if norm is not None and (not _is_number(norm) or not norm > 0):
-        raise FastlockError(f"{where}: max_grad_norm is {norm!r}; it must be above 0, or None.")
-    for name, dtypes in (("state_dtype", _STATE_DTYPES), ("anchor_dtype", _ANCHOR_DTYPES)):
-        if group[name] not in dtypes:
-            raise FastlockError(f"{where}: {name} is {group[name]!r}; it must be one of {', '.join(map(str, dtypes))}.")
-    seed = group["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise FastlockError(f"{where}: seed is {seed!r}; it must be an integer.")
-    rounding = seed if group["stochastic_rounding"] else None
-    return StepSettings(float(lr), *map(float, betas), *(float(numbers[name]) for name in _AFTER_BETAS), seed=rounding)
-
-
-_AFTER_BETAS = ("eps", "weight_decay", "pull", "anchor_decay")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _not_empty(params: Any) -> Any:
-    if isinstance(params, Iterable) and not isinstance(params, torch.Tensor):
-        params = list(params)
-        if not params:
-            raise FastlockError("there is no parameter to optimize. Give model.parameters(), and check requires_grad.")
-    return params
-
-
-def _check_group(groups: list[dict[str, Any]], last: int) -> None:
-    """A new group fits those that are there already."""
-    group = groups[last]
-    _settings(group, f"group {last}")
-    if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
-        raise FastlockError(
-            f"group {last}: max_grad_norm is {group['max_grad_norm']}, and {groups[0]['max_grad_norm']} in group 0; it "
-            "is of all groups together. Give it to ProximalAdamW itself."
-        )
-    for i, parameter in enumerate(group["params"]):
-        if parameter.is_complex():
-            raise UnsupportedError(f"{_name(group, i)} is complex. Give its real view: torch.view_as_real(parameter).")
-    if group["stochastic_rounding"] and not any(x.dtype == torch.bfloat16 for x in group["params"]):
-        raise FastlockError(
-            f"group {last}: stochastic_rounding is for bfloat16 parameters, and it has none. Leave it out."
-        )
-
-
-def _check_gradient(parameter: torch.Tensor, lacks_anchor: bool, group: dict[str, Any], place: int) -> None:
-    grad = parameter.grad
-    if grad is not None and grad.layout != torch.strided:
-        raise UnsupportedError(
-            f"{_name(group, place)} has a sparse gradient. Make the embedding with sparse=False, or leave it out."
-        )
-    if lacks_anchor:
-        raise FastlockError(
-            f"{_name(group, place)} has no anchor: it was added, unfrozen or replaced after anchor(). Call anchor() "
-            "once more, or give its group pull=0."
-        )
-
-
-def _check_loaded(groups: list[dict[str, Any]], state: dict[torch.Tensor, dict[str, Any]]) -> None:
-    for i, group in enumerate(groups):
-        for name in ("amsgrad", "maximize"):
-            if group.get(name):
-                raise UnsupportedError(f"group {i}: the state was saved with {name}, which ProximalAdamW does not do.")
-        _check_group(groups, i)
-        for j, parameter in enumerate(group["params"]):
-            of_parameter = state.get(parameter, {})
-            for name in ("exp_avg", "exp_avg_sq", "anchor"):
-                value = of_parameter.get(name)
-                if value is not None and value.shape != parameter.shape:
-                    raise FastlockError(
-                        f"{_name(group, j)}: its {name} is {list(value.shape)}, not {list(parameter.shape)}; this is "
-                        "another model's state. Load the one that was saved with this model."
-                    )
-            if group["anchored"] and of_parameter and "anchor" not in of_parameter:
-                raise FastlockError(
-                    f"{_name(group, j)}: an anchor was saved, and it was not loaded. Call anchor() before a "
-                    "distributed checkpoint is loaded, to make room for it."
-                )
-
-
-def _name(group: dict[str, Any], place: int) -> str:
-    """A parameter in words: by its name, where the optimizer was given names."""
-    names = group.get("param_names")
-    shape = list(group["params"][place].shape)
-    return f"parameter {names[place]}" if names else f"parameter {place} of its group (shape {shape})"
 
 
 def _on_host(found_inf: torch.Tensor) -> Callable[[], bool]:

@@ -120,7 +120,8 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
 def norm_of(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The norm of all of them together, as torch.nn.utils.get_total_norm has it: one number, on the first's device."""
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
 
 
 def key_of(seed: int, step: float) -> int:

@@ -23,7 +23,7 @@ STEP = 3.0
 UNITS = 2.0
 
 
-def check_step(run: Callable[[Sequence[StepTensors]], None], variant: StepVariant, device: torch.device) -> bool:
+def check_step(run: Callable[[Sequence[StepTensors]], object], variant: StepVariant, device: torch.device) -> bool:
     """Step some tensors of our own by the launch to be checked, and hold all of it to the reference in float32.
 
     Args:

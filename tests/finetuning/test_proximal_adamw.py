@@ -504,12 +504,16 @@ def test_what_does_not_fit_is_not_loaded() -> None:
         assert equal(contents(optimizer), before)
         assert optimizer.param_groups[0]["pull"] == 1.0
 
+    def without_anchor(state):
+        for of_parameter in state["state"].values():
+            del of_parameter["anchor"]
+
     def reshaped(state):
         state["state"][4]["anchor"] = torch.zeros(7185)
 
     refused(r"parameter 4 .*its anchor is \[7185\], not \[7186\]; this is another model's state", reshaped)
     refused("exp_avg", lambda state: state["state"][2].update(exp_avg=torch.zeros(62)))
-    refused("an anchor was saved, and it was not loaded", lambda state: state["state"][2].pop("anchor"))
+    refused("an anchor was saved, and it was not loaded", without_anchor)
     refused("pull is -1", lambda state: state["param_groups"][0].update(pull=-1))
     refused("amsgrad", lambda state: state["param_groups"][0].update(amsgrad=True), UnsupportedError)
     refused("different number", lambda state: state["param_groups"].append({"params": []}), ValueError)
@@ -553,6 +557,29 @@ def test_no_parameters_and_complex_ones_are_refused() -> None:
     with pytest.raises(FastlockError, match="of all groups together"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "max_grad_norm": 1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def test_what_was_frozen_when_the_anchor_was_taken_is_saved_and_loaded_without_one() -> None:
+    ours = parameters()
+    optimizer = fastlock.ProximalAdamW(ours)
+    fed(copies(ours), ours)
+    optimizer.step()
+    ours[3].requires_grad_(False)
+    optimizer.anchor()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [i for i, p in enumerate(ours) if "anchor" not in optimizer.state[p]] == [3]
+    with pytest.raises(FastlockError, match="parameter 3 .*unfrozen"):
+        optimizer.step()
+    ours[3].grad = None
+    optimizer.step()
+
+
+def test_groups_without_bfloat16_may_stand_beside_those_that_are_rounded() -> None:
+    norm, weight = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = fastlock.ProximalAdamW([{"params": [norm]}, {"params": [weight]}], lr=0.1, stochastic_rounding=True)
+    norm.grad, weight.grad = torch.ones(8), torch.ones(8, dtype=torch.bfloat16)
+    optimizer.step()
+    assert torch.allclose(norm, torch.full((8,), 0.899), atol=1e-6)
 
 
 def test_a_parameter_added_after_the_anchor_is_refused_before_anything_moves() -> None:
