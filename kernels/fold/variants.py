@@ -61,7 +61,7 @@ KINDS = {
         Kind("serial", heads=1, stages=1, in_thread=False, registers=(64, 64), plain=True),
         Kind("lean", heads=1, stages=1, in_thread=True, registers=(40, 48)),
         Kind("pairs", heads=2, stages=1, in_thread=True, registers=(48, 64)),
-        Kind("staged", heads=1, stages=3, in_thread=True, registers=(40, 40)),
+        Kind("staged", heads=1, stages=3, in_thread=True, registers=(40, 48)),
     )
 }
 
