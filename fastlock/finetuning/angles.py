@@ -74,17 +74,17 @@ def angle_curve(states: torch.Tensor, kinds: Sequence[int], seed: int = 42) -> A
     normal, malicious, borderline = ((of_kind == kind).nonzero().flatten() for kind in range(3))
     both = torch.cat([normal, malicious])
     shuffled = _shuffled(len(normal), len(both), seed)
-    curves: list[list[float]] = [[], [], [], []]
+    within_normal, within_malicious, mixed, with_borderline = ([0.0] * states.shape[1] for _ in range(4))
     largest = torch.full((SHUFFLES,), -torch.inf, dtype=torch.float64)
     for layer in range(states.shape[1]):
         between = _angles(states[:, layer])
-        curves[0].append(_mean_within(between, normal))
-        curves[1].append(_mean_within(between, malicious))
-        curves[2].append(float(between[normal][:, malicious].mean()))
-        curves[3].append(float(between[normal][:, borderline].mean()))
+        within_normal[layer] = _mean_within(between, normal)
+        within_malicious[layer] = _mean_within(between, malicious)
+        mixed[layer] = float(between[normal][:, malicious].mean())
+        with_borderline[layer] = float(between[normal][:, borderline].mean())
         largest = torch.maximum(largest, _separations(between[both][:, both], shuffled))
     threshold = float(largest.sort().values[round(_BELOW * (SHUFFLES + 1)) - 1])
-    return AngleCurve(*map(tuple, curves), threshold)
+    return AngleCurve(tuple(within_normal), tuple(within_malicious), tuple(mixed), tuple(with_borderline), threshold)
 
 
 def rising_range(curve: AngleCurve) -> tuple[int, int] | None:

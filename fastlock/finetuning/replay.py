@@ -86,7 +86,7 @@ def _replay(layer: nn.Module, number: int, recorded: Recording, undo: contextlib
 
     own = "forward" in layer.__dict__
     undo.callback(setattr, layer, "forward", compute) if own else undo.callback(layer.__dict__.pop, "forward", None)
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def _cache(arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:

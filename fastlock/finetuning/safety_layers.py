@@ -134,7 +134,7 @@ def locate(
     kinds = [number for number, kind in enumerate(vars(asked)) for _ in rows[kind]]
     every = [row for kind in vars(asked) for row in rows[kind]]
     curve = angle_curve(last_states(plain, found.layers, every, batch_size, shown), kinds, seed)
-    start = first_range or rising_range(curve)
+    start = rising_range(curve) if first_range is None else (first_range[0], first_range[1])
     asking = OverRefusal(
         *(plain, tokenizer, found, asked.borderline, rows["borderline"], judge, new_tokens, batch_size, shown)
     )
@@ -189,27 +189,18 @@ def _finding(
     judge: Judge,
     new_tokens: int,
 ) -> Located:
+    stands_out, reason, tests = _outcome(start, counted, len(found))
     counts: tuple[RangeCount, ...] = ()
-    tests: tuple[RangeTest, ...] = ()
-    stands_out = False
-    if start is None:
-        reason = (
-            "no band stands out: after no layer do malicious and normal lie further apart than in 99 of 100 "
-            "shuffles of the prompts' kinds"
-        )
-    elif counted is None:
-        reason = f"no band stands out: no scale up to {_SCALES[-1]} tells ranges apart by what they refuse"
-    else:
-        counts = tuple(
-            count_of(of, 1.0 if of == UNSCALED else counted.scale, one) for of, one in counted.verdicts.items()
-        )
-        tests = _tests(counted, len(found))
-        stands_out, reason = _judgement(counted, tests, len(found))
+    if counted is not None:
+        scales = {of: 1.0 if of == UNSCALED else counted.scale for of in counted.verdicts}
+        counts = tuple(count_of(of, scales[of], one) for of, one in counted.verdicts.items())
     evidence = BandEvidence(
         reason,
         judge_name(judge),
         prompts.digest,
-        *map(len, vars(prompts).values()),
+        len(prompts.normal),
+        len(prompts.malicious),
+        len(prompts.borderline),
         new_tokens,
         curve,
         start,
@@ -222,6 +213,19 @@ def _finding(
         source = f"located by fastlock {__version__}, α = {counted.scale:g}"
         band = Band(*counted.best, len(found), found.model_type, name or None, source, evidence)
     return Located(band, evidence, name, len(found))
+
+
+def _outcome(
+    start: tuple[int, int] | None, counted: _Counted | None, num_layers: int
+) -> tuple[bool, str, tuple[RangeTest, ...]]:
+    """Whether a band stands out, the finding in a sentence, and the tests of the best range."""
+    if start is None:
+        further = "after no layer do malicious and normal lie further apart than in 99 of 100 shuffles of the kinds"
+        return False, f"no band stands out: {further}", ()
+    if counted is None:
+        return False, f"no band stands out: no scale up to {_SCALES[-1]} tells ranges apart by what they refuse", ()
+    tests = _tests(counted, num_layers)
+    return *_judgement(counted, tests, num_layers), tests
 
 
 def _tests(counted: _Counted, num_layers: int) -> tuple[RangeTest, ...]:
