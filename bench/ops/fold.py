@@ -26,7 +26,7 @@ from fastlock.kernels.fold.variants import KINDS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ZOOS = [("8B", BF16), ("8B", FP16), ("8B", FP32), ("70B", BF16), ("70B", FP16)]
-SECONDS = sized({"cpu": 1.5, "cuda": 0.4}, tiny={"cpu": 0, "cuda": 0})
+SECONDS = sized({"cpu": 1.5, "cuda": 0.4}, tiny={"cpu": 0.0, "cuda": 0.0})
 ROUNDS = (9, 300)
 DEVICE_ROUNDS = sized(40, 4)
 # Of a CUDA graph: how often it runs, and how many launches it has at least.
@@ -82,7 +82,7 @@ def zoo_of() -> Callable[[str, torch.dtype], Zoo]:
 
 
 # The zoo of the last ones is that of the first paths.
-KIND_CASES = sorted(fold_model.WORKLOADS, key=lambda case: (case[0] == ZOOS[0][0], case[1]))
+KIND_CASES = sorted(fold_model.WORKLOADS, key=lambda workload: (workload[0] == ZOOS[0][0], workload[1]))
 
 
 @pytest.mark.skipif(machine.device().type == "cpu", reason="needs a GPU")

@@ -64,8 +64,17 @@ Every kind of the fold kernel (docs/fold-kernel.md) on the same cold models, in 
   **events alone** is what two events cost with nothing between them; **without events** has that taken off.
 - **in a graph**: a launch of many in one CUDA graph, which rotates among models: no events, no gap.
 - **of copy**: bytes of the locked columns and biases a second over those of a large `copy_`, by the graph."""
-KIND_COLUMNS = ("models", "kind", "model", "between events (95 %)", "events alone", "without events")
-KIND_COLUMNS += ("in a graph (95 %)", "of copy", "right")
+KIND_COLUMNS = (
+    "models",
+    "kind",
+    "model",
+    "between events (95 %)",
+    "events alone",
+    "without events",
+    "in a graph (95 %)",
+    "of copy",
+    "right",
+)
 
 
 def section(rows: Rows) -> list[str]:
