@@ -98,7 +98,7 @@ def _band_choice(freeze: str, progress: Any) -> BandChoice:
             found = locate(model, tokenizer, progress=progress)
             if found.band is None:
                 raise FastlockError(
-                    f"--freeze auto: {found.reason} Give the band, --freeze FIRST-LAST, or leave --freeze out."
+                    f"--freeze auto: {found.reason}. Give the band, --freeze FIRST-LAST, or leave --freeze out."
                 )
             return found.band
 
