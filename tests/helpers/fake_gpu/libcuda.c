@@ -1,7 +1,9 @@
-/* A libcuda.so.1 that launches nothing, and records what each launch was given: Triton's own launcher runs on it, and
-   fastlock's. Anything else that Triton's launcher links to is added by test_triton_launcher.py, and returns 999. */
+/* A libcuda.so.1 of a GPU of compute capability 9.0 that launches nothing, and records what each launch was given:
+   Triton's JIT and its launcher run on it, and fastlock's. Anything else that Triton's launcher links to is added by
+   libcuda.py, and returns 999. What the variable FAKE_LIBCUDA_REFUSES names fails as for a binary of another GPU. */
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include "cuda.h"
 #define PARAMETERS 6
@@ -14,6 +16,11 @@ typedef struct {
 static Recorded last;
 
 void recorded(Recorded *out) { *out = last; }
+
+static CUresult refused(const char *function) {
+  const char *name = getenv("FAKE_LIBCUDA_REFUSES");
+  return name && !strcmp(name, function) ? 209 : 0;
+}
 
 static CUresult record(CUfunction f, const unsigned *grid, const unsigned *block, unsigned shared, CUstream stream,
                        void **parameters, unsigned attributes) {
@@ -58,11 +65,14 @@ CUresult cuCtxGetCurrent(CUcontext *context) { *context = CONTEXT; return 0; }
 CUresult cuCtxSetCurrent(CUcontext context) { return 0; }
 CUresult cuCtxPushCurrent_v2(CUcontext context) { return 0; }
 CUresult cuCtxPopCurrent_v2(CUcontext *context) { *context = CONTEXT; return 0; }
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)0xA0; return 0; }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  *module = (CUmodule)0xA0;
+  return refused("cuModuleLoadData");
+}
 CUresult cuModuleUnload(CUmodule module) { return 0; }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   *function = (CUfunction)0xF0;
-  return strcmp(name, "fold_kernel") ? 500 : 0;
+  return 0;
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
   *value = attribute == 0 ? 1024 : 0;

@@ -1,4 +1,4 @@
-"""One table, launched by Triton's own launcher and by fastlock's, on the driver of recording_cuda.c.
+"""One table, launched by Triton's own launcher and by fastlock's, on the driver of libcuda.c in tests/helpers/fake_gpu.
 
 Prints what each launch was given, as JSON, and what fastlock's costs the host. Run by test_triton_launcher.py, in a
 process without Triton's interpreter, with that driver as libcuda.so.1.
