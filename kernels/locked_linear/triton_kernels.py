@@ -21,8 +21,12 @@ GROUP = tl.constexpr(8)
 FEW_SUMS = 32
 # From this many on, the columns are finished in two halves.
 MANY_SUMS = 64
-# Rows and columns of one program of `add_kernel`, rows of one of `shift_kernel`.
-ADD_ROWS, ADD_COLUMNS, SHIFT_ROWS = 4, 512, 16
+# Rows and columns of one program of `add_kernel`.
+ADD_ROWS, ADD_COLUMNS = 4, 512
+# Rows of one of `shift_kernel`, if it has registers for so many numbers. With a lock per prompt most programs find that
+# it spares their column: what counts is how many waves of them there are. For 8192 rows and 16 columns of 128 numbers
+# an H200 has four with 32 rows, six with 16.
+SHIFT_ROWS, SHIFT_NUMBERS = 32, 4096
 
 # Numbers of rows and locks change from call to call: Triton shall not compile a kernel for each.
 CHANGING = ("rows", "rows_per_entry", "num_locks", "num_columns", "num_heads")
@@ -329,7 +333,7 @@ def gemm_constants(
 def shift_constants(head_dim: int, num_heads: int, put_back: bool) -> dict[str, Any]:
     """The constexpr arguments of `shift_kernel`."""
     powers = {"BD": triton.next_power_of_2(head_dim), "BH": triton.next_power_of_2(num_heads)}
-    return {"D": head_dim, **powers, "BM": SHIFT_ROWS, "PUT_BACK": put_back}
+    return {"D": head_dim, **powers, "BM": min(SHIFT_ROWS, SHIFT_NUMBERS // powers["BD"]), "PUT_BACK": put_back}
 
 
 def gemm(inputs: Inputs, tile: Tile, kind: str, y: torch.Tensor) -> None:
@@ -401,7 +405,8 @@ def put_back(inputs: Inputs, held: torch.Tensor) -> None:
 
 def _shift(inputs: Inputs, held: torch.Tensor, put_back: bool) -> None:
     num_heads, num_columns = inputs.heads.shape[0], inputs.slots.shape[1]
-    grid = (triton.cdiv(inputs.rows, SHIFT_ROWS), num_columns)
+    constants = shift_constants(inputs.head_dim, num_heads, put_back)
+    grid = (triton.cdiv(inputs.rows, constants["BM"]), num_columns)
     with _device_of(held):
         shift_kernel[grid](
             inputs.x,
@@ -414,7 +419,7 @@ def _shift(inputs: Inputs, held: torch.Tensor, put_back: bool) -> None:
             *_counts(inputs),
             num_heads,
             inputs.x.stride(0),
-            **shift_constants(inputs.head_dim, num_heads, put_back),
+            **constants,
             enable_fp_fusion=True,
         )
 

@@ -211,8 +211,7 @@ def test_shift_adds_each_head_its_own(dtype, head_dim, table):
 
 
 def test_there_are_programs_for_locked_columns_alone(monkeypatch):
-    """Of 64 heads two are locked: two programs for each 16 rows, there and back."""
-    inputs = make(40, 64, 16, 4, columns={60: 0, 3: 1})
+    """Of 64 heads two are locked: two programs for each 32 rows, or 16 of a large head, there and back."""
     kernel, grids = locked_linear_jit.shift_kernel, []
 
     class Kernel:
@@ -221,8 +220,9 @@ def test_there_are_programs_for_locked_columns_alone(monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(locked_linear_jit, "shift_kernel", Kernel())
-    check(AROUND, inputs)
-    assert grids == [(3, 2), (3, 2)]
+    check(AROUND, make(70, 64, 16, 4, columns={60: 0, 3: 1}))
+    check(AROUND, make(35, 3, 256, 4))
+    assert grids == [(3, 2)] * 4
 
 
 @pytest.mark.parametrize("way", EVERY, ids=named)
