@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlock.cli.commands import STOPPED, ArgumentsError, Command, option
 from fastlock.cli.options import BASE, JSON, at_least, path
-from fastlock.cli.output import print_json, progress_bar, say, warn
+from fastlock.cli.output import print_json, progress_bar, say, spinner, warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +72,7 @@ def _finetune(
         seed=seed,
     )
     try:
-        with progress_bar(as_json) as progress:
+        with spinner("", quiet=True), progress_bar(as_json) as progress:  # transformers shows no bars of its own
             band = None if freeze is None else _band_choice(freeze, progress)
             done = run_finetune(base, data, alignment, out, settings, band, freeze, progress)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastlock.errors import DamagedError, FastlockError
+from fastlock.errors import FastlockError
 from fastlock.locks.band import Band
 from fastlock.storage.files import CONFIG, parse_object, read_bounded, write_atomic
 from fastlock.storage.places import writable_directory
@@ -112,6 +112,6 @@ class FinetuneDirectory:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         parse_object(read_bounded(checkpoint / _STATE, _MAX_STATE_BYTES), str(checkpoint))
-    except (DamagedError, FastlockError):
+    except FastlockError:
         return False
     return (checkpoint / "optimizer.pt").is_file()

@@ -81,7 +81,7 @@ class LisaTraining(_Base):
             self.train_dataset = ConcatDataset([user, alignment])
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, _model: Any = None) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """ProximalAdamW with the settings of `args`; its pull is set step by step."""
         betas = (args.adam_beta1, args.adam_beta2)
         return ProximalAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "pull": 0.0}
