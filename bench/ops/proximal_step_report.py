@@ -19,8 +19,8 @@ Random numbers in tensors of the shape of Llama-3 8B, on a CPU an eighth as wide
   of the same round. **host**: of the call by the host's clock, nothing waited for (on a CPU it is the step itself).
 - **B/parameter**: bytes that the way must move for each parameter, read and written once each. **of copy**: these bytes
   over the median, over the bandwidth of a large `copy_` (read plus written) measured just before on the same device.
-- **error**: the largest of four tensors against float64 after the last timed step: one unit in the last place of what
-  is kept, and the bound of float32. Ours is held to 1; torch's bfloat16 optimizer rounds more often."""
+- **error**: the largest of four tensors against float64, of a step after the timed ones: one unit in the last place of
+  what is kept, and the bound of float32. Ours is held to 1; torch's bfloat16 optimizer rounds more often."""
 # What the goals are stated for.
 AIMS = "aims: at least 88% of the copy, at most 1.15 times fused without a term, 1.4 times faster than fused + foreach"
 
