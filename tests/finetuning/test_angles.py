@@ -99,6 +99,7 @@ def curve_of(separation: list[float], threshold: float) -> AngleCurve:
     [
         ([0, 0, 0, 5, 10, 15, 15.5, 15.6], 1.0, (3, 5)),  # until it first flattens
         ([0, 1, 2, 3, 4], 0.5, (1, 4)),  # it never does
+        ([0, 10, 15, 20, 20], 1.0, (1, 3)),  # slower is not flat
         ([0, 0.4, 0.9, 20, 40, 41], 0.1, (3, 4)),  # what is small beside the rest has not risen
         ([5, 5, 5], 1.0, (0, 0)),
         ([0, 1, 2, 3], 3.0, None),
