@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from bench.lib.recording import Row
 from bench.lib.report import Report, Rows
@@ -56,6 +57,10 @@ def _of_copy(row: Row, name: str) -> str:
     return f"{rate / row['copy_bytes_per_second']:.0%}" if row["decode"] and row["device"].startswith("cuda") else ""
 
 
+def _over_linear(row: Row, name: str) -> str:
+    return _over(row["ways"][name]["ratio"][0])
+
+
 def _over(ratio: float) -> str:
     return f"{ratio - 1:+.1%}"
 
@@ -68,7 +73,7 @@ def headline(rows: Rows) -> list[str]:
     for name in ("chosen", "around"):
         of_name = [row for row in rows if name in row["ways"] and not row["decode"]]
         what = f"more rows, {name}, over linear (aim: +1 % or less)"
-        lines.append(_line(what, of_name, lambda row, name=name: _over(row["ways"][name]["ratio"][0])))
+        lines.append(_line(what, of_name, partial(_over_linear, name=name)))
     return [line for line in lines if line]
 
 

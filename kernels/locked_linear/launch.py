@@ -75,7 +75,8 @@ def ways_for(inputs: Inputs) -> list[Way]:
         return [BY_TORCH]
     device: Any = torch.cuda.get_device_properties(inputs.x.device)
     on = Multiprocessors(device.major, device.multi_processor_count, device.shared_memory_per_block_optin)
-    return ways(Sizes(inputs.x.dtype, inputs.rows, *inputs.weight.shape, inputs.head_dim), on)
+    hidden, width = inputs.weight.shape
+    return ways(Sizes(inputs.x.dtype, inputs.rows, hidden, width, inputs.head_dim), on)
 
 
 def run(way: Way, inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tensor:
