@@ -57,7 +57,11 @@ class Pair:
             p.grad = None if i in skip else torch.randn(p.shape).to(p) * scale
             q.grad = None if i in skip else p.grad.clone()
         for name, value in scaled.items():
-            self.both(lambda optimizer, _, name=name, value=value: setattr(optimizer, name, torch.tensor(value)))
+            self.both(
+                lambda optimizer, _, name=name, value=value: setattr(
+                    optimizer, name, torch.tensor(value, device=DEVICE)
+                )
+            )
         ours, theirs = self.optimizers
         ours.step()
         with self.monkeypatch.context() as patch:
