@@ -12,7 +12,7 @@ from fastlock.errors import UnsupportedError
 from fastlock.finetuning import over_refusal, scaling
 from fastlock.finetuning.decoder_layers import decoder_layers
 from fastlock.finetuning.over_refusal import UNSCALED, OverRefusal, apart, count_of, paired_test
-from fastlock.finetuning.scaling import check_scalable, kept, scaled, scaled_weights
+from fastlock.finetuning.scaling import check_scalable, scaled, scaled_weights
 from fastlock.inference.batching import no_progress
 from fastlock.inference.generation import evaluating, generate
 from tests.helpers.families import CONFIGS, same_state, state, tiny_model
@@ -184,27 +184,25 @@ def test_an_interruption_at_any_line_leaves_the_weights() -> None:
 
 
 def _lines(model: nn.Module, stop: int | None) -> int:
-    """How many lines of scaling.py run inside `kept`; KeyboardInterrupt at one of them."""
+    """How many lines of `scaled` run while a range is counted; KeyboardInterrupt at one of them."""
     count = 0
 
     def trace(frame: Any, event: str, _argument: Any) -> Any:
         nonlocal count
-        if frame.f_code.co_filename != scaling.__file__:
+        if frame.f_code.co_filename != scaling.__file__ or frame.f_code.co_name != "scaled":
             return None
-        if event == "line" and frame.f_code.co_name == "scaled":
-            if count == stop:
-                count += 1
-                raise KeyboardInterrupt
+        if event == "line":
             count += 1
+            if count - 1 == stop:
+                raise KeyboardInterrupt
         return trace
 
-    with kept(model.model.layers):
-        sys.settrace(trace)
-        try:
-            with scaled(model.model.layers[0], SCALE), scaled(model.model.layers[1], SCALE):
-                pass
-        finally:
-            sys.settrace(None)
+    asked = OverRefusal(*(model, Numbers(), decoder_layers(model), ["a"], ROWS[:1], Texts(), 1, 1, no_progress))
+    sys.settrace(trace)
+    try:
+        asked.each([(1, 1)], SCALE)
+    finally:
+        sys.settrace(None)
     return count
 
 
