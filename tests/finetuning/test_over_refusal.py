@@ -176,7 +176,7 @@ def test_an_interruption_at_any_line_leaves_the_weights() -> None:
     model = tiny_model("llama")
     before = state(model)
     total = _lines(model, None)
-    assert total > 40
+    assert total > 20
     for stop in range(total):
         with pytest.raises(KeyboardInterrupt):
             _lines(model, stop)
