@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +15,10 @@ from fastlock.kernels.ahead_of_time.ways import NoWayError
 from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.launch import build_table, launch  # this imports no Triton
 from fastlock.kernels.fold.reference import HeadColumns
+from fastlock.threads import in_threads, threads_for
 
 # Another thread folds where each has this many numbers of weights to read: half a millisecond, several times its start.
 _NUMBERS_A_THREAD = 2**19
-_MAX_THREADS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +118,15 @@ class FoldPlan:
     def finish(self) -> None:
         """Wait for what `start` began. Raises as `run` does."""
         try:
-            errors = [error for _, group in self._groups if (error := group.finish()) is not None]
+            first = None
+            for _, group in self._groups:
+                error = group.finish()
+                first = first or error
         except BaseException:
             self.settle()
             raise
-        if errors:
-            raise errors[0]
+        if first is not None:
+            raise first
 
     def settle(self) -> None:
         """Wait for whatever was begun, and ignore what went wrong in it: to be called while an error is on its way."""
@@ -238,29 +240,25 @@ class _ByReference:
 
     def start(self) -> None:
         parts = self._parts()
-        with ThreadPoolExecutor(parts) as threads:  # which start as they get something to do
-            others = [threads.submit(self._fold_part, part, parts) for part in range(1, parts)]
-            self._fold_part(0, parts)
-        for other in others:
-            other.result()
+        if parts == 1:
+            self._fold_part(0, 1)
+        else:
+            in_threads(lambda part: self._fold_part(part, parts), range(parts))
 
     def _parts(self) -> int:
-        """How many threads fold, each a part of every site's rows.
-
-        They are Python's: torch's own wait for each other after every step, which on busy cores takes longer than all
-        the rest. In a thread that torch has only one of, as one of many that fold, there is one.
-        """
+        """How many threads fold, each a part of every site's rows."""
         if self.results[0].device.type != "cpu":
             return 1
         numbers = sum(f.values.numel() * len(b) for f, b in zip(self._folds, self.results, strict=True))
-        return max(1, min(torch.get_num_threads(), _MAX_THREADS, numbers // _NUMBERS_A_THREAD))
+        return threads_for(max(1, numbers // _NUMBERS_A_THREAD))
 
     def _fold_part(self, part: int, parts: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
+            room = reference.Room.on(self.results[0].device, max(map(len, self.results)), self.head_dim)
             for f, b in zip(self._folds, self.results, strict=True):
                 rows = slice(part * len(b) // parts, (part + 1) * len(b) // parts)
                 columns = replace(f.columns, matrix=f.columns.matrix[rows])
-                b[rows].copy_(reference.fold(columns, f.values, None if f.bias is None else f.bias[rows]))
+                b[rows].copy_(reference.fold(columns, f.values, None if f.bias is None else f.bias[rows], room))
 
     def finish(self) -> FastlockError | None:
         """Give the error of the first fold that is not finite."""

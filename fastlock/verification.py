@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
-from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
+from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
 from fastlock.dtypes import BY_TORCH_NAME
@@ -25,6 +25,7 @@ from fastlock.locks.receipt import Receipt, SavedReceipt
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
 from fastlock.models.sites import sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
+from fastlock.threads import in_threads
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
@@ -26,8 +26,7 @@ from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
 from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN
 
-MAX_THREADS = 8
-T = TypeVar("T")
+Bytes = npt.NDArray[np.uint8]
 MAX_FEATURES = 2**24
 # The tensors by which a module is known: plain, and of GPTQ, AWQ, compressed-tensors and block-scaled fp8.
 _SUFFIXES = ("weight", "qweight", "weight_packed", "weight_scale", "weight_scale_inv", "scales")
@@ -82,18 +81,23 @@ class StoredSite:
             raise _not_folded(f"{shown(self.name)}.weight", self.weight)
         return self.torch_dtype
 
+    def column_bytes(self, heads: int) -> int:
+        """How many bytes the columns of so many heads have."""
+        return self.hidden_size * heads * self.head_dim * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class StoredColumns:
-    """The locked columns of one site, and their digest.
+    """The locked columns of one site.
 
     Attributes:
         columns: side by side, [hidden, len(heads) * head_dim], in the dtype of the file; float64 if they are quantised.
-        digest: SHA-256 of their bytes, row by row; if they are quantised, of the bytes that were read for them.
+        digest: takes the SHA-256 of their bytes, row by row; if they are quantised, of the bytes that were read for
+            them. It is long, and may be called in any thread.
     """
 
     columns: HeadColumns
-    digest: bytes
+    digest: Callable[[], bytes]
 
 
 class Checkpoint:
@@ -194,12 +198,18 @@ class Checkpoint:
             )
         return projection, tensors
 
-    def read_columns(self, site: StoredSite, heads: Sequence[int]) -> StoredColumns:
-        """Read the locked columns of one site, and nothing else of it; of a quantised one in float64."""
+    def read_columns(self, site: StoredSite, heads: Sequence[int], room: Bytes | None = None) -> StoredColumns:
+        """Read the locked columns of one site, and nothing else of it; of a quantised one in float64.
+
+        Args:
+            site: of this checkpoint.
+            heads: the locked ones, ascending.
+            room: memory to put them into, `site.column_bytes(len(heads))` bytes; by default memory of their own.
+        """
         if site.quantised:
             projection, tensors = self._quantised(site)
             parts = [projection.columns(head * site.head_dim, site.head_dim) for head in heads]
-            return StoredColumns(HeadColumns.side_by_side(torch.cat(parts, dim=1), site.head_dim), tensors.digest())
+            return StoredColumns(HeadColumns.side_by_side(torch.cat(parts, dim=1), site.head_dim), tensors.digest)
         file, itemsize = self.files[site.weight.file], site.dtype.itemsize
         width = site.head_dim * itemsize
         rows, row_bytes = site.weight.shape[0], site.weight.shape[1] * itemsize
@@ -212,7 +222,8 @@ class Checkpoint:
             stacked = np.frombuffer(b"".join(parts), np.uint8).reshape(len(heads) * site.head_dim, -1, itemsize)
             columns = np.ascontiguousarray(stacked.transpose(1, 0, 2)).reshape(site.hidden_size, -1)
         else:
-            columns = np.empty((rows, len(heads) * width), np.uint8)
+            room = np.empty(site.column_bytes(len(heads)), np.uint8) if room is None else room
+            columns = room.reshape(rows, len(heads) * width)
             for first in range(0, rows, block):
                 count = min(block, rows - first)
                 with file.view(site.weight.start + first * row_bytes, count * row_bytes) as view:
@@ -223,7 +234,9 @@ class Checkpoint:
                         ]
                     del stored
         matrix = torch.from_numpy(columns).view(site.dtype)
-        return StoredColumns(HeadColumns.side_by_side(matrix, site.head_dim), hashlib.sha256(columns.data).digest())
+        return StoredColumns(
+            HeadColumns.side_by_side(matrix, site.head_dim), lambda: hashlib.sha256(columns.data).digest()
+        )
 
     def identity_of(self, site: StoredSite) -> tuple[Any, ...]:
         """What changes when the numbers of a site's weight may have."""
@@ -371,17 +384,3 @@ def check_names(names: Iterable[str], where: str) -> None:
 
 def _not_folded(name: str, tensor: StoredTensor) -> UnsupportedError:
     return UnsupportedError(f"{name} is {tensor.dtype[:20]!a}; fastlock folds {FOLDABLE}. {_QUANTISED}")
-
-
-def in_threads(function: Callable[[StoredSite], T], sites: Sequence[StoredSite]) -> list[T]:
-    """The function's result for each site, one thread a site: threads of torch's own would get in each other's way."""
-    available = torch.get_num_threads()
-    threads = min(available, MAX_THREADS, len(sites))
-    if threads < 2:
-        return [function(site) for site in sites]
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        return list(pool.map(function, sites))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(available)

@@ -10,25 +10,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
-from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite, in_threads
+from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites, helpers
 from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, Placement, is_small, linked_name, needs_name, placements_of
 from fastlock.checkpoints.model_card import CARD, with_section
 from fastlock.checkpoints.relocked import Target, carry, config_digest, digest_of, json_digest, original_files
 from fastlock.checkpoints.resaved import check_saved, relock_saved
-from fastlock.checkpoints.tensor_index import INDEX
+from fastlock.checkpoints.tensor_index import INDEX, shard_with
 from fastlock.dtypes import torch_name
-from fastlock.errors import DamagedError, FastlockError, is_unicode, shown
-from fastlock.fold import Fold, fold
-from fastlock.kernels.fold.reference import rounded
-from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
+from fastlock.errors import DamagedError, FastlockError, is_unicode
+from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.locks.receipt import (
     CONFIG_KEY,
     CarrierNote,
@@ -36,36 +34,11 @@ from fastlock.locks.receipt import (
     LockedSite,
     Receipt,
     SavedReceipt,
-    biases_digest,
     raw_bytes,
-    weights_digest,
 )
 from fastlock.storage.files import CONFIG, InMemoryFile, read_all
 from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
 from fastlock.storage.places import files_in
-
-
-@dataclass(frozen=True)
-class KnownFold:
-    """A fold that was made before: the new bias, and the SHA-256 of the columns read for it, both as bytes."""
-
-    bias: bytes
-    columns_digest: bytes
-
-
-# By what decides them: the projection's place in its file, the bias that is there already, the lock, the strength.
-Folds = dict[tuple[Any, ...], KnownFold]
-
-
-@dataclass(frozen=True)
-class _Folded:
-    """One site's new bias, what was there before, and the digest of the columns read."""
-
-    site: StoredSite
-    heads: tuple[int, ...]
-    bias: torch.Tensor
-    original: torch.Tensor | None
-    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +48,7 @@ class _Relocked:
     checkpoint: Checkpoint
     carrier: Carrier
     receipt: Receipt
-    folded: list[_Folded]
+    folded: list[FoldedSite]
     stacks: tuple[str, ...]
     copy: bool
     in_place: bool
@@ -137,12 +110,15 @@ def relock_checkpoint(
         sites = checkpoint.sites_for(lock)
         carrier = choose_carrier(checkpoint, stacks)
         _check_switched_off(checkpoint, carrier)
-        folded = _fold(checkpoint, sites, lock, strength, {} if folds is None else folds)
-        receipt = _receipt(checkpoint, lock, strength, folded)
-        with create_directory(out, source, in_place) as new:
-            _write(new, _Relocked(checkpoint, carrier, receipt, folded, stacks, copy, in_place))
-            checkpoint.check_unchanged()
-        return receipt
+        known = {} if folds is None else folds
+        with helpers() as beside:
+            folded = fold_sites(checkpoint, sites, lock, strength, known, beside)
+            receipt = _receipt(checkpoint, lock, strength, folded)
+            with create_directory(out, source, in_place) as new:
+                _write(new, _Relocked(checkpoint, carrier, receipt, folded.sites, stacks, copy, in_place))
+                checkpoint.check_unchanged()
+            known |= folded.known()
+        return replace(receipt, digests=KnownDigests(receipt.weights_digest, receipt.biases_digest))
 
 
 def _check_names(checkpoint: Checkpoint) -> None:
@@ -166,54 +142,17 @@ def _check_switched_off(checkpoint: Checkpoint, carrier: Carrier) -> None:
         )
 
 
-def _fold(checkpoint: Checkpoint, sites: list[StoredSite], lock: Lock, strength: float, folds: Folds) -> list[_Folded]:
-    displacements = lock.displacement(strength)
-
-    def one(site: StoredSite) -> _Folded:
-        return _fold_site(checkpoint, site, displacements[site.layer], (lock.digest, strength), folds)
-
-    return in_threads(one, sites)
-
-
-def _fold_site(
-    checkpoint: Checkpoint, site: StoredSite, displacement: Displacement, of_lock: tuple[str, float], folds: Folds
-) -> _Folded:
-    original = None if site.bias is None else checkpoint.read_vector(site.bias)
-    before = None if original is None else raw_bytes(original)
-    key = (*checkpoint.identity_of(site), before, *of_lock)
-    if key not in folds:
-        read = checkpoint.read_columns(site, displacement.heads)
-        c = None if original is None else original.to(read.columns.matrix.dtype)
-        (bias,) = fold([Fold(read.columns, displacement.values, c, f"{checkpoint.where}: {shown(site.name)}")])
-        folds[key] = KnownFold(raw_bytes(_as_stored(bias, site, checkpoint.where)), read.digest)
-    known = folds[key]
-    bias = torch.frombuffer(bytearray(known.bias), dtype=site.dtype)
-    return _Folded(site, displacement.heads, bias, original, known.columns_digest)
-
-
-def _as_stored(bias: torch.Tensor, site: StoredSite, where: str) -> torch.Tensor:
-    """A fold in the dtype of the site: that of a quantised projection comes in float64, and is rounded once, here."""
-    if bias.dtype == site.dtype:
-        return bias
-    result = rounded(bias, site.dtype)
-    if not result.isfinite().all():
-        raise FastlockError(
-            f"{where}: {shown(site.name)}: its fold is not finite in {site.dtype}: the strength is too large for this "
-            "dtype. Lower it."
-        )
-    return result
-
-
-def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: list[_Folded]) -> Receipt:
+def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: FoldedSites) -> Receipt:
+    dtypes = [torch_name(f.site.dtype) for f in folded.sites]
     receipt = Receipt(
         lock_digest=lock.digest,
         strength=strength,
         model_type=checkpoint.model_type,
-        dtype=torch_name(folded[0].site.dtype),
-        sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded),
-        digests=KnownDigests(weights_digest(f.digest for f in folded), biases_digest(f.bias for f in folded)),
+        dtype=dtypes[0],
+        sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded.sites),
+        digests=folded,
     )
-    return receipt.with_dtypes([torch_name(f.site.dtype) for f in folded])
+    return receipt.with_dtypes(dtypes)
 
 
 def _write(new: Target, relocked: _Relocked) -> None:
@@ -271,12 +210,12 @@ def _write_index(new: Target, checkpoint: Checkpoint, added: dict[str, torch.Ten
     """Write the shard with the biases that the checkpoint lacks, and the index of all shards; the index's digest."""
     index = _new_index(checkpoint, added)
     if added:
-        new.write(NEW_SHARD, safetensors.torch.save(added, metadata={"format": "pt"}))
+        new.write(NEW_SHARD, shard_with(added))
     new.write(INDEX, _json(index))
     return json_digest(index)
 
 
-def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded]) -> dict[str, torch.Tensor]:
+def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[FoldedSite]) -> dict[str, torch.Tensor]:
     """The biases that the checkpoint lacks: the folds, and zeros wherever the carrier's flag asks for one.
 
     vLLM leaves biases that it does not find uninitialised.
@@ -286,9 +225,10 @@ def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[_Folded
     lengths = checkpoint.modules(carrier.switched)
     if "lm_head" in carrier.switched:
         lengths["lm_head"] = checkpoint.text_config.vocab_size
+    zeros = torch.zeros(max(lengths.values(), default=0), dtype=dtype, device="cpu")
     for path, length in lengths.items():
         if f"{path}.bias" not in tensors:
-            added.setdefault(f"{path}.bias", torch.zeros(length, dtype=dtype, device="cpu"))
+            added.setdefault(f"{path}.bias", zeros[:length])
     return added
 
 

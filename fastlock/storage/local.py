@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -13,12 +14,15 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from fastlock.errors import DamagedError
 from fastlock.storage.files import Patches, cannot_be_read, changed_while_read, no_such_directory, with_patches
 from fastlock.storage.traffic import TRAFFIC
 
 _FICLONE = 0x40049409  # ioctl of linux/fs.h: share another file's blocks
 
+_LIBC = ctypes.CDLL(None)
 _MADV_POPULATE_READ = 22  # Linux 5.14
 
 _HUGE, _PIECE = 2 * 1024 * 1024, 128 * 1024
@@ -174,8 +178,14 @@ def _read_ahead(mapped: mmap.mmap, base: int) -> None:
         for piece in range(begin // mmap.PAGESIZE * mmap.PAGESIZE, end, _PIECE):
             with contextlib.suppress(OSError):
                 mapped.madvise(mmap.MADV_WILLNEED, piece, min(_PIECE, end - piece))
-    with contextlib.suppress(OSError):
-        mapped.madvise(_MADV_POPULATE_READ)
+    _populate(mapped)
+
+
+def _populate(mapped: mmap.mmap) -> None:
+    """Map every page, where the kernel can. Other threads run meanwhile: `mmap.madvise` would keep them waiting."""
+    _LIBC.madvise(
+        ctypes.c_void_p(np.frombuffer(mapped, np.uint8).ctypes.data), ctypes.c_size_t(len(mapped)), _MADV_POPULATE_READ
+    )
 
 
 def reflink(source: Path, place: Path) -> bool:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-# On a CPU, rows are widened to float64 in blocks of so many numbers: half a megabyte, which stays in the cache.
-_BLOCK_NUMBERS = 2**16
+# On a CPU, rows are widened to float64 in blocks of so many numbers: a megabyte, which stays in the cache.
+_BLOCK_NUMBERS = 2**17
 # From so many on (its GRAIN_SIZE), torch shares them among its threads. To wait for those takes longer than the sums,
 # and on busy cores longer than all the rest: `fastlock.fold` has threads that do not wait for each other.
 _SHARED_NUMBERS = 2**15
@@ -42,18 +42,53 @@ class HeadColumns:
         return cls(columns.detach(), tuple(range(0, columns.shape[1], head_dim)))
 
 
-def fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Memory for a block of numbers, which folds can use one after the other: it is slow to get anew.
+
+    Attributes:
+        narrow, wide: [numbers], float32 and float64.
+    """
+
+    narrow: torch.Tensor
+    wide: torch.Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, rows: int, head_dim: int) -> Room:
+        """Room for so many rows of one head; on a CPU for as many as the thread that asks should take at a time."""
+        numbers = rows * head_dim
+        if device.type == "cpu":
+            most = _BLOCK_NUMBERS if torch.get_num_threads() == 1 else _SHARED_NUMBERS - 1
+            numbers = max(head_dim, min(numbers, most))
+        return cls(*(torch.empty(numbers, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64)))
+
+    def products(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Each of some rows times the values, [rows, columns] float64, in this room.
+
+        By way of float32, which is exact: from float16 to float64 directly, torch takes twice as long.
+        """
+        wide = self.wide[: rows.numel()].view(rows.shape)
+        if rows.dtype != torch.float64:
+            rows = wide.copy_(self.narrow[: rows.numel()].view(rows.shape).copy_(rows))
+        return torch.mul(rows.to(wide.device), values, out=wide)
+
+
+def fold(
+    columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None, room: Room | None = None
+) -> torch.Tensor:
     """b = W d + c over the locked head columns only, in float64, rounded once.
 
     Args:
         columns: those of the locked heads.
         values: the displacement d of each of these heads, [len(starts), head_dim], of any floating dtype.
         bias: c, [hidden], or None.
+        room: to work in; by default it gets its own.
 
     Returns:
         b, [hidden], of the matrix's dtype and device.
     """
-    return rounded(exact_fold(columns, values, bias), columns.matrix.dtype).to(columns.matrix.device)
+    exact = exact_fold(columns, values, bias, room)
+    return rounded(exact, columns.matrix.dtype).to(columns.matrix.device)
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,36 +105,25 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((nearest.view(torch.int32) - beyond) | inexact).view(torch.float32).to(dtype)
 
 
-def exact_fold(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def exact_fold(
+    columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None, room: Room | None = None
+) -> torch.Tensor:
     """The fold before rounding: b, [hidden] float64, on the matrix's device if that is CUDA, else on the CPU."""
     matrix = columns.matrix
     device = matrix.device if matrix.device.type in ("cpu", "cuda") else torch.device("cpu")
     b = torch.zeros(matrix.shape[0], dtype=torch.float64, device=device)
-    narrow, wide = _room(len(b), values.shape[1], device)
-    for of_head, value in _by_head(columns, values.to(device)):
-        for sums, rows in zip(b.split(len(wide)), of_head.split(len(wide)), strict=True):
+    room = room or Room.on(device, len(b), values.shape[1])
+    for run, of_run in _runs(columns, values.to(device), len(room.wide) // values.shape[1]):
+        heads = len(of_run)
+        sums = torch.empty(len(b), heads, dtype=torch.float64, device=device)
+        block = max(1, len(room.wide) // of_run.numel())
+        for rows, out in zip(run.split(block), sums.split(block), strict=True):
             # Not a matrix product: BLAS would share these few rows among threads, too.
-            sums.add_(_products(rows, value, narrow[: len(rows)], wide[: len(rows)]).sum(dim=1))
+            products = room.products(rows, of_run.flatten())
+            torch.sum(products.view(len(rows), heads, -1), dim=2, out=out)
+        for of_head in sums.unbind(dim=1):
+            b.add_(of_head)
     return b if bias is None else b + bias.detach().to(device).double()
-
-
-def _room(rows: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for a block of rows of one head, in float32 and in float64."""
-    if device.type == "cpu":
-        numbers = _BLOCK_NUMBERS if torch.get_num_threads() == 1 else _SHARED_NUMBERS - 1
-        rows = min(rows, numbers // head_dim)
-    size = (max(1, rows), head_dim)
-    return torch.empty(size, dtype=torch.float32, device=device), torch.empty(size, dtype=torch.float64, device=device)
-
-
-def _products(rows: torch.Tensor, value: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """Each row times the value, in `wide`.
-
-    By way of `narrow`, which is exact: from float16 to float64 directly, torch takes twice as long.
-    """
-    if rows.dtype != torch.float64:
-        rows = wide.copy_(narrow.copy_(rows))
-    return torch.mul(rows.to(wide.device), value, out=wide)
 
 
 def error_bound(columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -125,7 +149,16 @@ def bound(b: torch.Tensor, size: torch.Tensor, terms: int, dtype: torch.dtype) -
     return unit + terms * 2.0**-24 * size
 
 
-def _by_head(columns: HeadColumns, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each locked head's columns, [hidden, head_dim], and its values, [head_dim]."""
-    for start, value in zip(columns.starts, values, strict=True):
-        yield columns.matrix[:, start : start + len(value)], value
+def _runs(columns: HeadColumns, values: torch.Tensor, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The locked heads that lie side by side, up to so many at a time.
+
+    Yields:
+        Their columns, [hidden, heads * head_dim], and their values, [heads, head_dim].
+    """
+    head_dim, first = values.shape[1], 0
+    for after in range(1, len(values) + 1):
+        beside = after < len(values) and columns.starts[after] == columns.starts[after - 1] + head_dim
+        if not beside or after - first == most:
+            start = columns.starts[first]
+            yield columns.matrix[:, start : start + (after - first) * head_dim], values[first:after]
+            first = after

@@ -725,7 +725,7 @@ def test_folds_of_shared_files_are_made_once(tmp_path, monkeypatch) -> None:
     folds = {}
     fastlock.relock_checkpoint(source, lock, tmp_path / "a", folds=folds)
     assert len(folds) == 2
-    monkeypatch.setattr("fastlock.checkpoints.relocking.fold", lambda *given: pytest.fail("folded again"))
+    monkeypatch.setattr("fastlock.checkpoints.folding.fold", lambda *given: pytest.fail("folded again"))
     fastlock.relock_checkpoint(tmp_path / "linked", lock, tmp_path / "b", folds=folds)
     assert len(folds) == 2
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
