@@ -208,8 +208,8 @@ class Checkpoint:
         """
         if site.quantised:
             projection, tensors = self._quantised(site)
-            parts = [projection.columns(head * site.head_dim, site.head_dim) for head in heads]
-            return StoredColumns(HeadColumns.side_by_side(torch.cat(parts, dim=1), site.head_dim), tensors.digest)
+            of_heads = [projection.columns(head * site.head_dim, site.head_dim) for head in heads]
+            return StoredColumns(HeadColumns.side_by_side(torch.cat(of_heads, dim=1), site.head_dim), tensors.digest)
         file, itemsize = self.files[site.weight.file], site.dtype.itemsize
         width = site.head_dim * itemsize
         rows, row_bytes = site.weight.shape[0], site.weight.shape[1] * itemsize
@@ -285,7 +285,7 @@ class Checkpoint:
             return length
         num_heads, head_dim = head_geometry(self.text_config)
         grouped = getattr(self.text_config, "num_key_value_heads", None) or num_heads
-        by_name = {
+        by_name: dict[str, int] = {
             "q_proj": num_heads * head_dim,
             "k_proj": grouped * head_dim,
             "v_proj": grouped * head_dim,

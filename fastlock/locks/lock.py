@@ -206,7 +206,8 @@ class Lock:
 
     def _order(self) -> npt.NDArray[np.intp]:
         """Row numbers sorted by (layer, head)."""
-        return np.lexsort((self.heads.numpy(), self.layers.numpy()))
+        order: npt.NDArray[np.intp] = np.lexsort((self.heads.numpy(), self.layers.numpy()))
+        return order
 
     def _as_tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """What was given for a tensor, as one of the lock's own."""

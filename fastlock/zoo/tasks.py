@@ -17,7 +17,8 @@ from fastlock.architectures.families import head_geometry
 from fastlock.checkpoints.config import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocked import read_receipt
-from fastlock.checkpoints.relocking import Folds, relock_checkpoint
+from fastlock.checkpoints.folding import Folds
+from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
 from fastlock.storage.files import CONFIG, parse_object, read_all
