@@ -62,6 +62,7 @@ class Benchmark:
 KERNEL_TESTS = (
     "tests/kernels/fold/test_launch.py",
     "tests/kernels/fold/test_dispatch.py",
+    "tests/kernels/fold/test_kinds.py",
     "tests/kernels/locked_linear/test_launch.py",
     "tests/kernels/locked_linear/test_choices.py",
     "tests/kernels/proximal_step/test_launch.py",

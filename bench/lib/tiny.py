@@ -14,7 +14,7 @@ import pytest
 SWITCH = "FASTLOCK_BENCH_TINY"
 ON = os.environ.get(SWITCH) == "1"
 # Of each test function.
-CASES = 3
+CASES = 2
 
 _Size = TypeVar("_Size")
 
@@ -25,7 +25,7 @@ def sized(usual: _Size, tiny: _Size) -> _Size:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of each test function the first case, the last, and one between."""
+    """Of each test function the first case and the last."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)

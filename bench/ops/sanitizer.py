@@ -18,6 +18,11 @@ ERROR = 99
 
 @pytest.mark.skipif(machine.device().type == "cpu", reason="needs a GPU")
 def test_memcheck() -> None:
+    check_memory()
+
+
+def check_memory() -> None:
+    """Run it over sanitized.py."""
     sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), TOOLKIT]))
     if sanitizer is None:
         pytest.skip(f"compute-sanitizer is neither on the PATH nor in {TOOLKIT}")

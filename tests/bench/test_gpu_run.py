@@ -58,9 +58,7 @@ def steps(data: dict) -> dict[str, dict]:
 
 
 def test_every_step_is_run_in_its_order(data) -> None:
-    order = ["warm-up", "parity", "fold", "first-relock", "rows", "optimizer", "kernel-tests", "model-tests"]
-    order += ["fold-counters", "sanitizer"]
-    assert list(steps(data)) == order
+    assert list(steps(data)) == ["warm-up", *(one.name for one in BENCHMARKS if GPU in one.part_of)]
     assert all(step["ran"] for step in data["steps"])
     assert data["unfinished"] == 0
     assert (data["code"], data["machine"]["device"]) == (1, "Fake H200")
@@ -69,13 +67,13 @@ def test_every_step_is_run_in_its_order(data) -> None:
 
 def test_what_has_no_fault_passes(data) -> None:
     of_step = steps(data)
-    for name in ("warm-up", "fold", "optimizer", "kernel-tests", "model-tests", "sanitizer"):
+    for name in set(of_step) - set(FAULTS):
         assert of_step[name]["problems"] == []
-        assert of_step[name]["passed"] > 0
         assert of_step[name]["failed"] == 0
+        assert of_step[name]["passed"] > 0 or name == "fold-counters", "there is no ncu here"
     assert of_step["sanitizer"]["skipped"] == 0
     assert [row["matches"] for row in data["rows"]["fold"]].count(True) >= 2
-    assert all(row["device"] == "cuda:0" for row in data["rows"]["fold"])
+    assert all(row["device"].startswith("cuda") for row in data["rows"]["fold"])
     parts = [row for row in data["rows"]["warm-up"] if "part" in row]
     assert all(row["done"] for row in parts)
     assert "by cubin" in parts[-1]["found"]

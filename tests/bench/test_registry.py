@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 
 from bench.lib.report import Report
-from bench.registry import BENCH, BENCHMARKS, GPU, GPU_SECONDS
+from bench.registry import BENCH, BENCHMARKS, GPU, GPU_SECONDS, SPARE_SECONDS, WARM_UP
 
 REPOSITORY = Path(__file__).parents[2]
 ROOMS = ("ops", "disk", "efficacy")
 RESULTS = REPOSITORY / "bench" / "results"
+# For compiling the cubins before `run.py --gpu`, on the 16 cores of a machine with a GPU.
+BUILD_SECONDS = 25
+# The name of a test, after a mark that says so.
+NEEDS_GPU = re.compile(
+    r"^@(?:needs_gpu|pytest\.mark\.skipif\([^\n]*needs a GPU[^\n]*)\n(?:@.*\n|[ )].*\n)*def (test_\w+)", re.MULTILINE
+)
 # Results of before there was a registry, with what are now the names of the benchmarks whose rows these are.
 KEPT = ("cpu-amd-epyc-2026-11-24", "cpu-amd-epyc-2026-11-25-checkpoints", "cpu-amd-epyc-2026-11-25-host")
 OLD = {"host": "host", "rows": "rows", "benchmarks": "fold", "checkpoints": "checkpoints"}
@@ -41,7 +47,30 @@ def test_whoever_runs_it_gives_it_time() -> None:
         limits = [one.limit(device) for one in BENCHMARKS if part_of in one.part_of]
         assert None not in limits
         if part_of == GPU:
-            assert sum(limits) <= GPU_SECONDS
+            assert WARM_UP.cuda + sum(limits) <= GPU_SECONDS - SPARE_SECONDS
+            assert GPU_SECONDS <= 8 * 60 - BUILD_SECONDS
+
+
+def test_what_matters_most_is_run_first_and_what_may_hang_last() -> None:
+    names = [one.name for one in BENCHMARKS if GPU in one.part_of]
+    important = [name for name in names if name in ("parity", "fold", "first-relock", "rows")]
+    assert important == ["parity", "fold", "first-relock", "rows"]
+    assert names.index("rows") < names.index("kernel-tests") < names.index("model-tests")
+    assert (names[0], names[-1]) == ("parity", "sanitizer")
+    assert not {"host", "checkpoints", "zoo"} & set(names), "they have nothing to do with a GPU"
+
+
+def test_every_test_that_needs_a_gpu_is_run_there() -> None:
+    """Otherwise nobody ever runs it: a CPU skips it."""
+    needing = []
+    for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        names = NEEDS_GPU.findall(path.read_text())
+        needing += [(str(path.relative_to(REPOSITORY)), name) for name in names]
+    assert len(needing) >= 6
+    for file, name in needing:
+        steps = [one for one in BENCHMARKS if GPU in one.part_of and file in one.files]
+        asked = [one.arguments[1].split(" or ") if one.arguments else [""] for one in steps]
+        assert any(word in name for words in asked for word in words), f"no step of make gpu runs {file}::{name}"
 
 
 def test_scripts_are_one_file_each() -> None:
