@@ -16,8 +16,8 @@ import torch
 from fastlock.architectures.families import head_geometry
 from fastlock.checkpoints.config import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
-from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.folding import Folds
+from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock
