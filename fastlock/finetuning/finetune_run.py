@@ -36,6 +36,8 @@ from fastlock.version import __version__
 BandChoice = Callable[[Any, Any], Band | None]
 """Given a model and its tokenizer, the band to freeze."""
 
+_LOG_EVERY = 10
+
 # What belongs to a tokenizer, and is taken over as it is.
 _TOKENIZER_FILES = (
     "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.tiktoken tekken.json spiece.model "
@@ -191,7 +193,8 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
-        logging_steps=_log_every(settings.save_every),
+        logging_steps=_LOG_EVERY,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=settings.save_every,
         save_total_limit=1,
@@ -216,11 +219,6 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def _log_every(save_every: int) -> int:
-    """Each checkpoint comes after a log, which ends a training that went astray."""
-    return max(steps for steps in range(1, 11) if save_every % steps == 0)
 
 
 def _optimizer_settings(model: Any, settings: FinetuneSettings) -> dict[str, Any]:

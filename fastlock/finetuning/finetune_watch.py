@@ -25,8 +25,9 @@ class TrainingWatch(transformers.TrainerCallback):
         next(self._steps, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One more step is done."""
+        """One more step is done; before it is saved, it is logged, and so looked at."""
         next(self._steps, None)
+        control.should_log = control.should_log or control.should_save
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let the progress end."""

@@ -53,8 +53,8 @@ def test_a_base_is_fine_tuned(files):
     assert AutoTokenizer.from_pretrained(tuned).chat_template
     record = json.loads((tuned / "finetune.json").read_text())
     assert record["lisa"] == {"alignment_steps": 1, "user_steps": 2, "pull": 0.5, "free_steps": 0}
-    assert [entry["step"] for entry in record["log"] if "loss" in entry] == [10]
-    assert {"alignment_loss", "user_loss", "drift"} <= record["log"][0].keys()
+    assert [entry["step"] for entry in record["log"] if "loss" in entry] == [1, 10, 15]
+    assert {"alignment_loss", "user_loss", "drift"} <= record["log"][1].keys()
     assert not [line for line in done.out.splitlines() if line.startswith("{")]
 
 
@@ -134,11 +134,11 @@ def test_auto_without_a_band_that_stands_out_is_refused(files, monkeypatch):
 def test_bfloat16_weights_are_rounded_at_random_and_stay_bfloat16(tmp_path):
     save_base(tmp_path / "base", torch.bfloat16)
     write_data(tmp_path)
-    run_command(*command(tmp_path, "--lr", "1e-5", "--epochs", 4))
+    run_command(*command(tmp_path, "--lr", "1e-4"))
     after = loaded(tmp_path / "tuned")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
-    # Steps of 1e-5 are far below half a unit of a weight of 0.25 in bfloat16, and still some weights move.
-    assert len(changed(tmp_path)) > len(after) / 2
+    # Steps of 1e-4 are far below half a unit of a norm's weights, about 1: rounded to nearest, none would move.
+    assert any("norm" in name for name in changed(tmp_path))
 
 
 @pytest.fixture
