@@ -57,7 +57,8 @@ build/package: FORCE
 bench: $(VENV)/ready
 	$(BIN)/python bench/run.py
 
-# Needs a GPU; and torch, triton, transformers, accelerate, setuptools, pytest and pytest-benchmark already there. Installs nothing.
+# Needs a GPU; and torch, triton, transformers, accelerate, setuptools, pytest and pytest-benchmark already there. Installs
+# nothing. Where there is no make, run these two commands: bench/README.md has them as they are typed.
 gpu:
 	$(PYTHON) setup.py --quiet build_py --build-lib build/gpu
 	PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) $(PYTHON) bench/run.py --gpu
