@@ -130,16 +130,15 @@ class Plan:
                 strengths = self._checked(locks, wanted)
             if self._built is not None and self._built.moved():
                 self._built = None  # lets go of the weights that it read
-            if self._built is None or not self._again(self._built, locks, strengths):
-                self._built = _Built(self._models, locks, strengths)
+            built = self._built
+            try:
+                if built is None or not built.again(locks, strengths):
+                    self._built = _Built(self._models, locks, strengths)
+            except BaseException:
+                if built is not None and not built.sound:
+                    self._built = None
+                raise
             self._locks, self._strengths = locks, strengths
-
-    def _again(self, built: _Built, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
-        try:
-            return built.again(locks, strengths)
-        finally:
-            if not built.sound:
-                self._built = None
 
     @staticmethod
     def _checked(locks: Sequence[Lock], strengths: Sequence[float | None]) -> list[float]:
@@ -204,15 +203,14 @@ class _Built:
 
     def moved(self) -> bool:
         """Whether what was looked up is elsewhere now, or others wrote to the biases. Weights may be written to."""
-        if self._links.changed() or self._addresses.moved() or _versions_of(self._biases) != self._written:
+        if self._links.changed() or self._addresses.moved() or list(map(_version, self._biases)) != self._written:
             return True
         # Not every write is counted, and a fine-tune that has biases of its own brings them into these.
-        return bool(self._own) and any(
-            not torch.equal(
-                torch.cat([self._plan.results[i] for i in own]), torch.cat([self._kept.tensors[i] for i in own])
-            )
-            for own in self._own
-        )
+        for own in self._own:
+            results, kept = ([tensors[i] for i in own] for tensors in (self._plan.results, self._kept.tensors))
+            if not torch.equal(torch.cat(results), torch.cat(kept)):
+                return True
+        return False
 
     def again(self, locks: Sequence[Lock], strengths: Sequence[float]) -> bool:
         """Relock with these into the biases that are there; False where that is not possible, and nothing was done.
