@@ -28,6 +28,7 @@ from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.proximal_step import launch as step
 from fastlock.kernels.proximal_step.reference import StepSettings, StepTensors, proximal_step
+from fastlock.kernels.proximal_step.self_check import widened
 from fastlock.kernels.proximal_step.variants import StepVariant, step_variants
 
 DEVICE = machine.device()
@@ -84,7 +85,7 @@ def wrong_steps(every: bool) -> list[str]:
     for variant in step_variants() if every else [StepVariant(torch.float32, torch.float32, torch.float32)]:
         settings = StepSettings(0.5, 0.5, 0.5, 1e-3, 0.25, pull=0.75, seed=7 if variant.stochastic else None)
         tensors = [of_step(variant, settings, length) for length in (variant.block + 5, 63, 1)]
-        expected = [wide(one) for one in tensors]
+        expected = [widened(one) for one in tensors]
         table = step.StepTable(variant, tensors[0].weight.device)
         table.update(tensors, step.StepScalars())
         table.sum_of_squares()
@@ -111,15 +112,6 @@ def of_step(variant: StepVariant, settings: StepSettings, length: int) -> StepTe
         settings=settings,
         step=3.0,
     )
-
-
-def wide(one: StepTensors) -> StepTensors:
-    """A copy on the CPU in float32, rounded nowhere else."""
-    names = ("weight", "grad", "exp_avg", "exp_avg_sq", "anchor")
-    copies = {
-        name: None if (x := getattr(one, name)) is None else x.to("cpu", torch.float32, copy=True) for name in names
-    }
-    return dataclasses.replace(one, **copies, settings=dataclasses.replace(one.settings, seed=None))
 
 
 def main() -> int:

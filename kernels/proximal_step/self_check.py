@@ -38,7 +38,7 @@ def check_step(run: Callable[[Sequence[StepTensors]], object], variant: StepVari
         WrongResultError: what was written is wrong, or something was not written, or something else was.
     """
     tensors, guards = made_up(variant, device)
-    expected = [_wide(one) for one in tensors]
+    expected = [widened(one) for one in tensors]
     for one in expected:
         proximal_step(one)
     run(tensors)
@@ -59,7 +59,7 @@ def check_norm(
     """Sum the squares of some gradients of our own by the launch to be checked. Takes and raises as `check_step`."""
     tensors, _ = made_up(variant, device)
     exact = 0.0
-    for one in map(_wide, tensors):
+    for one in map(widened, tensors):
         if one.grad is not None:
             exact += float(proximal_gradient(one, one.grad).double().square().sum())
     got = float(run(tensors))
@@ -99,7 +99,7 @@ def made_up(variant: StepVariant, device: torch.device) -> tuple[list[StepTensor
     return tensors, guards
 
 
-def _wide(one: StepTensors) -> StepTensors:
+def widened(one: StepTensors) -> StepTensors:
     """A copy on the CPU, in float32, rounded nowhere else."""
     names = ("weight", "grad", "exp_avg", "exp_avg_sq", "anchor")
     copies = {name: getattr(one, name) for name in names}
