@@ -25,7 +25,7 @@ from fastlock.kernels.ahead_of_time.ways import WAYS
 from fastlock.kernels.fold import launch as kernels
 
 SHAPE = SHAPES["8B"]
-ROUNDS, CALLS = 200, 20
+ROUNDS, CALLS = 200, 10
 LIBC = ctypes.CDLL(None)
 
 
