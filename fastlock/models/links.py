@@ -66,7 +66,8 @@ class Links:
         module = modules.get(name)
         if (id(modules), name) not in self._seen:
             self._seen.add((id(modules), name))
-            if type(module).__eq__ is object.__eq__:
+            own_equality: Any = type(module).__eq__
+            if own_equality is object.__eq__:
                 self._dicts.append(modules)
                 self._names.append(name)
                 self._meanings.append(module)
