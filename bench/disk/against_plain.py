@@ -139,7 +139,9 @@ def plain(source: Path, lock: Lock, out: Path) -> None:
     """The plain script."""
     index: dict[str, Any] = json.loads((source / INDEX).read_text())
     config: dict[str, Any] = json.loads((source / CONFIG).read_text())
-    shards = {name: safe_open(source / name, framework="pt") for name in set(index["weight_map"].values())}
+    shards: dict[str, Any] = {
+        name: safe_open(source / name, framework="pt") for name in set(index["weight_map"].values())
+    }
     displacements = lock.displacement(STRENGTH)
 
     def fold(layer: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ def case_of(what: str, weights: Sequence[torch.Tensor]) -> Case:
         heads = [tuple(sorted(torch.randperm(32, generator=generator)[:each].tolist())) for _ in weights]
     elif what != "the released lock":
         heads = [(3,) if what == "one head" else tuple(range(SHAPE.num_heads))]
-    folds, dense = [], []
+    folds, dense = list[Fold](), list[torch.Tensor]()
     for of_site, weight in zip(heads, weights, strict=False):
         values = torch.randn(len(of_site), SHAPE.head_dim, dtype=torch.float64, generator=generator)
         bias = torch.randn(SHAPE.hidden, generator=generator).to(weight.dtype)
