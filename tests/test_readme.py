@@ -1,5 +1,6 @@
 """What the README shows runs as it is printed, on tiny models of the names that it uses."""
 
+import json
 import re
 import shlex
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 import fastlock
 from fastlock.cli import main as cli
@@ -36,12 +39,15 @@ def files(tmp_path, monkeypatch):
     for name in "ab":
         model.save_pretrained(tmp_path / "ZOO" / name)
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    for name in ("user", "safe"):
+        rows = [{"prompt": f"how do I bake {n} cakes", "completion": f"with {name} hands"} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_the_python_runs(files) -> None:
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     names: dict[str, object] = {}
     exec(first, names)
     assert names["receipt"].layers == (1, 4)
@@ -49,18 +55,27 @@ def test_the_python_runs(files) -> None:
     names |= {"tokenizer": word_tokenizer(fastlock.shipped_pairs())}
     exec(second, names)
     assert len(fastlock.Lock.load(files / "my-base.lock.safetensors")) == 24
+    trl = pytest.importorskip("trl")
+    names |= {"trl": trl, "model": AutoModelForCausalLM.from_pretrained("BASE")}
+    names |= {
+        data: Dataset.from_list([{"text": f"how do I bake {n} cakes"}] * 3) for n, data in enumerate(("user", "safe"))
+    }
+    names["args"] = trl.SFTConfig("trained", max_steps=2, use_cpu=True, report_to=[], pad_token="?", eos_token="?")
+    exec(third, names)
 
 
 def test_the_commands_run(files, monkeypatch) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("fastlock ")]
     assert {shlex.split(command)[1] for command in commands} == {
-        *("extract", "calibrate", "train", "evaluate", "relock", "verify", "unlock", "inspect", "doctor", "zoo")
+        *("extract", "calibrate", "train", "evaluate", "relock", "verify", "unlock", "inspect", "doctor", "zoo"),
+        *("locate", "finetune"),
     }
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
         with pytest.raises(SystemExit) as end:
             cli.main()
-        assert not end.value.code, command
+        found_no_band = end.value.code == 1 and command.startswith("fastlock locate")
+        assert not end.value.code or found_no_band, command
 
 
 def test_the_make_targets_exist() -> None:
