@@ -19,8 +19,7 @@ class HeldTensors:
     parameter is what counts. The counts of all steps become views of one tensor here, which is counted up at once.
 
     Attributes:
-        tensors: of each parameter that has a state, as it was stepped.
-        groups: of each, which parameter group it is in.
+        groups: of each parameter that has a state, which parameter group it is in.
     """
 
     def __init__(
@@ -38,11 +37,12 @@ class HeldTensors:
             every: all parameters of the optimizer.
             states: those of the optimizer.
             parameters: the ones that have a state, in that order.
-            groups, tensors: see above.
+            groups: see above.
+            tensors: of each, as it was stepped. Its gradient is not kept.
             settings: of each group.
         """
         self._kinds = _kinds(settings)
-        self.tensors, self.groups = list(tensors), list(groups)
+        self.groups = list(groups)
         self._every, self._parameters = list(every), list(parameters)
         of_each = [states[parameter] for parameter in parameters]
         self._steps = torch.tensor([state["step"].item() for state in of_each], dtype=torch.float32)

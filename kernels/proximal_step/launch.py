@@ -130,7 +130,8 @@ class StepTable:
         """Bring the table up to date, for the launches that follow.
 
         Args:
-            tensors: all that fit the variant, at least one. Of one without a gradient nothing is touched.
+            tensors: all that fit the variant, at least one. Of one without a gradient nothing is touched. Their memory
+                must not be freed before the launches are queued.
             scalars: on the device.
         """
         rows: dict[tuple[StepSettings, float], int] = {}

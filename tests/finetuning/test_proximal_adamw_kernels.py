@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -156,6 +157,16 @@ def test_only_addresses_that_moved_are_sent_again(monkeypatch) -> None:
         p.grad.zero_()
     pair.optimizers[0].step()
     assert table.sent == of_gradients - 40 * 8 < of_gradients == everything - 40 * 64
+
+
+def test_gradients_are_freed_when_their_user_lets_go_of_them(monkeypatch) -> None:
+    pair = Pair(monkeypatch)
+    pair.both(anchored)
+    for _ in range(3):
+        pair.step()
+        gradients = [weakref.ref(p.grad) for p in pair.ours]
+        pair.optimizers[0].zero_grad()
+        assert [of_one() for of_one in gradients] == [None] * len(SIZES)
 
 
 def test_each_combination_of_dtypes_is_one_launch(monkeypatch) -> None:

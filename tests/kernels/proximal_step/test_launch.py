@@ -1,6 +1,7 @@
 """The step's kernels against float64: on the GPU where there is one, else in Triton's interpreter."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -10,6 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
+from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.ways import NoWayError
 from fastlock.kernels.proximal_step import launch, reference, variants
 from fastlock.kernels.proximal_step.launch import StepScalars, StepTable
 from tests.kernels.proximal_step.tensors import (
@@ -329,7 +332,8 @@ def test_other_lengths_and_more_rows_make_another_table() -> None:
     tensors = [make(100, seed=i, step=1.0 + i).tensors for i in range(9)]
     table = table_of(tensors[:2])
     table.step()
-    for several in (tensors, tensors[3:5], [make(5000, seed=9).tensors]):
+    at_one_step = [dataclasses.replace(one, step=3.0) for one in tensors]
+    for several in (tensors, tensors[3:5], [make(5000, seed=9).tensors], at_one_step, tensors):
         before = [copied(one) for one in several]
         table.update(several, StepScalars())
         table.step()
@@ -348,3 +352,57 @@ def test_no_elements_are_no_launch() -> None:
     table.step()
     assert table.programs == 0
     assert float(table.sum_of_squares()) == 0
+
+
+class Loaded:
+    """A cubin's kernel, as `cubins.Kernel`: launched, it runs Triton's on the addresses that it was given."""
+
+    def __init__(self, variant, table):
+        self.variant, self.table, self.packed = variant, table, []
+
+    def launcher(self, grid, addresses):
+        arguments = self.table._arguments()
+        assert list(addresses) == [argument.data_ptr() for argument in arguments]
+        self.packed.append(grid)
+        return launch._by_jit(self.variant, arguments, grid[0])
+
+
+def test_a_cubin_is_packed_once_and_launched_again_and_again(monkeypatch) -> None:
+    one = make(3000).tensors
+    table = table_of([one])
+    kernel = Loaded(table.variant, table)
+    monkeypatch.setattr(launch, "launcher_of", lambda variant, device: functools.partial(launch._by_cubin, kernel))
+    for step in range(3):
+        before = copied(one)
+        following = dataclasses.replace(one, step=1.0 + step, grad=one.grad.clone())
+        table.update([following], StepScalars())
+        table.step()
+        assert max(worst(following, dataclasses.replace(before, step=1.0 + step)).values()) <= 1
+    assert kernel.packed == [(3, 1, 1)]
+
+
+def test_cubins_come_before_triton(monkeypatch) -> None:
+    variant, device = VARIANTS[0], torch.device("cuda", 1)
+    asked, found = [], ["kernel", None]
+
+    def choose(name, index):
+        asked.append((name, index))
+        return cubins.Choice(found[len(asked) - 1], "")
+
+    monkeypatch.setattr(cubins.LOADER, "choose", choose)
+    assert list(launch._ways(variant, device)) == ["cubin", "jit"]
+    assert list(launch._ways(variant, device)) == ["jit"]
+    assert asked == [(variant.name, 1)] * 2
+    found += [None] * 9
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert list(launch._ways(variant, device)) == []
+    with pytest.raises(NoWayError):
+        launch.launcher_of(variant, device)
+    assert "cannot be run here" in launch.why_not(variant, device) or cubins.interpreting()
+
+
+def test_a_forked_process_launches_nothing(monkeypatch) -> None:
+    arguments = [torch.zeros(1)]
+    monkeypatch.setattr(launch, "_cuda_index", lambda device: 0)
+    with pytest.raises(FastlockError, match="forked"):
+        launch._launch_jit(arguments, VARIANTS[0], 1, process=-1)
