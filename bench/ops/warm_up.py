@@ -44,7 +44,7 @@ def cublas() -> str:
 
 def paths() -> str:
     """How the fold is launched."""
-    from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
+    from fastlock.kernels.launch_paths import launch_paths
 
     return "; ".join(f"{path.device}: by {path.path}: {path.reason}" for path in launch_paths())
 

@@ -29,7 +29,7 @@ def _examine(checkpoint: str, stacks: tuple[str, ...], as_json: bool) -> int:
 
 
 def _show_launch_paths(as_json: bool) -> None:
-    from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
+    from fastlock.kernels.launch_paths import launch_paths
 
     paths = launch_paths()
     if as_json:

@@ -10,7 +10,7 @@ import fastlock
 from fastlock.architectures.serving_stacks import STACKS, acts, architecture
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.layout import NEW_SHARD
-from fastlock.kernels.ahead_of_time.launch_paths import launch_paths
+from fastlock.kernels.launch_paths import launch_paths
 from tests.helpers.families import random_lock, tiny_model
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from fastlock.kernels.ahead_of_time.launch_paths import LaunchPath
+from fastlock.kernels.launch_paths import LaunchPath
 
 
 def test_of_a_checkpoint(files, run) -> None:
@@ -19,7 +19,7 @@ def test_of_the_machine(run, monkeypatch) -> None:
         LaunchPath("cuda:0, H100 [x]", "jit", "Triton compiles on the first launch: this installation has no cubins"),
         LaunchPath("CPU", "reference", "plain PyTorch"),
     ]
-    monkeypatch.setattr("fastlock.kernels.ahead_of_time.launch_paths.launch_paths", lambda: paths)
+    monkeypatch.setattr("fastlock.kernels.launch_paths.launch_paths", lambda: paths)
     said = run("doctor").splitlines()
     assert said[0] == "cuda:0, H100 [x]: jit (Triton compiles on the first launch: this installation has no cubins)"
     assert len(said) == 2
@@ -31,7 +31,7 @@ def test_of_the_machine(run, monkeypatch) -> None:
 
 def test_of_a_machine_whose_kernels_are_wrong(run, monkeypatch) -> None:
     paths = [LaunchPath("cuda:0, B300", "reference", "no cubin fits", ("its jit is wrong", "and not written"))]
-    monkeypatch.setattr("fastlock.kernels.ahead_of_time.launch_paths.launch_paths", lambda: paths)
+    monkeypatch.setattr("fastlock.kernels.launch_paths.launch_paths", lambda: paths)
     assert run("doctor").splitlines() == [
         "cuda:0, B300: reference (no cubin fits)",
         "cuda:0, B300: its jit is wrong",

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlock.kernels.ahead_of_time import cubins, driver, launch_paths, manifest
+from fastlock.kernels import launch_paths
+from fastlock.kernels.ahead_of_time import cubins, driver, manifest
 from fastlock.kernels.ahead_of_time.ways import WAYS, Ways
 from fastlock.kernels.fold import launch as fold
 from fastlock.kernels.fold import variants

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastlock.kernels.ahead_of_time import manifest
-from fastlock.kernels.ahead_of_time.launch_paths import BY_JIT, launch_paths
 from fastlock.kernels.fold import variants
+from fastlock.kernels.launch_paths import BY_JIT, launch_paths
 from tests.helpers import fake_driver
 from tests.helpers.fake_driver import FakeDriver, describe, write_folder
 from tests.kernels.ahead_of_time.changes import FILE, change_manifest, no_library, remove, write
@@ -119,7 +119,7 @@ def test_doctor_says_what_could_not_be_tried(one_device: FakeDriver, monkeypatch
     def fails(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("fastlock.kernels.ahead_of_time.launch_paths.build_table", fails)
+    monkeypatch.setattr("fastlock.kernels.launch_paths.build_table", fails)
     path, _ = launch_paths()
     assert path.path == "cubin"
     assert path.faults == (f"the kernel fold {BY_JIT.name} could not be tried: OutOfMemoryError: CUDA out of memory",)
