@@ -167,6 +167,18 @@ def is_running(process: int) -> bool:
         return False
 
 
+def test_a_crash_after_the_last_test_is_a_failure_that_costs_no_row(stubs, tmp_path) -> None:
+    """As when a driver's library ends its process badly."""
+    (tmp_path / "passes.py").write_text("import atexit, os\natexit.register(os._exit, 3)\n" + PASSES)
+    assert run.main(["--only", "passes", "--out", str(tmp_path / "results")], stubs, tmp_path / "work") == 1
+    (path,) = (tmp_path / "results").glob("*.json")
+    data = json.loads(path.read_text())
+    (step,) = data["steps"]
+    assert (step["passed"], step["failed"]) == (2, 1)
+    assert step["problems"][0].startswith("ended with code 3: ")
+    assert [row["number"] for row in data["rows"]["passes"]] == [1, 2]
+
+
 def test_arguments_reach_pytest_and_a_failure_is_the_exit_code(stubs, tmp_path) -> None:
     out = ["--out", str(tmp_path / "results")]
     assert run.main(["--only", "fails", *out, "--", "-k", "before"], stubs, tmp_path / "work") == 0

@@ -52,6 +52,11 @@ def environment(place: Path, faults: Mapping[str, str] = {}) -> dict[str, str]:
 
 def start() -> None:
     """Called as Python starts."""
+    fault = json.loads(os.environ[FAULTS]).get(Path(os.environ.get(RECORDS, "")).stem)
+    if fault == "hangs":
+        hang()
+    elif fault == "crashes":
+        atexit.register(ctypes.string_at, 0)
     from fastlock.kernels.ahead_of_time import cubins, driver
     from tests.helpers.fake_gpu import api, operators
 
@@ -68,24 +73,15 @@ def start() -> None:
     library = fake_driver.FakeDriver()
     driver.open_library = lambda: library
     cubins.LOADER.folder = place / CUBINS
-    put_in(json.loads(os.environ[FAULTS]).get(Path(os.environ.get(RECORDS, "")).stem), library, api.hooks)
+    if fault == "refused":
+        library.fails["cuModuleLoadData"] = 209
 
 
 kept: list = []
 
 
-def put_in(fault: str | None, library, synchronizing: list) -> None:
-    """The fault of this step, if it has one."""
-    if fault == "refused":
-        library.fails["cuModuleLoadData"] = 209
-    elif fault == "hangs":
-        synchronizing.append(hang)
-    elif fault == "crashes":
-        atexit.register(ctypes.string_at, 0)
-
-
 def hang() -> None:
-    """Once a test of this step has passed, like a kernel that never ends; and a child with a session of its own."""
+    """Never end, if a test of this step has passed already; and leave a child in a session of its own."""
     records = Path(os.environ[RECORDS])
     if not records.is_file() or '"teardown", "outcome": "passed"' not in records.read_text():
         return
