@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 
 import pytest
@@ -68,19 +69,29 @@ def test_the_counts_are_those_of_scaled_copies(found) -> None:
     assert (best.first, best.last) == (FIRST, LAST)
 
 
-def test_the_scale_is_the_papers_rule(found) -> None:
+def test_the_scale_is_the_papers_rule() -> None:
     """The first step of 0.05 whose counts have a standard deviation of 15 among 721 prompts."""
-    chosen = next(one.scale for one in found.evidence.counts if one.first >= 0)
-    tried = [round(1 + 0.05 * step, 2) for step in range(1, 11) if 1 + 0.05 * step < chosen - 0.01]
-    assert chosen > 1.05, "the rule is not tested if the first step is good enough"
+    least = 15 / 721 * len(PROMPTS.borderline)
 
     def spread(scale: float) -> float:
-        counts = located(planted_model(), scale=scale).evidence.counts
+        counts = located(planted_model(least=0.6), scale=scale).evidence.counts
         return statistics.stdev(one.refused for one in counts if one.first == FIRST)
 
-    least = 15 / 721 * len(PROMPTS.borderline)
-    assert spread(chosen) >= least
-    assert all(spread(scale) < least for scale in tried)
+    spreads = [spread(scale) for scale in (1.05, 1.1, 1.15)]
+    assert spreads[0] < spreads[1] < least < spreads[2]
+    assert spreads[1] > 0.9 * least, "a rule that is a little laxer would choose 1.1"
+    counts = located(planted_model(least=0.6)).evidence.counts
+    assert {one.scale for one in counts if one.first >= 0} == {1.15}
+
+
+def test_the_best_of_many_ranges_must_be_better_than_the_best_by_chance() -> None:
+    """Seven prompts that only the best refuses are significant for one range, and not for the best of a dozen."""
+    found = located(planted_model(first=4, last=6), scale=1.05)
+    (baseline,) = (one for one in found.evidence.tests if one.first < 0)
+    assert (baseline.only_best, baseline.only_other) == (7, 0)
+    assert baseline.p < 0.02
+    assert found.band is None
+    assert re.search(r"\[4, 6\], the best of 1\d ranges, does not refuse significantly more", found.reason)
 
 
 def test_scaled_down_the_same_layers_are_found() -> None:
