@@ -124,7 +124,7 @@ def test_auto_locates_the_band(files, monkeypatch):
 def test_auto_without_a_band_that_stands_out_is_refused(files, monkeypatch):
     from types import SimpleNamespace
 
-    none = SimpleNamespace(band=None, reason="no band stands out: chance.")
+    none = SimpleNamespace(band=None, reason="no band stands out: chance")
     monkeypatch.setattr("fastlock.finetuning.safety_layers.locate", lambda *_, **__: none)
     err = run_command(*command(files, "--freeze", "auto"), code=3).err
     assert "--freeze auto: no band stands out: chance. Give the band, --freeze FIRST-LAST" in err

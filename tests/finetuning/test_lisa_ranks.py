@@ -36,7 +36,7 @@ def ranks(tmp_path_factory):
             running.callback(process.kill)  # before it is waited for
             processes.append(process)
         for rank, process in enumerate(processes):
-            assert process.wait(timeout=300) == 0, (out / f"log-{rank}").read_text()[-3000:]
+            assert process.wait(timeout=900) == 0, (out / f"log-{rank}").read_text()[-3000:]
     return [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
