@@ -174,8 +174,9 @@ class LockedLinear(StandIn):
         """Tables follow the weight to another device, but keep their dtypes."""
         tables = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, table in tables.items():
-            self._buffers[name] = None if table is None else table.to(self.weight.device)
+        with torch.inference_mode(False), torch.no_grad():  # or nobody could write to them afterwards
+            for name, table in tables.items():
+                self._buffers[name] = None if table is None else table.to(self.weight.device)
         self.take_assignment()
         return self
 

@@ -111,11 +111,17 @@ class Ways:
         )
 
     def passes(self, kernel: str, index: int | None, way: str, check: Callable[[], bool]) -> bool:
-        """Whether one way may be taken: it passed, or nothing could be told yet. Checks it, if that was not done."""
+        """Whether one way may be taken: it passed, or nothing could be told yet. Checks it, if that was not done.
+
+        Raises:
+            FastlockError: a CUDA graph is being captured, and nothing can be checked meanwhile.
+            Exception: as in `first`.
+        """
         if self.is_good(kernel, index, way):
             return True
         with self._lock:
             if not self.is_good(kernel, index, way) and not self.is_bad(kernel, index, way):
+                _check_not_capturing(kernel, index)
                 try:
                     if check():
                         self._good.add((kernel, index, way))
@@ -159,6 +165,14 @@ def is_passing(error: BaseException) -> bool:
     # Triton and torch give the driver's errors as text.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and "cuda" in text and ("out of memory" in text or "captur" in text)
+
+
+def _check_not_capturing(kernel: str, index: int | None) -> None:
+    if index is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise FastlockError(
+            f"the kernel {kernel} has not run on cuda:{index} in this process, and its first run is checked, which a "
+            "CUDA graph's capture does not allow. Run it once before the capture."
+        )
 
 
 def _is_broken(index: int | None) -> bool:

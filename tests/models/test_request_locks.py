@@ -572,6 +572,18 @@ def test_layers_read_one_assignment_on_another_device() -> None:
         assert {table.device.type for locked in placed for table in tables_of(locked)} == {"meta"}
 
 
+def test_tables_that_move_in_inference_mode_can_be_written_to_outside_it() -> None:
+    """A weight that changes later is folded anew, into them."""
+    model = tiny_model("llama")
+    with RequestLocks(model, two_locks(model)) as request_locks:
+        request_locks.assign([0, 1])
+        with torch.inference_mode():
+            model.to("meta")
+        tables = [table for *_, locked in request_locks._placed for table in tables_of(locked)]
+        assert {table.device.type for table in tables} == {"meta"}
+        assert not any(table.is_inference() for table in tables)
+
+
 def test_no_table_is_a_buffer_that_ddp_would_overwrite() -> None:
     """Each process assigns its own requests; and what torch.compile takes for constant are a module's buffers."""
     model = tiny_model("llama")

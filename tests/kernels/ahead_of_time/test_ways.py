@@ -114,10 +114,24 @@ def test_a_broken_device_says_nothing_about_a_way(monkeypatch) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: Broken())
     ways = Ways()
     with pytest.raises(DriverError, match="700"):
         ways.first("fold", 0, BOTH, Checks(cubin=DriverError("cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS (700)", 700)))
+    assert ways.bad(0) == []
+
+
+def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch) -> None:
+    """Whatever waits for the device spoils the capture. What was checked before may be launched."""
+    ways, check = Ways(), Checks()
+    ways.first("checked", 0, BOTH, check)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(FastlockError, match="Run it once before the capture"):
+        ways.first("fold", 0, BOTH, check)
+    assert ways.first("checked", 0, BOTH, check) == "by cubin"
+    assert check.asked == ["by cubin"]
     assert ways.bad(0) == []
 
 
