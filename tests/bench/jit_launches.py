@@ -1,15 +1,13 @@
 """Relock a model, and compute with locks per request, where kernels are compiled for sm_90 and nothing runs them.
 
-Triton's JIT, its ptxas and its launcher are the real ones; the driver, of libcuda.py, launches nothing. Prints as JSON,
-of those of RUNS that it is given, what was launched and what was warned of. Run by test_jit_launches.py, in a process
-with the fake GPU.
+Triton's JIT, its ptxas and its launcher are the real ones; the driver, of libcuda.py, launches nothing. Prints as JSON
+what was launched and what was warned of. Run by test_jit_launches.py, in a process with the fake GPU.
 """
 
 import ctypes
 import json
 import math
 import os
-import sys
 import warnings
 
 import torch
@@ -28,9 +26,9 @@ def launches() -> int:
     return numbers[-1]
 
 
-def relocked() -> dict[str, object]:
+def relocked(dtype: torch.dtype = torch.bfloat16) -> dict[str, object]:
     """The kernel writes nothing: that is noticed, and the reference folds on the device instead."""
-    model = tiny_model("llama", torch.bfloat16).to("cuda")
+    model = tiny_model("llama", dtype).to("cuda")
     lock = random_lock(model)
     before = launches()
     with warnings.catch_warnings(record=True) as said:
@@ -65,12 +63,15 @@ def locks_per_request() -> dict[str, object]:
     return found
 
 
-RUNS = {"relocked": relocked, "locks_per_request": locks_per_request}
+def refused() -> dict[str, object]:
+    """The same with a kernel that the driver does not load; another one, as it has the first already."""
+    os.environ["FAKE_LIBCUDA_REFUSES"] = "cuModuleLoadData"
+    return relocked(torch.float16)
 
 
 def main() -> None:
     os.environ[cubins.SWITCH] = "0"  # by the JIT
-    print(json.dumps({name: run() for name, run in RUNS.items() if name in sys.argv[1:]}))
+    print(json.dumps({run.__name__: run() for run in (relocked, locks_per_request, refused)}))
 
 
 if __name__ == "__main__":

@@ -22,15 +22,7 @@ FAULTS = {"parity": "refused", "first-relock": "hangs", "rows": "crashes"}
 SECONDS = {"first-relock": 45}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("gpu")
-    processes.build(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> dict:
+def run_with_faults(place: Path) -> dict:
     """What a run left, with everything it printed under `printed`, and the report under `report`."""
     tools, out = place / "tools", place / "results"
     tools.mkdir()
@@ -57,7 +49,7 @@ def steps(data: dict) -> dict[str, dict]:
     return {step["step"]: step for step in data["steps"]}
 
 
-def test_every_step_is_run_in_its_order(data) -> None:
+def check_every_step_is_run_in_its_order(data) -> None:
     assert list(steps(data)) == ["warm-up", *(one.name for one in BENCHMARKS if GPU in one.part_of)]
     assert all(step["ran"] for step in data["steps"])
     assert data["unfinished"] == 0
@@ -65,7 +57,7 @@ def test_every_step_is_run_in_its_order(data) -> None:
     assert data["path"].name.startswith("fake-h200-")
 
 
-def test_what_has_no_fault_passes(data) -> None:
+def check_what_has_no_fault_passes(data) -> None:
     of_step = steps(data)
     for name in set(of_step) - set(FAULTS):
         assert of_step[name]["problems"] == []
@@ -79,7 +71,7 @@ def test_what_has_no_fault_passes(data) -> None:
     assert "by cubin" in parts[-1]["found"]
 
 
-def test_a_cubin_that_the_driver_refuses_is_told_and_the_jit_goes_on(data) -> None:
+def check_a_cubin_that_the_driver_refuses_is_told_and_the_jit_goes_on(data) -> None:
     parity = steps(data)["parity"]
     assert all("[cubin-" in problem and "cuModuleLoadData" in problem for problem in parity["problems"])
     assert parity["failed"] == len(parity["problems"]) > 0
@@ -88,7 +80,7 @@ def test_a_cubin_that_the_driver_refuses_is_told_and_the_jit_goes_on(data) -> No
     assert all(row["error_in_bounds"] <= 1 for row in data["rows"]["parity"])
 
 
-def test_a_process_that_never_ends_costs_its_step_alone_and_leaves_nothing(data, place) -> None:
+def check_a_process_that_never_ends_costs_its_step_alone_and_leaves_nothing(data, place) -> None:
     step = steps(data)["first-relock"]
     assert step["failed"] == 1
     assert step["problems"][0].startswith("cut off after ")
@@ -98,7 +90,7 @@ def test_a_process_that_never_ends_costs_its_step_alone_and_leaves_nothing(data,
         assert ended(int(child.read_text()))
 
 
-def test_a_crash_after_everything_was_measured_is_told_and_costs_no_row(data) -> None:
+def check_a_crash_after_everything_was_measured_is_told_and_costs_no_row(data) -> None:
     rows = steps(data)["rows"]
     assert (rows["passed"], rows["failed"]) == (1, 1)
     assert "ended with code -11" in rows["problems"][0]
@@ -106,7 +98,7 @@ def test_a_crash_after_everything_was_measured_is_told_and_costs_no_row(data) ->
     assert measured["ways"]["chosen"]["error_in_bounds"] <= 1
 
 
-def test_the_summary_and_the_report_say_all_of_it(data) -> None:
+def check_the_summary_and_the_report_say_all_of_it(data) -> None:
     summary = data["printed"][-20:]
     begins = next(i for i, line in enumerate(summary) if line.startswith("ok      warm-up:"))
     verdicts = {line.split()[1].rstrip(":"): line.split()[0] for line in summary[begins : begins + len(data["steps"])]}
@@ -129,3 +121,15 @@ def ended(process: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_all_that_make_gpu_runs(tmp_path) -> None:
+    """One test, as pytest-xdist would spread several over its processes, and run everything in each."""
+    processes.build(tmp_path)
+    data = run_with_faults(tmp_path)
+    check_every_step_is_run_in_its_order(data)
+    check_what_has_no_fault_passes(data)
+    check_a_cubin_that_the_driver_refuses_is_told_and_the_jit_goes_on(data)
+    check_a_process_that_never_ends_costs_its_step_alone_and_leaves_nothing(data, tmp_path)
+    check_a_crash_after_everything_was_measured_is_told_and_costs_no_row(data)
+    check_the_summary_and_the_report_say_all_of_it(data)

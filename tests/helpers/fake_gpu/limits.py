@@ -11,6 +11,7 @@ REASONS = {
     "test_gradients_are_those_of_the_unfolded_forward": "the fake GPU has no backward pass",
     "test_long_sides": "the interpreter takes seconds for it, and does so on the CPU too",
     "test_same_bits_from_run_to_run": "the interpreter takes seconds for it, and does so on the CPU too",
+    "test_hundreds_of_tensors_in_one_launch": "the interpreter takes seconds for it, and does so on the CPU too",
     "test_kinds_on_the_device": "the interpreter takes minutes for it",
     "test_refuses_cpu_weights": "the fake GPU interprets kernels, which run on the CPU too",
 }
