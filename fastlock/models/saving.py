@@ -123,7 +123,8 @@ def carried_model(model: PreTrainedModel, state: dict[str, torch.Tensor] | None 
         FastlockError: `state` lacks a bias, or has other numbers for a locked one than the model.
     """
     config, cls = _carrier_of(model)
-    own = unlocked_class(type(model)).state_dict(model)  # without the warning: what is made of it keeps the lock
+    cls_before: Any = unlocked_class(type(model))
+    own = cls_before.state_dict(model)  # without the warning: what is made of it keeps the lock
     state = own if state is None else state
     _check_state(model, own, state)
     try:

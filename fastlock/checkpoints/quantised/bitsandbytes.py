@@ -37,7 +37,7 @@ class Bits4:
         if "weight.nested_absmax" in tensors:
             self._nested = _whole(tensors, state, "nested_blocksize")
             offset = state.get("nested_offset")
-            if type(offset) not in (int, float):
+            if not isinstance(offset, (int, float)):
                 raise tensors.damaged("its quant_state has no nested_offset")
             self._offset = float(offset)
             tensors.check("weight.absmax", ("U8",), (blocks,))
