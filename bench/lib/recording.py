@@ -31,11 +31,13 @@ class Records:
         rows: what was measured, in order.
         outcomes: of each test that began: passed, failed, skipped, or began.
         errors: the last lines of each failed test's error.
+        skips: why tests were skipped, each reason once.
     """
 
     rows: list[Row] = field(default_factory=list)
     outcomes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    skips: list[str] = field(default_factory=list)
 
     def count(self, outcome: str) -> int:
         """How many tests came to this."""
@@ -56,7 +58,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A phase of a test ended: its setup, the test itself, or its teardown."""
     rows = [value for name, value in report.user_properties if name == ROW] if report.when == "call" else []
     line = {"test": report.nodeid, "phase": report.when, "outcome": report.outcome, "rows": rows}
-    _write_once(line | {"error": error_of(report) if report.failed else ""})
+    _write_once(line | {"error": error_of(report) if report.failed else reason_of(report)})
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -64,6 +66,13 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
         name = report.nodeid or "collecting"
         _write_once({"test": name, "phase": "collect", "outcome": "failed", "rows": [], "error": error_of(report)})
+
+
+def reason_of(report: pytest.TestReport) -> str:
+    """Why a test was skipped, in a line; of any other test, nothing."""
+    if not report.skipped or not isinstance(report.longrepr, tuple):
+        return ""
+    return " ".join(report.longrepr[2].removeprefix("Skipped: ").split())[:ERROR_COLUMNS]
 
 
 def error_of(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -107,6 +116,8 @@ def _add_phase(records: Records, line: dict[str, Any]) -> None:
         records.outcomes[name] = "failed"
     elif before == "began" and (outcome == "skipped" or line["phase"] == "teardown"):
         records.outcomes[name] = outcome
+        if line["error"] and line["error"] not in records.skips:
+            records.skips.append(line["error"])
 
 
 def _write_once(line: dict[str, Any]) -> None:

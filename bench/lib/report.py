@@ -117,6 +117,8 @@ class Results:
             outcome = step.outcome
             counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
             why = f" - {last_lines(outcome.problems[0]).splitlines()[-1]}" if outcome.problems else ""
+            if outcome.skips and not outcome.passed and not why:
+                why = f" - {outcome.skips[0]}"
             verdict = "NOT RUN" if not outcome.ran else "FAILED" if outcome.failed else "ok"
             lines.append(f"{verdict:<8}{outcome.step}: {counts}{why}"[:SUMMARY_COLUMNS])
         headlines = [

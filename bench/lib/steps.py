@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Outcome:
         seconds: how long it took.
         rows: what it measured.
         ran: False if there was no time left for it.
+        skips: why tests were skipped, each reason once.
     """
 
     step: str
@@ -46,6 +47,7 @@ class Outcome:
     seconds: float
     rows: list[Row]
     ran: bool = True
+    skips: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """All but the rows."""
@@ -149,7 +151,7 @@ def _outcome(name: str, code: int | None, limit: float, records: Path, log: Path
         problems.append(f"ended with code {code}: {_tail(log)}")
         failed = 1
     passed = found.count("passed") if found.outcomes else int(code == 0)
-    return Outcome(name, passed, failed, found.count("skipped"), problems, seconds, found.rows)
+    return Outcome(name, passed, failed, found.count("skipped"), problems, seconds, found.rows, skips=found.skips)
 
 
 def _listed(directory: Path) -> list[str]:

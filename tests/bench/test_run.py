@@ -179,6 +179,14 @@ def test_a_crash_after_the_last_test_is_a_failure_that_costs_no_row(stubs, tmp_p
     assert [row["number"] for row in data["rows"]["passes"]] == [1, 2]
 
 
+def test_a_step_that_is_skipped_says_why_in_a_line(stubs, tmp_path, capfd) -> None:
+    text = "import pytest\n\ndef test_tool():\n    pytest.skip('the tool is not here')\n"
+    (tmp_path / "passes.py").write_text(text)
+    assert run.main(["--only", "passes", "--out", str(tmp_path / "results")], stubs, tmp_path / "work") == 0
+    line = capfd.readouterr().out.splitlines()[-2]
+    assert line == "ok      passes: 0 passed, 0 failed, 1 skipped - the tool is not here"
+
+
 def test_arguments_reach_pytest_and_a_failure_is_the_exit_code(stubs, tmp_path) -> None:
     out = ["--out", str(tmp_path / "results")]
     assert run.main(["--only", "fails", *out, "--", "-k", "before"], stubs, tmp_path / "work") == 0
