@@ -8,9 +8,10 @@ from bench.lib.tables import table
 
 HOW_TO_READ = """\
 The Python of a planned relock of Llama-3 8B's shape, the driver replaced by C functions that do nothing: median and
-95 % interval of 200 means over 10 calls. **looking up**: whether a module, tensor or lock was moved or replaced.
-**launch**: packed once, so this reads the stream and calls the driver. **copying**: what was folded, to know it again;
-of whole rows this is the device's work, which here is the CPU's; of few rows the host's alone."""
+95 % interval of 200 means over 10 calls, between which garbage is collected. **looking up**: whether a module, tensor
+or lock was moved or replaced. **launch**: packed once, so this reads the stream and calls the driver. **copying**: what
+was folded, to know it again; of whole rows this is the device's work, which here is the CPU's; of few rows the host's
+alone."""
 PARTS = ("relock", "looking up", "launch", "copying")
 
 
