@@ -53,8 +53,10 @@ def _cells(row: Row) -> list[list[str]]:
 
 def _of_copy(row: Row, name: str) -> str:
     """The bandwidth of a way over the copy's, where that is what the time is made of: a CPU has W in its cache."""
+    if not row["device"].startswith("cuda") or not row["decode"]:  # of a CPU, older rows do not say how many bytes
+        return ""
     rate = row["bytes"] / row["ways"][name]["seconds"][0]
-    return f"{rate / row['copy_bytes_per_second']:.0%}" if row["decode"] and row["device"].startswith("cuda") else ""
+    return f"{rate / row['copy_bytes_per_second']:.0%}"
 
 
 def _over_linear(row: Row, name: str) -> str:
