@@ -35,11 +35,11 @@ def relocked(dtype: torch.dtype = torch.bfloat16) -> dict[str, object]:
         warnings.simplefilter("always")
         fastlock.relock(model, lock)
         fastlock.relock(model, lock, 2.0)
-    bias = model.model.layers[0].self_attn.o_proj.bias
+    bias, verified = model.model.layers[0].self_attn.o_proj.bias, fastlock.verify(model, lock)
     return {
         "launches": launches() - before,
         "device": bias.device.type,
-        "verified": fastlock.verify(model, lock).strength,
+        "verified": verified.strength if verified else None,
         "warned": [str(one.message) for one in said if issubclass(one.category, RuntimeWarning)],
     }
 
