@@ -127,11 +127,12 @@ def fold_kernel(  # noqa: PLR0915 - a third of it is left out as it is compiled
     if HEADS == 2:
         # All loads of W before the first product: both heads' are under way at once.
         for i in range(0, count, 2):
-            both = i + 1 < count
+            # As a tensor: Triton 3.9's interpreter takes no mask that is made of a tensor and a scalar.
+            both = tl.full([1], i + 1, dtype=tl.int32) < count  # [1]
             p_w = tl.load(p_heads + i, mask=i > 0, other=head)
-            p_next = tl.load(p_heads + i + 1, mask=both & (i > 0), other=next_head)
+            p_next = tl.load(p_heads + i + 1, mask=(i > 0) & (i + 1 < count), other=next_head)
             b_w = tl.load(pointer_to(p_w, DTYPE, ALIGNED) + o_w, mask=m_w, other=0.0)
-            b_next = tl.load(pointer_to(p_next, DTYPE, ALIGNED) + o_w, mask=m_w & both, other=0.0)
+            b_next = tl.load(pointer_to(p_next, DTYPE, ALIGNED) + o_w, mask=m_w & both[None, :], other=0.0)
             b_d = tl.load(p_values + i * D + o_d, mask=m_d, other=0.0)  # [BD]
             b_acc += products(b_w, b_d, LANES, TRANSPOSED)
             b_d = tl.load(p_values + (i + 1) * D + o_d, mask=m_d & both, other=0.0)
