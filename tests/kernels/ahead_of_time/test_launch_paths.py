@@ -101,7 +101,7 @@ def test_doctor_says_which_kernels_are_wrong(jit: str, one_device: FakeDriver, m
     elif jit == "wrong":
         monkeypatch.setattr("fastlock.kernels.fold.triton_kernel.launch", lambda arguments, variant, grid: None)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "the kernel")  # ours: older Tritons' interpreters have some of their own
         path, _ = launch_paths()
     assert path.path == ("jit" if jit == "right" else "reference")
     assert path.faults[0].startswith(f"{name}cubin on cuda:0: its result was wrong: row 0 of 64 is ")
