@@ -106,7 +106,7 @@ def test_a_wrong_way_is_neither_timed_nor_chosen(way, monkeypatch) -> None:
     want = {one: math.inf if one == way else 1.0 for one in EVERY}
     with pytest.warns(RuntimeWarning, match=f"locked_linear float32-rows-16 is not run by its {way.name}") as warned:
         assert [locked_linear.seconds(EVERY, [make(rows, 4, 16, 72)]) for rows in (20, 40)] == [want, want]
-    assert len(warned) == 1
+    assert len([one for one in warned if one.category is RuntimeWarning]) == 1  # Triton 3.6 has others
     assert timed == [[one for one in EVERY if one != way]] * 2
     assert [bad.way for bad in WAYS.bad(None)] == [way.name]
 
@@ -121,7 +121,7 @@ def test_a_right_way_is_checked_once(monkeypatch) -> None:
     monkeypatch.setattr(locked_linear, "run", run)
     monkeypatch.setattr(locked_linear, "in_turn", lambda ways, turn: dict.fromkeys(ways, 1.0))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         for rows in (20, 40):
             locked_linear.seconds([GATHER, BY_TORCH], [make(rows, 4, 16, 72)])
     assert runs == [GATHER, GATHER, BY_TORCH, GATHER, BY_TORCH]
