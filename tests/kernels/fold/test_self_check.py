@@ -127,6 +127,10 @@ def test_a_bias_that_would_be_replaced_is_as_it_was(wrong, monkeypatch) -> None:
     assert torch.equal(site.bias, before)
 
 
+# What NumPy says of a loop in the interpreter of Triton 3.6.
+OF_INTERPRETER = "Conversion of an array with ndim > 0 to a scalar"
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_right_kernel_is_checked_once(dtype, transposed, monkeypatch) -> None:
@@ -135,6 +139,7 @@ def test_a_right_kernel_is_checked_once(dtype, transposed, monkeypatch) -> None:
     many = [make_site(40, 64, (0, 2), dtype, transposed, seed=seed) for seed in range(4)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", OF_INTERPRETER, DeprecationWarning)
         for _ in range(3):
             kernels.fold_sites(*arguments(many))
     assert launched == [2, 4, 4, 4]
@@ -152,7 +157,7 @@ def test_a_model_is_folded_by_the_reference_instead(wrong, kind: str, monkeypatc
     plan = fastlock.Plan([model], lock, 2.0)
     with pytest.warns(RuntimeWarning, match="fastlock doctor") as warned:
         plan.relock()
-    assert len(warned) == 1
+    assert len([one for one in warned if not str(one.message).startswith(OF_INTERPRETER)]) == 1
     assert same_biases(biases(model), want)
     assert fastlock.verify(model, lock).strength == 2.0
     plan.relock(strength=3.0)
