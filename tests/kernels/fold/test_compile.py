@@ -117,7 +117,10 @@ def test_aligned_kernels_read_weights_16_bytes_at_a_time(reports):
             copies = re.findall(r"cp\.async\.(\S+) \[[^]]*\], \[[^]]*\], 0x(\w+)", loop)
             of_weight = [size for kind, size in copies if kind.startswith("cg")]
             tile = variant.block_rows * variant.block_columns * variant.dtype.itemsize
-            assert of_weight == ["10"] * (tile // (32 * variant.num_warps) // 16), report
+            needed = tile // (32 * variant.num_warps) // 16
+            assert set(of_weight) == {"10"}, report
+            values = variant.vector * 4 // 16  # float32 beside one vector of W: Triton 3.6 copies them likewise
+            assert len(of_weight) in (needed, needed + values), report
             assert narrow == [], report
             assert "cp.async.wait_group" in loop
             assert report.counts["async"] == 3 * len(of_weight)
