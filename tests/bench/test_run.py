@@ -329,5 +329,5 @@ def test_the_cheap_benchmarks_run(tmp_path) -> None:
     assert run.main([*only, "--", "-k", "small or (planned and 1)"], work=tmp_path / "work") == 0
     (path,) = (tmp_path / "results").glob("*.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [row["what"] for row in rows["host"]] == ["bare projections", "a model"]
+    assert [row["what"] for row in rows["host"]] == ["bare projections", "a model", "a model of few rows"]
     assert {row["rows"] for row in rows["rows"]} >= {1, 16, 64}
