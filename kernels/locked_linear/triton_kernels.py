@@ -290,7 +290,8 @@ def shift_kernel(
     i_column = tl.program_id(1)
     o_h = tl.arange(0, BH)
     b_column = tl.load(p_heads + o_h, mask=o_h < num_heads, other=-1)  # [BH]
-    i_head = tl.max(tl.where(b_column == i_column, o_h, -1))
+    # As a tensor: Triton 3.9's interpreter takes no mask that is made of a tensor and a scalar.
+    i_head = tl.max(tl.where(b_column == i_column, o_h, -1), axis=0, keep_dims=True)  # [1]
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     o_d = tl.arange(0, BD)  # [BD]
     b_lock, b_strength = rows_of(p_lock, p_strength, o_m, rows, rows_per_entry, num_locks)
