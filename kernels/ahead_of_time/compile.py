@@ -6,6 +6,7 @@ What an op is compiled for, and what its code must look like, its own compile.py
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import multiprocessing
 import os
@@ -151,6 +152,41 @@ class Compiled:
             ptx=self.ptx,
             **more,
         )
+
+    def cubin(self, name: str) -> Cubin:
+        """What the manifest says of a variant's cubin."""
+        metadata = self.kernel.metadata
+        return Cubin(
+            variant=name,
+            target=f"sm_{self.target}",
+            file=f"{name}-sm_{self.target}.cubin",
+            sha256=hashlib.sha256(self.kernel.asm["cubin"]).hexdigest(),
+            kernel=metadata.name,
+            parameters=self.parameters,
+            shared=metadata.shared,
+            num_warps=metadata.num_warps,
+            registers=self.usage["REG"],
+            ptxas=triton.knobs.nvidia.ptxas.version,
+        )
+
+
+def launch_problems(cubin: Cubin, metadata: Mapping[str, Any], arguments: int, num_warps: int) -> list[str]:
+    """What the plain launch of `cubins` could not do: scratch memory, clusters, cooperative grids, other parameters.
+
+    Args:
+        cubin: what was compiled.
+        metadata: Triton's.
+        arguments: how many the kernel has, all of them addresses.
+        num_warps: of one program, as it was asked for.
+    """
+    plain = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False, "launch_pdl": False}
+    plain |= {"num_ctas": 1, "num_warps": num_warps}
+    problems = [f"{key} is {metadata[key]}, not {value}" for key, value in plain.items() if metadata[key] != value]
+    # After the kernel's own arguments Triton passes two addresses of scratch memory.
+    expected = tuple((8 * i, 8) for i in range(arguments + 2))
+    if cubin.parameters != expected:
+        problems.append(f"its parameters are {cubin.parameters}, not {expected}")
+    return problems
 
 
 def compile_kernel(

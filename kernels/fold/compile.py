@@ -5,12 +5,9 @@ It compiles what `triton_kernel.launch` would, from the same definitions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import triton
 
 from fastlock.kernels.ahead_of_time.compile import (
     Compiled,
@@ -19,10 +16,10 @@ from fastlock.kernels.ahead_of_time.compile import (
     compile_kernel,
     count_wide_copies,
     count_wide_loads,
+    launch_problems,
     programs_at_once,
     rounding_problems,
 )
-from fastlock.kernels.ahead_of_time.manifest import Cubin
 from fastlock.kernels.fold.triton_kernel import SIGNATURE, constants, fold_kernel
 from fastlock.kernels.fold.variants import Variant, is_default, shipped, variants
 
@@ -55,9 +52,9 @@ def compile_variant(arch: int, variant: Variant) -> Report:
     """Compile the fold kernel for one compute capability; see `compile_kernel`."""
     aligned = [True] * len(SIGNATURE)
     compiled = compile_kernel(fold_kernel, arch, SIGNATURE, constants(variant), aligned, variant.options())
-    cubin = describe(variant, compiled)
+    cubin = compiled.cubin(variant.name)
     problems = code_problems(variant, compiled.ptx)
-    problems += launch_problems(variant, cubin, compiled.kernel.metadata._asdict())
+    problems += launch_problems(cubin, compiled.kernel.metadata._asdict(), len(SIGNATURE), variant.num_warps)
     return compiled.report(
         arch,
         variant.name,
@@ -78,43 +75,6 @@ def counts_of(arch: int, variant: Variant, compiled: Compiled) -> dict[str, int]
         PROGRAMS: programs,
         UNDER_WAY: programs * variant.heads_ahead * variant.bytes_a_head // 1024,
     }
-
-
-def describe(variant: Variant, compiled: Compiled) -> Cubin:
-    """What the manifest says of a variant's cubin."""
-    kernel, target = compiled.kernel, f"sm_{compiled.target}"
-    return Cubin(
-        variant=variant.name,
-        target=target,
-        file=f"{variant.name}-{target}.cubin",
-        sha256=hashlib.sha256(kernel.asm["cubin"]).hexdigest(),
-        kernel=kernel.metadata.name,
-        parameters=compiled.parameters,
-        shared=kernel.metadata.shared,
-        num_warps=kernel.metadata.num_warps,
-        registers=compiled.usage["REG"],
-        ptxas=triton.knobs.nvidia.ptxas.version,
-    )
-
-
-def launch_problems(variant: Variant, cubin: Cubin, metadata: dict[str, Any]) -> list[str]:
-    """What the plain launch of `cubins` could not do: scratch memory, clusters, cooperative grids, other parameters."""
-    problems = []
-    for key, plain in (
-        ("global_scratch_size", 0),
-        ("profile_scratch_size", 0),
-        ("launch_cooperative_grid", False),
-        ("launch_pdl", False),
-        ("num_ctas", 1),
-        ("num_warps", variant.num_warps),
-    ):
-        if metadata[key] != plain:
-            problems.append(f"{key} is {metadata[key]}, not {plain}")
-    # After the kernel's own arguments Triton passes two addresses of scratch memory.
-    expected = tuple((8 * i, 8) for i in range(len(SIGNATURE) + 2))
-    if cubin.parameters != expected:
-        problems.append(f"its parameters are {cubin.parameters}, not {expected}")
-    return problems
 
 
 def expected_wide(variant: Variant) -> tuple[int, int]:

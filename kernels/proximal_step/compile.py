@@ -5,23 +5,20 @@ It compiles what `triton_kernel.launch` would, from the same definitions.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-import triton
 
 from fastlock.kernels.ahead_of_time.compile import (
-    Compiled,
     Op,
     Report,
     compile_kernel,
     count_wide_loads,
+    launch_problems,
     rounding_problems,
 )
-from fastlock.kernels.ahead_of_time.manifest import Cubin
 from fastlock.kernels.proximal_step.triton_kernel import SIGNATURE, constants, kernel_of
 from fastlock.kernels.proximal_step.variants import (
     MOST_REGISTERS,
@@ -61,9 +58,9 @@ def compile_variant(arch: int, variant: Variant) -> Report:
     """Compile one kernel for one compute capability; see `compile_kernel`."""
     aligned = [True] * len(SIGNATURE)
     compiled = compile_kernel(kernel_of(variant), arch, SIGNATURE, constants(variant), aligned, variant.options())
-    cubin = describe(variant, compiled)
+    cubin = compiled.cubin(variant.name)
     problems = code_problems(variant, compiled.ptx)
-    problems += launch_problems(cubin, compiled.kernel.metadata._asdict())
+    problems += launch_problems(cubin, compiled.kernel.metadata._asdict(), len(SIGNATURE), NUM_WARPS)
     return compiled.report(
         arch,
         variant.name,
@@ -72,35 +69,6 @@ def compile_variant(arch: int, variant: Variant) -> Report:
         cubin=cubin,
         binary=compiled.kernel.asm["cubin"],
     )
-
-
-def describe(variant: Variant, compiled: Compiled) -> Cubin:
-    """What the manifest says of a variant's cubin."""
-    kernel, target = compiled.kernel, f"sm_{compiled.target}"
-    return Cubin(
-        variant=variant.name,
-        target=target,
-        file=f"{variant.name}-{target}.cubin",
-        sha256=hashlib.sha256(kernel.asm["cubin"]).hexdigest(),
-        kernel=kernel.metadata.name,
-        parameters=compiled.parameters,
-        shared=kernel.metadata.shared,
-        num_warps=kernel.metadata.num_warps,
-        registers=compiled.usage["REG"],
-        ptxas=triton.knobs.nvidia.ptxas.version,
-    )
-
-
-def launch_problems(cubin: Cubin, metadata: dict[str, Any]) -> list[str]:
-    """What the plain launch of `cubins` could not do: scratch memory, clusters, cooperative grids, other parameters."""
-    plain = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False, "launch_pdl": False}
-    plain |= {"num_ctas": 1, "num_warps": NUM_WARPS}
-    problems = [f"{key} is {metadata[key]}, not {value}" for key, value in plain.items() if metadata[key] != value]
-    # After the kernel's own arguments Triton passes two addresses of scratch memory.
-    expected = tuple((8 * i, 8) for i in range(len(SIGNATURE) + 2))
-    if cubin.parameters != expected:
-        problems.append(f"its parameters are {cubin.parameters}, not {expected}")
-    return problems
 
 
 def expected_wide(variant: Variant) -> tuple[int, int]:

@@ -2,11 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,9 +16,10 @@ import triton
 
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import cubins
-from fastlock.kernels.ahead_of_time.manifest import MANIFEST, cubin_of, digest_of_sources, read_manifest
+from fastlock.kernels.ahead_of_time.manifest import MANIFEST, digest_of_sources, read_manifest
 from fastlock.kernels.fold import compile as build
 from fastlock.kernels.fold import triton_kernel as jit
+from tests.helpers.built import build_sample, reports_in
 
 BY_NAME = {variant.name: variant for variant in variants.variants()}
 BF16_ROWS = variants.default_variant(torch.bfloat16, torch.bfloat16, 128, transposed=False, aligned=True)
@@ -36,21 +33,13 @@ def loop_of(ptx):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """CI's sample, compiled by another process: this one may have Triton's interpreter, which cannot compile."""
-    folder = tmp_path_factory.mktemp("build")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastlock.kernels.build", "--only", "fold", "--jobs", "1"]
-    command += ["--json", str(folder / "reports.json"), "--cubins", str(folder / "cubins")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
+    """CI's sample."""
+    return build_sample("fold", tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    found = json.loads((folder / "reports.json").read_text())
-    described = [None if report["cubin"] is None else cubin_of(report["cubin"]) for report in found]
-    return [compile.Report(**report | {"cubin": cubin}) for report, cubin in zip(found, described, strict=True)]
+    return reports_in(folder)
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +252,11 @@ def test_what_a_plain_launch_cannot_do_is_not_shipped(change, problem, reports, 
     variant = BY_NAME[report.kernel]
     plain = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False}
     plain |= {"launch_pdl": False, "num_ctas": 1, "num_warps": variant.num_warps}
-    assert build.launch_problems(variant, report.cubin, plain) == []
+    asked = len(jit.SIGNATURE), variant.num_warps
+    assert compile.launch_problems(report.cubin, plain, *asked) == []
     parameters = change.pop("parameters", report.cubin.parameters)
-    (found,) = build.launch_problems(variant, dataclasses.replace(report.cubin, parameters=parameters), plain | change)
+    cubin = dataclasses.replace(report.cubin, parameters=parameters)
+    (found,) = compile.launch_problems(cubin, plain | change, *asked)
     assert problem in found
     bad = dataclasses.replace(report, problems=[found])
     assert compile.write_cubins([bad], tmp_path / "cubins").cubins == ()

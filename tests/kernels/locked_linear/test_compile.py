@@ -1,10 +1,6 @@
 """The code of the compiled kernels with a lock per row, for GPUs that this machine need not have."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
-from fastlock.kernels.ahead_of_time.compile import ARCHS, Report
+from fastlock.kernels.ahead_of_time.compile import ARCHS
 from fastlock.kernels.locked_linear import compile as build_locked_linear
 from fastlock.kernels.locked_linear import tiles
 from fastlock.kernels.locked_linear import triton_kernels as locked_linear_jit
@@ -25,6 +21,7 @@ from fastlock.kernels.locked_linear.compile import (
     code_problems,
 )
 from fastlock.kernels.locked_linear.tiles import Tile, Way
+from tests.helpers.built import build, reports_in
 
 TILE, MANY = Tile(64, 64, 64, 4, 4), tiles.MANY_ROWS_TILES[0]
 # What a sound kernel of TILE in bfloat16 has: 4 + 4 copies of 16 bytes a thread in each of three steps.
@@ -32,19 +29,9 @@ COPY = "cp.async.cg.shared.global [ %r33 + 0 ], [ %rd64 + 0 ], 0x10, %r34;\n"
 SOUND = COPY * 24 + "wgmma.mma_async.sync\ncvt.rn.bf16x2.f32 %r1, %r2, %r3;\nst.global.v4.b32 [ %rd1 + 0 ], {\n"
 
 
-def compiled(folder, *arguments):
-    """Reports of another process: this one may have Triton's interpreter, which cannot compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastlock.kernels.build", "--only", "locked_linear", *arguments]
-    command += ["--json", str(folder / "reports.json")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return [Report(**report) for report in json.loads((folder / "reports.json").read_text())]
-
-
 def test_the_sample(tmp_path):
     """All in one test, so that one process compiles it: it takes most of a minute."""
-    reports = compiled(tmp_path, "--jobs", "1")
+    reports = reports_in(build("locked_linear", tmp_path, "--jobs", "1"))
     found = {(report.arch, report.kernel): report for report in reports}
     assert len(found) == len(reports)
     assert {arch for arch, _ in found} == set(ARCHS)

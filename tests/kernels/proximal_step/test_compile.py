@@ -1,11 +1,7 @@
 """The code of the compiled kernels, for GPUs that this machine need not have."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -13,30 +9,24 @@ pytest.importorskip("triton")
 
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import compile, cubins
-from fastlock.kernels.ahead_of_time.manifest import ARGUMENTS, SOURCES, cubin_of, digest_of_sources, read_manifest
+from fastlock.kernels.ahead_of_time.manifest import ARGUMENTS, SOURCES, digest_of_sources, read_manifest
 from fastlock.kernels.proximal_step import compile as build
 from fastlock.kernels.proximal_step import triton_kernel as jit
 from fastlock.kernels.proximal_step import variants
+from tests.helpers.built import build_sample, reports_in
 
 BY_NAME = {variant.name: variant for variant in build.every(90)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """CI's sample, compiled by another process: this one may have Triton's interpreter, which cannot compile."""
-    folder = tmp_path_factory.mktemp("build")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastlock.kernels.build", "--only", "proximal_step", "--jobs", "1"]
-    command += ["--json", str(folder / "reports.json"), "--cubins", str(folder / "cubins")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
+    """CI's sample."""
+    return build_sample("proximal_step", tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    found = json.loads((folder / "reports.json").read_text())
-    return [compile.Report(**report | {"cubin": cubin_of(report["cubin"])}) for report in found]
+    return reports_in(folder)
 
 
 def accesses(ptx):
@@ -160,9 +150,10 @@ def test_what_a_plain_launch_cannot_do_is_seen(change, problem, reports):
     cubin = reports[0].cubin
     plain = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False}
     plain |= {"launch_pdl": False, "num_ctas": 1, "num_warps": variants.NUM_WARPS}
-    assert build.launch_problems(cubin, plain) == []
+    asked = len(jit.SIGNATURE), variants.NUM_WARPS
+    assert compile.launch_problems(cubin, plain, *asked) == []
     cubin = dataclasses.replace(cubin, parameters=change.pop("parameters", cubin.parameters))
-    (found,) = build.launch_problems(cubin, plain | change)
+    (found,) = compile.launch_problems(cubin, plain | change, *asked)
     assert problem in found
 
 
