@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from torch import nn
 
 from fastlock.errors import DamagedError, FastlockError, is_unicode, shown
 from fastlock.inference.chat import DATE, check_row
-from fastlock.storage.files import parse_json, read_bounded
+from fastlock.storage.files import parse_rows, read_bounded
 
 MAX_FILE_BYTES = 4 * 1024**3
+_LAYOUT = "Rows are JSON lines, one object per line, or one JSON array of objects."
 
 _IGNORED = -100  # what torch's cross entropy leaves out
 
@@ -58,22 +59,11 @@ def load_conversations(path: Path) -> list[Conversation]:
         text = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from None
-    conversations = [Conversation(_messages(entry, where), where) for where, entry in _entries(text, path)]
+    rows = parse_rows(text, str(path), _LAYOUT)
+    conversations = [Conversation(_messages(entry, where), where) for where, entry in rows]
     if not conversations:
         raise FastlockError(f"{path}: it holds no rows. Write one JSON object per line, {_EXPECTED}.")
     return conversations
-
-
-def _entries(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    layout = "Rows are JSON lines, one object per line, or one JSON array of objects."
-    if text.lstrip().startswith("["):
-        for number, entry in enumerate(parse_json(text, str(path), layout), start=1):
-            yield f"{path}, entry {number}", entry
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split inside strings, at U+2028
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, parse_json(line, where, layout)
 
 
 def _of_messages(entry: Mapping[str, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastlock.data.shipped import shipped_file, shipped_lines
 from fastlock.errors import DamagedError, FastlockError, is_unicode
-from fastlock.storage.files import parse_json, read_bounded
+from fastlock.storage.files import parse_rows, read_bounded
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
@@ -71,7 +71,7 @@ def load_pairs(path: str | os.PathLike[str]) -> tuple[Pair, ...]:
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path}: not a text in UTF-8 ({error}). Save it as UTF-8.") from None
     try:
-        pairs = tuple(pair_from(entry, where) for where, entry in _entries(text, path))
+        pairs = tuple(pair_from(entry, where) for where, entry in parse_rows(text, str(path), _LAYOUT))
     except FastlockError as error:
         raise DamagedError(str(error)) from None
     if not pairs:
@@ -99,18 +99,6 @@ def pairs_digest(pairs: Iterable[Pair], harmless: Sequence[str] = ()) -> str:
     data: list[Any] = [astuple(pair) for pair in pairs]
     data += [list(harmless)] if harmless else []
     return hashlib.sha256(json.dumps(data, separators=(",", ":")).encode()).hexdigest()
-
-
-def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
-    """Every entry of the file, with the place to name in messages."""
-    if text.lstrip().startswith("["):
-        for number, entry in enumerate(parse_json(text, str(path), _LAYOUT), start=1):
-            yield f"{path}, entry {number}", entry
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split inside strings, at U+2028
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, parse_json(line, where, _LAYOUT)
 
 
 def pair_from(entry: Any, where: str) -> Pair:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,6 +120,27 @@ def parse_json(data: bytes | str, where: str, remedy: str = DOWNLOAD_AGAIN) -> A
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise _not_json(where, error, remedy) from None
+
+
+def parse_rows(text: str, where: str, layout: str) -> Iterator[tuple[str, Any]]:
+    """Every entry of JSON lines, or of one JSON array, with its place for messages.
+
+    Args:
+        text: of the file.
+        where: the file, for messages.
+        layout: what the file should hold, in a sentence for messages.
+
+    Raises:
+        DamagedError: it is not JSON.
+    """
+    if text.lstrip().startswith("["):
+        for number, entry in enumerate(parse_json(text, where, layout), start=1):
+            yield f"{where}, entry {number}", entry
+        return
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split inside strings, at U+2028
+        if line.strip():
+            place = f"{where}, line {number}"
+            yield place, parse_json(line, place, layout)
 
 
 def parse_object(data: bytes, where: str, remedy: str = DOWNLOAD_AGAIN) -> dict[str, Any]:
