@@ -23,7 +23,7 @@ from fastlock.locks.band import Band, check_band
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, SavedReceipt
 from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
-from fastlock.models.sites import sites_for, unwrapped
+from fastlock.models.sites import Site, sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
 from fastlock.threads import in_threads
 
@@ -194,11 +194,7 @@ def _verify_band(
 def _verify_model(model: nn.Module, lock: Lock) -> Verification:
     sites, receipt = sites_for(model, lock), receipt_of(model)
     unit = lock.displacement(1.0)
-    evidence = [
-        _evidence(site.layer, columns, unit[site.layer].values, site.bias, columns.matrix.dtype)
-        for site in sites
-        for columns in (site.head_columns(unit[site.layer].heads),)
-    ]
+    evidence = [_evidence_in_memory(site, unit[site.layer]) for site in sites]
 
     if receipt is not None:
         written = dict(zip(receipt.layers, receipt.dtypes, strict=True))
@@ -259,6 +255,11 @@ def _evidence(
 ) -> _Evidence:
     fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
     return _Evidence(layer, fold, size, values.numel() + 1, dtype, bias)
+
+
+def _evidence_in_memory(site: Site, unit: Displacement) -> _Evidence:
+    columns = site.head_columns(unit.heads)
+    return _evidence(site.layer, columns, unit.values, site.bias, columns.matrix.dtype)
 
 
 def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> _Evidence:

@@ -17,7 +17,15 @@ import torch
 
 from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
 from fastlock.checkpoints.config import read_config, transformers_config
-from fastlock.checkpoints.quantised import WEIGHTS, Quantised, Settings, SiteTensors, is_quantised, quantised_at
+from fastlock.checkpoints.quantised import (
+    WEIGHTS,
+    Quantised,
+    Settings,
+    SiteTensors,
+    is_projection,
+    is_quantised,
+    quantised_at,
+)
 from fastlock.checkpoints.quantised.basis import check_basis
 from fastlock.checkpoints.tensor_index import StoredTensor, read_shards
 from fastlock.dtypes import BY_TORCH_NAME, FOLDABLE, SAFETENSORS_NAMES
@@ -28,8 +36,6 @@ from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN
 
 Bytes = npt.NDArray[np.uint8]
 MAX_FEATURES = 2**24
-# The tensors by which a module is known: plain, and of GPTQ, AWQ, compressed-tensors and block-scaled fp8.
-_SUFFIXES = ("weight", "qweight", "weight_packed", "weight_scale", "weight_scale_inv", "scales")
 # What only quantised projections have: packed weights, or what bitsandbytes keeps beside its weights.
 _PACKED = ("_proj.qweight", "_proj.weight_packed", "_proj.weight.absmax", "_proj.SCB", "_proj.weight.SCB")
 # What wrappers put before the names of a model's tensors.
@@ -270,7 +276,7 @@ class Checkpoint:
         for site in self.sites:
             for name in names:
                 path = f"{prefix}{site.layer}.{name}"
-                if any(f"{path}.{suffix}" in self.shards.tensors for suffix in _SUFFIXES):
+                if is_projection(self.shards.tensors, path):
                     lengths[path] = self._out_features(path, name)
         return lengths
 

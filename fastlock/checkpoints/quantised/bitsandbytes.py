@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Bits4:
         if tensors.get(name).length > MAX_STATE_BYTES:
             raise tensors.damaged(f"its quant_state has {tensors.get(name).length} bytes")
         try:
-            state = json_object(bytes(tensors.bytes_at(name, 0, tensors.get(name).length).tolist()))
+            state = json_object(tensors.raw(name))
         except (ValueError, DamagedError) as error:
             raise tensors.damaged(f"its quant_state is not a JSON object ({str(error)[:100]})") from None
         return cls(tensors, settings, state)
@@ -73,9 +74,11 @@ class Bits4:
         codes = codes[:, first - left :][:, :count]
         values = self._tensors.whole("weight.quant_map").double()[codes.long()]
         places = torch.arange(self._hidden)[:, None] * self._width + torch.arange(first, first + count)[None, :]
-        return values * self._absmax()[places // self._block]
+        return values * self._absmax[places // self._block]
 
+    @cached_property
     def _absmax(self) -> torch.Tensor:
+        """Of each block, float64."""
         absmax = self._tensors.whole("weight.absmax")
         if not self._nested:
             return absmax.double()

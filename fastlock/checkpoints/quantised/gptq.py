@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, groups_of_inputs, unpack
 from fastlock.errors import UnsupportedError
 
 _BITS = (2, 4, 8)
@@ -27,7 +27,7 @@ class Gptq:
         groups = tensors.shape("scales")[0] if tensors.shape("scales") else 0
         tensors.check("scales", ("F16", "BF16", "F32"), (groups, hidden))
         tensors.check("qzeros", ("I32",), (groups, hidden * bits // 32))
-        self._group = self._groups_of_inputs(groups, width)
+        self._group = groups_of_inputs(tensors, "g_idx", groups, width)
         self._offset = 0 if str(settings.config.get("checkpoint_format", "gptq")) == "gptq_v2" else 1
 
     @classmethod
@@ -71,16 +71,3 @@ class Gptq:
     def _of_groups(self, suffix: str, used: torch.Tensor) -> torch.Tensor:
         first, last = int(used[0]), int(used[-1])
         return self._tensors.rows(suffix, first, last - first + 1)[used - first]
-
-    def _groups_of_inputs(self, groups: int, width: int) -> torch.Tensor:
-        if groups < 1:
-            raise self._tensors.damaged("has no groups")
-        if "g_idx" in self._tensors:
-            self._tensors.check("g_idx", ("I32",), (width,))
-            group = self._tensors.whole("g_idx").long()
-            if not 0 <= int(group.min()) <= int(group.max()) < groups:
-                raise self._tensors.damaged(f"g_idx names groups that are not there: there are {groups}")
-            return group
-        if width % groups:
-            raise self._tensors.damaged(f"{groups} groups do not divide {width} inputs")
-        return torch.arange(width) // (width // groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, groups_of_inputs, unpack
 
 _BITS = (2, 4, 8)
 
@@ -33,7 +33,7 @@ class PackQuantized:
         tensors.check("weight_scale", ("F16", "BF16", "F32"), (hidden, groups))
         if "weight_zero_point" in tensors:
             tensors.check("weight_zero_point", ("I32",), (-(-hidden * self._bits // 32), groups))
-        self._group = self._groups_of_inputs(groups, width)
+        self._group = groups_of_inputs(tensors, "weight_g_idx", groups, width, unused=-1)
 
     @classmethod
     def at(cls, tensors: SiteTensors, settings: Settings) -> PackQuantized | None:
@@ -56,17 +56,3 @@ class PackQuantized:
             return (q - (1 << (self._bits - 1))).double() * scale
         zeros = unpack(self._tensors.whole("weight_zero_point").t(), self._bits).t()[: self._hidden]
         return (q - zeros[:, group]).double() * scale
-
-    def _groups_of_inputs(self, groups: int, width: int) -> torch.Tensor:
-        if groups < 1:
-            raise self._tensors.damaged("has no groups")
-        if "weight_g_idx" in self._tensors:
-            self._tensors.check("weight_g_idx", ("I32",), (width,))
-            group = self._tensors.whole("weight_g_idx").long()
-            if bool((group != -1).any()):  # all -1: not used
-                if not 0 <= int(group.min()) <= int(group.max()) < groups:
-                    raise self._tensors.damaged(f"weight_g_idx names groups that are not there: there are {groups}")
-                return group
-        if width % groups:
-            raise self._tensors.damaged(f"{groups} groups do not divide {width} inputs")
-        return torch.arange(width) // (width // groups)

@@ -69,6 +69,7 @@ class SiteTensors:
         self._files, self._tensors = files, tensors
         self.name, self.where = name, where
         self._digest = hashlib.sha256()
+        self._whole: dict[str, torch.Tensor] = {}
 
     def __contains__(self, suffix: str) -> bool:
         return f"{self.name}.{suffix}" in self._tensors
@@ -110,9 +111,12 @@ class SiteTensors:
         return DamagedError(f"{self.where}: {shown(self.name)}: {what}. {DOWNLOAD_AGAIN}")
 
     def whole(self, suffix: str) -> torch.Tensor:
-        """The whole tensor."""
-        tensor = self.get(suffix)
-        return self._read(tensor, tensor.start, tensor.length).view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        """The whole tensor, which is read once."""
+        if suffix not in self._whole:
+            tensor = self.get(suffix)
+            numbers = self._read(tensor, tensor.start, tensor.length).view(_DTYPES[tensor.dtype])
+            self._whole[suffix] = numbers.reshape(tensor.shape)
+        return self._whole[suffix]
 
     def rows(self, suffix: str, first: int, count: int) -> torch.Tensor:
         """Rows [first, first + count) of a matrix: one read."""
@@ -143,10 +147,10 @@ class SiteTensors:
         self._digest.update(part.data)
         return torch.from_numpy(part)
 
-    def bytes_at(self, suffix: str, first: int, count: int) -> torch.Tensor:
-        """Bytes [first, first + count) of a tensor, whatever its dtype is, as uint8."""
+    def raw(self, suffix: str) -> bytes:
+        """The bytes of the whole tensor, whatever its dtype is."""
         tensor = self.get(suffix)
-        return self._read(tensor, tensor.start + first, count)
+        return bytes(self._read(tensor, tensor.start, tensor.length).tolist())
 
     def digest(self) -> bytes:
         """SHA-256 of all bytes that were read so far, in the order in which they were read."""
@@ -156,6 +160,35 @@ class SiteTensors:
         data = bytearray(self._files[tensor.file].read(start, length))
         self._digest.update(data)
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def groups_of_inputs(
+    tensors: SiteTensors, index: str, groups: int, width: int, unused: int | None = None
+) -> torch.Tensor:
+    """The group of each input, which shares a scale, [width] int64: as the tensor `index` says, else in order.
+
+    Args:
+        tensors: of the projection.
+        index: the name of the tensor.
+        groups: how many there are.
+        width: how many inputs.
+        unused: what fills that tensor where it is to be ignored; None: it never is.
+
+    Raises:
+        DamagedError: there are no groups, they do not divide the inputs, or the tensor names others.
+    """
+    if groups < 1:
+        raise tensors.damaged("has no groups")
+    if index in tensors:
+        tensors.check(index, ("I32",), (width,))
+        group = tensors.whole(index).long()
+        if unused is None or bool((group != unused).any()):
+            if not 0 <= int(group.min()) <= int(group.max()) < groups:
+                raise tensors.damaged(f"{index} names groups that are not there: there are {groups}")
+            return group
+    if width % groups:
+        raise tensors.damaged(f"{groups} groups do not divide {width} inputs")
+    return torch.arange(width) // (width // groups)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

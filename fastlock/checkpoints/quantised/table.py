@@ -32,6 +32,11 @@ WEIGHTS = ("weight", "qweight", "weight_packed")
 _BESIDE = ("weight_scale", "weight_scale_inv", "weight.absmax", "SCB", "weight.SCB", "scales")
 
 
+def is_projection(tensors: Mapping[str, StoredTensor], name: str) -> bool:
+    """Whether there is a projection of this name, quantised or not: it is known by any of its tensors."""
+    return any(f"{name}.{suffix}" in tensors for suffix in (*WEIGHTS, *_BESIDE))
+
+
 def is_quantised(tensors: Mapping[str, StoredTensor], name: str) -> bool:
     """Whether the projection of this name is quantised, in a format of the table or not."""
     return f"{name}.weight" not in tensors or any(f"{name}.{suffix}" in tensors for suffix in _BESIDE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,77 +21,44 @@ from tests.helpers.quantised import Written
 
 HIDDEN, WIDTH = 48, 192
 SITE = "model.layers.0.self_attn.o_proj"
-INT4 = {"num_bits": 4, "strategy": "group", "group_size": 32}
+INT4 = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+INT8 = {"num_bits": 8, "strategy": "channel", "symmetric": True}
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
+
+
+def compressed(layout: str, **arguments) -> Callable[..., Written]:
+    return partial(quantised.compressed, layout=layout, **arguments)
+
 
 # With the difference that its oracle may have, relative to the largest weight: libraries round to float32, or less.
 FORMATS: dict[str, tuple[Callable[..., Written], float]] = {
     "gptq": (quantised.gptq, 0),
-    "gptq v2": (lambda h, w, **o: quantised.gptq(h, w, version=2, **o), 0),
-    "gptq act-order": (lambda h, w, **o: quantised.gptq(h, w, act_order=True, **o), 0),
-    "gptq 8 bits": (lambda h, w, **o: quantised.gptq(h, w, bits=8, **o), 0),
-    "gptq 2 bits": (lambda h, w, **o: quantised.gptq(h, w, bits=2, group=64, **o), 0),
+    "gptq v2": (partial(quantised.gptq, version=2), 0),
+    "gptq act-order": (partial(quantised.gptq, act_order=True), 0),
+    "gptq 8 bits": (partial(quantised.gptq, bits=8), 0),
+    "gptq 2 bits": (partial(quantised.gptq, bits=2, group=64), 0),
     "gptq one group": (lambda h, w, **o: quantised.gptq(h, w, group=w, **o), 0),
     "awq": (quantised.awq, 0),
-    "awq large groups": (lambda h, w, **o: quantised.awq(h, w, group=64, **o), 0),
+    "awq large groups": (partial(quantised.awq, group=64), 0),
     "block fp8": (quantised.block_fp8, 0),
-    "block fp8, small blocks": (lambda h, w, **o: quantised.block_fp8(h, w, block=(16, 64), **o), 0),
+    "block fp8, small blocks": (partial(quantised.block_fp8, block=(16, 64)), 0),
     "modelopt nvfp4": (quantised.modelopt_nvfp4, 1e-15),
-    "w4a16": (lambda h, w, **o: quantised.compressed(h, w, "pack-quantized", symmetric=True, **INT4, **o), 1e-6),
-    "w4a16 asymmetric": (
-        lambda h, w, **o: quantised.compressed(h, w, "pack-quantized", symmetric=False, **INT4, **o),
-        1e-6,
-    ),
-    "w8a16": (
-        lambda h, w, **o: quantised.compressed(
-            h, w, "pack-quantized", num_bits=8, strategy="channel", symmetric=True, **o
-        ),
-        1e-6,
-    ),
-    "w8a8": (
-        lambda h, w, **o: quantised.compressed(
-            h, w, "int-quantized", num_bits=8, strategy="channel", symmetric=True, **o
-        ),
-        1e-6,
-    ),
-    "fp8 a row": (
-        lambda h, w, **o: quantised.compressed(h, w, "float-quantized", strategy="channel", **FLOAT8, **o),
-        1e-6,
-    ),
-    "fp8": (lambda h, w, **o: quantised.compressed(h, w, "float-quantized", strategy="tensor", **FLOAT8, **o), 1e-6),
-    "nvfp4": (
-        lambda h, w, **o: quantised.compressed(
-            h,
-            w,
-            "nvfp4-pack-quantized",
-            num_bits=4,
-            type="float",
-            strategy="tensor_group",
-            group_size=16,
-            symmetric=True,
-            **o,
-        ),
-        2**-8,
-    ),
+    "w4a16": (compressed("pack-quantized", **INT4), 1e-6),
+    "w4a16 asymmetric": (compressed("pack-quantized", **INT4 | {"symmetric": False}), 1e-6),
+    "w8a16": (compressed("pack-quantized", **INT8), 1e-6),
+    "w8a8": (compressed("int-quantized", **INT8), 1e-6),
+    "fp8 a row": (compressed("float-quantized", strategy="channel", **FLOAT8), 1e-6),
+    "fp8": (compressed("float-quantized", strategy="tensor", **FLOAT8), 1e-6),
+    "nvfp4": (compressed("nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **FLOAT4), 2**-8),
     "mxfp4": (
-        lambda h, w, **o: quantised.compressed(
-            h,
-            w,
-            "mxfp4-pack-quantized",
-            num_bits=4,
-            type="float",
-            strategy="group",
-            group_size=32,
-            symmetric=True,
-            scale_dtype="torch.uint8",
-            **o,
-        ),
+        compressed("mxfp4-pack-quantized", strategy="group", group_size=32, scale_dtype="torch.uint8", **FLOAT4),
         2**-8,
     ),
     "nf4": (quantised.bits_and_bytes, 1e-6),
-    "fp4": (lambda h, w, **o: quantised.bits_and_bytes(h, w, kind="fp4", **o), 1e-6),
-    "nf4, absmax in float32": (lambda h, w, **o: quantised.bits_and_bytes(h, w, nested=False, **o), 1e-6),
-    "nf4, kept as bfloat16": (lambda h, w, **o: quantised.bits_and_bytes(h, w, storage=torch.bfloat16, **o), 1e-6),
+    "fp4": (partial(quantised.bits_and_bytes, kind="fp4"), 1e-6),
+    "nf4, absmax in float32": (partial(quantised.bits_and_bytes, nested=False), 1e-6),
+    "nf4, kept as bfloat16": (partial(quantised.bits_and_bytes, storage=torch.bfloat16), 1e-6),
     "int8": (quantised.llm_int8, 1e-3),  # the library dequantises to float16
 }
 
