@@ -1,10 +1,6 @@
 """Lisa on two ranks, in processes of their own: DDP through the Trainer, and FSDP2."""
 
-import contextlib
-import os
 import socket
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -14,6 +10,7 @@ from tests.finetuning.lisa_runs import SAFE_ROWS, USER, USER_ROWS, LisaRecording
 from tests.finetuning.run_on_ranks import LOSSES
 from tests.finetuning.test_lisa_loops import BATCHES, SCHEDULE, STEPS, begin, loss_of, optimizer_of, small
 from tests.helpers.families import same_state, state, tiny_model
+from tests.helpers.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -26,18 +23,14 @@ def ranks(tmp_path_factory):
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.finetuning.run_on_ranks", str(out)]
-    with contextlib.ExitStack() as running:
-        processes = []
-        for rank in range(2):
-            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            log = running.enter_context((out / f"log-{rank}").open("w"))
-            process = running.enter_context(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-            running.callback(process.kill)  # before it is waited for
-            processes.append(process)
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=900) == 0, (out / f"log-{rank}").read_text()[-3000:]
-    return [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    return run_on_ranks(
+        out,
+        "tests.finetuning.run_on_ranks",
+        lambda rank: [],
+        lambda rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        timeout=900,
+        weights_only=False,
+    )
 
 
 def rows_of_steps(ranks, key="read"):

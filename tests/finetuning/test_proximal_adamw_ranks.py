@@ -1,12 +1,9 @@
 """ProximalAdamW on two ranks: DTensors, gradients in buckets, distributed checkpoints; plainly and by the kernels."""
 
-import contextlib
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from tests.helpers.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -15,18 +12,14 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     """What each of two ranks found."""
     out = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with contextlib.ExitStack() as running:
-        processes = []
-        for rank in range(2):
-            command = [sys.executable, "-m", "tests.finetuning.step_on_ranks", str(out), str(rank)]
-            log = running.enter_context((out / f"log-{rank}").open("w"))
-            process = running.enter_context(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-            running.callback(process.kill)  # before it is waited for
-            processes.append(process)
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=300) == 0, (out / f"log-{rank}").read_text()[-3000:]
-    return [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_on_ranks(
+        out,
+        "tests.finetuning.step_on_ranks",
+        lambda rank: [str(rank)],
+        lambda rank: {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+        weights_only=True,
+    )
 
 
 @pytest.mark.parametrize("how", ["fsdp", "ddp", "fsdp by kernels", "ddp by kernels"])
