@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,29 @@ def test_a_strength_that_is_too_large_for_the_dtype(tmp_path) -> None:
     with pytest.raises(fastlock.FastlockError, match="not finite in torch.float16: the strength is too large"):
         fastlock.relock_checkpoint(source, lock, tmp_path / "out", 1e7)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_scales_of_the_same_weights_are_folded_anew(tmp_path) -> None:
+    """Folds that were made before are known by all tensors of a projection: here two checkpoints share one's file."""
+    source, lock, _ = checkpoint(tmp_path, quantised.gptq)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(".scales")}
+    shards = {"scales.safetensors": scales, "others.safetensors": {k: v for k, v in tensors.items() if k not in scales}}
+    for shard, held in shards.items():
+        save_file(held, source / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, held in shards.items() for name in held}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    (other / "others.safetensors").unlink()
+    (other / "others.safetensors").hardlink_to(source / "others.safetensors")
+    save_file({name: 2 * tensor for name, tensor in scales.items()}, other / "scales.safetensors")
+    folds: dict = {}
+    for directory in (source, other):
+        fastlock.relock_checkpoint(directory, lock, tmp_path / f"{directory.name}-out", folds=folds)
+        assert fastlock.verify(tmp_path / f"{directory.name}-out", lock)
+    assert len(folds) == 2 * len(LOCKED)
 
 
 def test_relocking_it_again_starts_from_the_original(tmp_path) -> None:
