@@ -127,7 +127,9 @@ def test_stopped_by_ctrl_c(zoo_of, cluster, tmp_path) -> None:
 
 
 def test_no_cluster_there(zoo_of, tmp_path, monkeypatch) -> None:
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    # Ray's "auto" joins any cluster of this machine, such as that of another test process.
+    monkeypatch.setattr(ray._private.services.psutil, "process_iter", lambda *_, **__: iter(()))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     source, lock = zoo_of
