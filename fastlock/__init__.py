@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastlock.checkpoints.diagnosis import doctor
     from fastlock.checkpoints.relocking import relock_checkpoint
     from fastlock.checkpoints.unlocking import unlock_checkpoint
-    from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
+    from fastlock.errors import DamagedError, FastlockError, FastlockWarning, MismatchError, UnsupportedError
     from fastlock.evaluation.evaluator import evaluate
     from fastlock.finetuning.alternation import Alternation
     from fastlock.finetuning.band_prompts import BandPrompts
@@ -43,6 +43,7 @@ __all__ = [
     "BandPrompts",
     "DamagedError",
     "FastlockError",
+    "FastlockWarning",
     "Lisa",
     "Lock",
     "LockedLinear",
@@ -89,6 +90,7 @@ _MODULES = {
     "fastlock.errors": (
         "DamagedError",
         "FastlockError",
+        "FastlockWarning",
         "MismatchError",
         "UnsupportedError",
     ),

@@ -10,7 +10,7 @@ class FastlockError(Exception):
 
     The message says what was wrong, where, and what to do about it. A `FastlockError` never leaves half a result
     behind: the model or the file is as it was before the call. What goes wrong once a result is complete is a
-    RuntimeWarning, which says what is left to remove. Three kinds can be told apart; wrong arguments, and what
+    FastlockWarning, which says what is left to remove. Three kinds can be told apart; wrong arguments, and what
     the file system or the network refuses, are plain FastlockErrors.
     """
 
@@ -25,6 +25,10 @@ class DamagedError(FastlockError):
 
 class MismatchError(FastlockError):
     """The lock and the model do not belong together: another lock, or another model, is needed."""
+
+
+class FastlockWarning(RuntimeWarning):
+    """Nothing failed, but something beside it went wrong or may be lost later; the message says what to do."""
 
 
 def check_number(name: str, value: int, low: int, high: int, of: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastlock.errors import FastlockWarning
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.ahead_of_time.ways import WAYS, NoWayError, reason_of
 from fastlock.kernels.fold.launch import build_table
@@ -84,7 +85,7 @@ def _try_out(wanted: Sequence[Variant], index: int) -> tuple[str, ...]:
     """Check variants on a device, and say what is wrong there in this process."""
     untold: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # they say what is returned
+        warnings.simplefilter("ignore", FastlockWarning)  # they say what is returned
         for variant in wanted:
             try:
                 _make_table(variant, device_of(index))

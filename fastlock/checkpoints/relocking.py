@@ -96,7 +96,7 @@ def relock_checkpoint(
         FastlockError: an argument is wrong, or the file system or the network refuses.
 
     After an error `out` does not exist (at a URL: it holds no config.json); in place, it is as it was. What goes wrong
-    once the result is complete, such as removing the old directory in place, is a RuntimeWarning.
+    once the result is complete, such as removing the old directory in place, is a FastlockWarning.
     """
     check_lock(lock)
     strength, stacks = strength_for(lock, strength), check_stacks(stacks)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from fastlock.cli import (
     calibrate,
@@ -30,8 +32,8 @@ from fastlock.cli import (
     zoo,
 )
 from fastlock.cli.commands import BROKEN, REFUSED, STOPPED, Group, call, option
-from fastlock.cli.output import complain
-from fastlock.errors import FastlockError
+from fastlock.cli.output import complain, warn
+from fastlock.errors import FastlockError, FastlockWarning
 from fastlock.version import __version__
 
 COMMANDS = Group(
@@ -57,7 +59,25 @@ COMMANDS = Group(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command, of the process's own arguments by default, and exit with its exit code."""
-    raise SystemExit(_exit_code(sys.argv[1:] if arguments is None else arguments))
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    raise SystemExit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of fastlock's own as a sentence; any other as Python does, with its file and line."""
+    if issubclass(category, FastlockWarning):
+        warn(f"fastlock: warning: {message}")
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _exit_code(arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from fastlock.errors import UnsupportedError
+from fastlock.errors import FastlockWarning, UnsupportedError
 from fastlock.finetuning.held_tensors import HeldTensors
 from fastlock.finetuning.sharded_tensors import Sharding, over_shards, sum_over_shards
 from fastlock.kernels.proximal_step import launch, reference
@@ -176,7 +176,7 @@ class StepRunner:
             if why is None and clipped:
                 why = launch.why_not(variant.of_norm, device)
             if why is not None:
-                warnings.warn(f"ProximalAdamW goes without its kernel: {why}.", RuntimeWarning, stacklevel=5)
+                warnings.warn(f"ProximalAdamW goes without its kernel: {why}.", FastlockWarning, stacklevel=5)
             self._runs[key] = why is None
         return variant if self._runs[key] else None
 

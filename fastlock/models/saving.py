@@ -20,7 +20,7 @@ import torch
 
 from fastlock.architectures.bias_paths import keys_that_use_the_bias
 from fastlock.architectures.llama_form import llama_config
-from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.errors import FastlockError, FastlockWarning, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
 from fastlock.models.sites import family_of
 from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, flag_before, locked_sites, with_digests_of
@@ -73,6 +73,7 @@ class Relocked(_Swapped):
                 f"{type(model).__name__} is relocked, and its state_dict holds biases that this class drops when it "
                 "loads them, and the lock with them. To write it to disk, use model.save_pretrained, which keeps the "
                 "lock.",
+                FastlockWarning,
                 stacklevel=2,
             )
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]

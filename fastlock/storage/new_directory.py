@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, FastlockWarning
 from fastlock.storage.files import CONFIG, already_exists
 from fastlock.storage.local import LocalFile, reading, reflink
 from fastlock.storage.places import Place, as_place
@@ -140,7 +140,7 @@ def create_directory(out: Place, source: Place, in_place: bool) -> Iterator[NewD
 
     Raises:
         FastlockError: there is something at `out`, another process is making it, or it cannot be written; `out` is
-            then as it was. What goes wrong once the new directory is in its place is a RuntimeWarning.
+            then as it was. What goes wrong once the new directory is in its place is a FastlockWarning.
     """
     if isinstance(out, str):
         with create_remote_directory(out) as there:
@@ -199,7 +199,7 @@ def _after(temporary: Path, out: Path, in_place: bool) -> None:
     except OSError as error:
         left = f" Remove {temporary}, the directory that it replaced, if it is still there." if in_place else ""
         warnings.warn(
-            f"{out}: is complete, but a step after that failed ({error}).{left}", RuntimeWarning, stacklevel=2
+            f"{out}: is complete, but a step after that failed ({error}).{left}", FastlockWarning, stacklevel=2
         )
 
 

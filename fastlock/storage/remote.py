@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastlock.errors import DamagedError, FastlockError
+from fastlock.errors import DamagedError, FastlockError, FastlockWarning
 from fastlock.storage.files import (
     CONFIG,
     File,
@@ -157,7 +157,7 @@ class RemoteDirectory:
                 f"{self._fs.unstrip_protocol(self._root)}: is complete, but a step after that failed "
                 f"({type(error).__name__}: {str(error)[:300]}). Remove {self._fs.unstrip_protocol(marker)}, which only "
                 "says that something is being made there.",
-                RuntimeWarning,
+                FastlockWarning,
                 stacklevel=2,
             )
 

@@ -12,10 +12,10 @@ that passes:
   cannot pass, and holds what came out to the bound of the room's reference. It returns True; or False where the numbers
   that were there could not tell (NaN in the weights); or raises WrongResultError, or whatever the launch raised.
 
-A way that passed is not checked again. One that failed is not tried again: a RuntimeWarning says why, once, `bad` lists
-it (`fastlock doctor` prints that), and the next one is taken. Where none is left, NoWayError is raised, and the caller
-computes by the reference. What another try could change (no memory, a CUDA graph being captured) and what broke the
-device (the driver then fails whatever is called) say nothing about a way: such an error is raised as it is.
+A way that passed is not checked again. One that failed is not tried again: a FastlockWarning says why, once, `bad`
+lists it (`fastlock doctor` prints that), and the next one is taken. Where none is left, NoWayError is raised, and the
+caller computes by the reference. What another try could change (no memory, a CUDA graph being captured) and what broke
+the device (the driver then fails whatever is called) say nothing about a way: such an error is raised as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TypeVar
 
 import torch
 
-from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.errors import FastlockError, FastlockWarning, UnsupportedError
 from fastlock.kernels.ahead_of_time.driver import DriverError
 
 _Way = TypeVar("_Way")
@@ -135,7 +135,7 @@ class Ways:
         self._bad[found.kernel, found.index, found.way] = found
         warnings.warn(
             f"{found.sentence}. Another way is taken in this process; `fastlock doctor` shows which.",
-            RuntimeWarning,
+            FastlockWarning,
             stacklevel=2,
         )
 

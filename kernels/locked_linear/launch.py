@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fastlock.errors import UnsupportedError
+from fastlock.errors import FastlockWarning, UnsupportedError
 from fastlock.kernels.ahead_of_time.ways import WAYS
 from fastlock.kernels.locked_linear.reference import Inputs, by_torch, layout_of
 from fastlock.kernels.locked_linear.self_check import check_rows
@@ -169,7 +169,7 @@ def _runs(way: Way, inputs: Inputs) -> bool:
         return way == BY_TORCH or _is_right(way, inputs)
     except Exception as error:  # no compiler, an assembler that is too old: another way is taken
         if type(error).__name__ != "OutOfResources":
-            warnings.warn(f"fastlock goes without {way.name} on this device: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"fastlock goes without {way.name} on this device: {error}", FastlockWarning, stacklevel=2)
         return False
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,21 @@ def test_a_reader_that_went_away_is_no_fault(files) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_our_warnings_are_sentences_and_others_say_where_they_are_from(monkeypatch, capsys) -> None:
+    def warning(arguments) -> int:
+        warnings.warn("an old directory is left. Remove it.", fastlock.FastlockWarning, stacklevel=1)
+        warnings.warn("not ours", RuntimeWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(main, "_exit_code", warning)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = warnings.showwarning
+    with pytest.raises(SystemExit):
+        main.main([])
+    ours, theirs, *_ = capsys.readouterr().err.splitlines()
+    assert ours == "fastlock: warning: an old directory is left. Remove it."
+    assert theirs.startswith(f"{__file__}:")
+    assert theirs.endswith("RuntimeWarning: not ours")
+    assert warnings.showwarning is before

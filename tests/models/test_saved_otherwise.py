@@ -40,7 +40,7 @@ def test_a_family_whose_config_cannot_ask_for_them_warns(save, tmp_path) -> None
     model = tiny_model("mistral")
     lock = random_lock(model)
     fastlock.relock(model, lock, 6.0)
-    with pytest.warns(UserWarning, match="drops when it loads them.*use model.save_pretrained"):
+    with pytest.warns(fastlock.FastlockWarning, match="drops when it loads them.*use model.save_pretrained"):
         save(model, tmp_path)
     model.config.save_pretrained(tmp_path)
     if save is not by_state_dict:  # of pickles nothing is read

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastlock.errors import FastlockWarning
 from fastlock.kernels.ahead_of_time.ways import WAYS, WrongResultError
 from fastlock.kernels.locked_linear import launch as locked_linear
 from fastlock.kernels.locked_linear.self_check import check_rows
@@ -106,7 +107,7 @@ def test_a_wrong_way_is_neither_timed_nor_chosen(way, monkeypatch) -> None:
     want = {one: math.inf if one == way else 1.0 for one in EVERY}
     with pytest.warns(RuntimeWarning, match=f"locked_linear float32-rows-16 is not run by its {way.name}") as warned:
         assert [locked_linear.seconds(EVERY, [make(rows, 4, 16, 72)]) for rows in (20, 40)] == [want, want]
-    assert len([one for one in warned if one.category is RuntimeWarning]) == 1  # Triton 3.6 has others
+    assert len([one for one in warned if one.category is FastlockWarning]) == 1
     assert timed == [[one for one in EVERY if one != way]] * 2
     assert [bad.way for bad in WAYS.bad(None)] == [way.name]
 
