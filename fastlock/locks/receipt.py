@@ -8,19 +8,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
-from fastlock.dtypes import BY_TORCH_NAME
-from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.locks.lock import check_strength
+from fastlock.errors import FastlockError
+from fastlock.locks.receipt_fields import (
+    check_ascending,
+    check_keys,
+    check_version,
+    damaged_receipt,
+    digest_in,
+    digests_in,
+    dtype_in,
+    flag_in,
+    index_in,
+    list_in,
+    object_in,
+    optional,
+    strength_in,
+    text_in,
+    texts_in,
+)
 from fastlock.version import __version__
 
-T = TypeVar("T")
 FORMAT_VERSION = 1
 # Where config.json holds it.
 CONFIG_KEY = "fastlock"
@@ -33,7 +46,6 @@ _KEYS = (
 _SITE_KEYS = "layer name heads had_bias".split()
 _CARRIER_KEYS = "form flag was original_biases".split()
 _OPTIONAL_CARRIER_KEYS = "stacks original_config config_digest set_aside index_digest".split()
-_DIGEST = re.compile("[0-9a-f]{64}")
 _DECIMAL = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -165,19 +177,19 @@ class Receipt:
             DamagedError: it is not a receipt, or was changed so that it cannot be one.
         """
         try:
-            _check_version(data, where)
-            _check_keys(data, _KEYS)
+            check_version(data, where, FORMAT_VERSION)
+            check_keys(data, _KEYS)
             return cls(
-                lock_digest=_digest(data["lock_digest"]),
-                strength=_strength(data["strength"]),
-                model_type=_text(data["model_type"]),
-                dtype=_dtype(data["dtype"]),
+                lock_digest=digest_in(data["lock_digest"]),
+                strength=strength_in(data["strength"]),
+                model_type=text_in(data["model_type"]),
+                dtype=dtype_in(data["dtype"]),
                 sites=_locked_sites(data["sites"]),
-                fastlock_version=_text(data["fastlock_version"]),
-                digests=KnownDigests(_digest(data["weights_digest"]), _digest(data["biases_digest"])),
+                fastlock_version=text_in(data["fastlock_version"]),
+                digests=KnownDigests(digest_in(data["weights_digest"]), digest_in(data["biases_digest"])),
             )
         except (TypeError, ValueError, RecursionError) as error:
-            raise _damaged(where, error) from None
+            raise damaged_receipt(where, error) from None
 
     def renamed(self, names: list[str]) -> Receipt:
         """The same receipt with these names of its sites, in order."""
@@ -250,24 +262,24 @@ class CarrierNote:
             DamagedError: it is not such a note.
         """
         try:
-            _check_keys(data, _CARRIER_KEYS, _OPTIONAL_CARRIER_KEYS)
+            check_keys(data, _CARRIER_KEYS, _OPTIONAL_CARRIER_KEYS)
             if data["form"] not in FORMS:
                 raise ValueError(f"{str(data['form'])[:80]!a} where one of the forms should be")
             return cls(
                 form=data["form"],
-                flag=_text(data["flag"]),
-                was=_flag(data["was"]),
+                flag=text_in(data["flag"]),
+                was=flag_in(data["was"]),
                 original_biases={
-                    _layer(key): _bias(key, text) for key, text in _object(data["original_biases"]).items()
+                    _layer(key): _bias(key, text) for key, text in object_in(data["original_biases"]).items()
                 },
-                stacks=_optional(data, "stacks", _texts),
-                original_config=_optional(data, "original_config", _object),
-                config_digest=_optional(data, "config_digest", _digest),
-                index_digest=_optional(data, "index_digest", _digest),
-                set_aside=_optional(data, "set_aside", _digests),
+                stacks=optional(data, "stacks", texts_in),
+                original_config=optional(data, "original_config", object_in),
+                config_digest=optional(data, "config_digest", digest_in),
+                index_digest=optional(data, "index_digest", digest_in),
+                set_aside=optional(data, "set_aside", digests_in),
             )
         except (TypeError, ValueError, RecursionError) as error:
-            raise _damaged(where, error) from None
+            raise damaged_receipt(where, error) from None
 
 
 @dataclass(frozen=True)
@@ -316,92 +328,6 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _damaged(where: str, error: Exception) -> DamagedError:
-    return DamagedError(
-        f"{where}: the receipt is damaged ({type(error).__name__}: {str(error)[:200]}). Download the checkpoint again, "
-        "or relock its original."
-    )
-
-
-def _check_version(data: Any, where: str) -> None:
-    version = _object(data).get("format_version")
-    if type(version) is not int:  # true and 1.0 are equal to 1
-        raise TypeError(f"{str(version)[:80]!a} where the format's version should be")
-    if version != FORMAT_VERSION:
-        raise UnsupportedError(
-            f"{where}: receipt format {str(version)[:40]}; this fastlock reads {FORMAT_VERSION}. Upgrade fastlock."
-        )
-
-
-def _check_keys(data: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-    keys = _object(data).keys()
-    if unknown := sorted(map(str, keys - {*required, *optional})):
-        raise ValueError(f"it has the key {unknown[0][:80]!a}, which no receipt has")
-    if missing := [key for key in required if key not in keys]:
-        raise ValueError(f"it lacks the key {missing[0]!a}")
-
-
-def _optional(data: dict[str, Any], key: str, read: Callable[[Any], T]) -> T | None:
-    return read(data[key]) if key in data else None
-
-
-def _strength(value: Any) -> float:
-    try:
-        return check_strength(value)
-    except FastlockError as error:
-        raise ValueError(str(error)) from None
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isascii():
-        raise TypeError(f"{str(value)[:80]!a} where ASCII text should be")
-    return value
-
-
-def _digest(value: Any) -> str:
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise TypeError(f"{str(value)[:80]!a} where a digest should be")
-    return value
-
-
-def _dtype(value: Any) -> str:
-    if not isinstance(value, str) or value not in BY_TORCH_NAME:
-        raise TypeError(f"{str(value)[:80]!a} where one of {', '.join(BY_TORCH_NAME)} should be")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{str(value)[:80]!a} where true or false should be")
-    return value
-
-
-def _index(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{str(value)[:80]!a} where an index should be")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise TypeError(f"{str(value)[:80]!a} where a list should be")
-    return value
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{str(value)[:80]!a} where a JSON object should be")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(map(_text, _list(value)))
-
-
-def _digests(value: Any) -> dict[str, str]:
-    return {name: _digest(digest) for name, digest in _object(value).items()}
-
-
 def _layer(key: Any) -> int:
     if not isinstance(key, str) or not _DECIMAL.fullmatch(key):
         raise ValueError(f"{str(key)[:80]!a} where the number of a layer should be")
@@ -410,7 +336,7 @@ def _layer(key: Any) -> int:
 
 def _bias(key: str, text: Any) -> bytes:
     try:
-        data = base64.b64decode(_text(text), validate=True)
+        data = base64.b64decode(text_in(text), validate=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the original bias of layer {key}: {error}") from None
     if base64.b64encode(data).decode() != text:
@@ -419,19 +345,14 @@ def _bias(key: str, text: Any) -> bytes:
 
 
 def _locked_sites(value: Any) -> tuple[LockedSite, ...]:
-    sites = tuple(map(_locked_site, _list(value)))
-    _check_ascending([site.layer for site in sites], "layers")
+    sites = tuple(map(_locked_site, list_in(value)))
+    check_ascending([site.layer for site in sites], "layers")
     return sites
 
 
 def _locked_site(value: Any) -> LockedSite:
-    _check_keys(value, _SITE_KEYS, ["dtype"])
-    heads = tuple(map(_index, _list(value["heads"])))
-    _check_ascending(heads, "heads")
-    dtype = _dtype(value["dtype"]) if "dtype" in value else None
-    return LockedSite(_index(value["layer"]), _text(value["name"]), heads, _flag(value["had_bias"]), dtype)
-
-
-def _check_ascending(numbers: Sequence[int], what: str) -> None:
-    if any(after <= before for before, after in pairwise(numbers)):
-        raise ValueError(f"its {what} are not in ascending order, each once")
+    check_keys(value, _SITE_KEYS, ["dtype"])
+    heads = tuple(map(index_in, list_in(value["heads"])))
+    check_ascending(heads, "heads")
+    dtype = dtype_in(value["dtype"]) if "dtype" in value else None
+    return LockedSite(index_in(value["layer"]), text_in(value["name"]), heads, flag_in(value["had_bias"]), dtype)

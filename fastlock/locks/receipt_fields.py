@@ -1,0 +1,124 @@
+"""What the fields of a receipt may hold, read strictly: whatever else is there is a TypeError or a ValueError.
+
+A receipt of a checkpoint and one of an adapter have the same kinds of fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from fastlock.dtypes import BY_TORCH_NAME
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
+from fastlock.locks.lock import check_strength
+
+T = TypeVar("T")
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def damaged_receipt(where: str, error: Exception) -> DamagedError:
+    """The error that says so."""
+    return DamagedError(
+        f"{where}: the receipt is damaged ({type(error).__name__}: {str(error)[:200]}). Download the checkpoint again, "
+        "or relock its original."
+    )
+
+
+def check_version(data: Any, where: str, known: int) -> None:
+    """Refuse a receipt of another version of the format."""
+    version = object_in(data).get("format_version")
+    if type(version) is not int:  # true and 1.0 are equal to 1
+        raise TypeError(f"{str(version)[:80]!a} where the format's version should be")
+    if version != known:
+        raise UnsupportedError(
+            f"{where}: receipt format {str(version)[:40]}; this fastlock reads {known}. Upgrade fastlock."
+        )
+
+
+def check_keys(data: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Refuse an object that lacks a required key, or has one that is neither required nor optional."""
+    keys = object_in(data).keys()
+    if unknown := sorted(map(str, keys - {*required, *optional})):
+        raise ValueError(f"it has the key {unknown[0][:80]!a}, which no receipt has")
+    if missing := [key for key in required if key not in keys]:
+        raise ValueError(f"it lacks the key {missing[0]!a}")
+
+
+def optional(data: dict[str, Any], key: str, read: Callable[[Any], T]) -> T | None:
+    """What a key holds, read; None where it is not there."""
+    return read(data[key]) if key in data else None
+
+
+def strength_in(value: Any) -> float:
+    """A strength: a finite number, 0 or more."""
+    try:
+        return check_strength(value)
+    except FastlockError as error:
+        raise ValueError(str(error)) from None
+
+
+def text_in(value: Any) -> str:
+    """ASCII text."""
+    if not isinstance(value, str) or not value.isascii():
+        raise TypeError(f"{str(value)[:80]!a} where ASCII text should be")
+    return value
+
+
+def digest_in(value: Any) -> str:
+    """A SHA-256, as 64 lower-case hexadecimal digits."""
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise TypeError(f"{str(value)[:80]!a} where a digest should be")
+    return value
+
+
+def dtype_in(value: Any) -> str:
+    """The name of a dtype that fastlock folds."""
+    if not isinstance(value, str) or value not in BY_TORCH_NAME:
+        raise TypeError(f"{str(value)[:80]!a} where one of {', '.join(BY_TORCH_NAME)} should be")
+    return value
+
+
+def flag_in(value: Any) -> bool:
+    """True or false, and no number."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{str(value)[:80]!a} where true or false should be")
+    return value
+
+
+def index_in(value: Any) -> int:
+    """An integer, 0 or more."""
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{str(value)[:80]!a} where an index should be")
+    return value
+
+
+def list_in(value: Any) -> list[Any]:
+    """A list that is not empty."""
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"{str(value)[:80]!a} where a list should be")
+    return value
+
+
+def object_in(value: Any) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{str(value)[:80]!a} where a JSON object should be")
+    return value
+
+
+def texts_in(value: Any) -> tuple[str, ...]:
+    """A list of ASCII text, not empty."""
+    return tuple(map(text_in, list_in(value)))
+
+
+def digests_in(value: Any) -> dict[str, str]:
+    """An object whose values are digests."""
+    return {name: digest_in(digest) for name, digest in object_in(value).items()}
+
+
+def check_ascending(numbers: Sequence[int], what: str) -> None:
+    """Refuse numbers that do not ascend; `what` they are is for the message."""
+    if any(after <= before for before, after in pairwise(numbers)):
+        raise ValueError(f"its {what} are not in ascending order, each once")
