@@ -91,7 +91,7 @@ def read_shards(files: dict[str, Any], where: str) -> Shards:
                 f"{where}: holds {SINGLE} and an index of other shards; which one counts depends on who loads it. "
                 "Remove the one that is not meant."
             )
-        return Shards(_read_header(files[SINGLE], SINGLE, where), index)
+        return Shards(read_header(files[SINGLE], SINGLE, where), index)
     if index is None:
         raise _no_safetensors(files, where)
     return Shards(_read_headers(files, index["weight_map"], where), index)
@@ -153,7 +153,7 @@ def _read_headers(files: dict[str, Any], weight_map: dict[str, str], where: str)
     for shard in sorted(set(weight_map.values())):
         if shard not in files:
             raise DamagedError(f"{where}: {INDEX} names {shard[:200]!a}, which is not there. Complete the checkpoint.")
-        for name, tensor in _read_header(files[shard], shard, where).items():
+        for name, tensor in read_header(files[shard], shard, where).items():
             if name in tensors:
                 raise DamagedError(
                     f"{where}: {name[:200]!a} is in {tensors[name].file[:200]!a} and in {shard[:200]!a}. "
@@ -168,7 +168,7 @@ def _read_headers(files: dict[str, Any], weight_map: dict[str, str], where: str)
     return tensors
 
 
-def _read_header(file: File, name: str, where: str) -> dict[str, StoredTensor]:
+def read_header(file: File, name: str, where: str) -> dict[str, StoredTensor]:
     """The tensors of one file. Every offset is checked: nothing outside them can be read."""
     if file.size < MAX_POINTER_BYTES and file.read(0, min(file.size, len(_LFS))) == _LFS:
         raise DamagedError(f"{where}/{name}: is a Git LFS pointer, not the weights. Fetch them first: git lfs pull.")

@@ -77,14 +77,18 @@ def writable_directory(name: str | os.PathLike[str]) -> Path:
     return path
 
 
-def files_in(directory: Place) -> dict[str, LocalFile] | dict[str, RemoteFile]:
+def files_in(directory: Place, any_directory: bool = False) -> dict[str, LocalFile] | dict[str, RemoteFile]:
     """Every file below a directory, by its name there ("original/params.json").
+
+    Args:
+        directory: a path or a URL.
+        any_directory: whether it may be something else than a checkpoint, an adapter, say; of URLs alone it is asked.
 
     Raises:
         DamagedError: something in it is neither a file nor a directory, a link is broken, or a name leads out of it.
         FastlockError: there is no such directory, or it cannot be read.
     """
-    return remote_files(directory) if isinstance(directory, str) else local_files(directory)
+    return remote_files(directory, any_directory) if isinstance(directory, str) else local_files(directory)
 
 
 def file_at(place: Place) -> LocalFile | RemoteFile | None:

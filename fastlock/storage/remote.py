@@ -206,8 +206,12 @@ class RemoteDirectory:
         return f"{self._root}/{name}"
 
 
-def remote_files(url: str) -> dict[str, RemoteFile]:
+def remote_files(url: str, any_directory: bool = False) -> dict[str, RemoteFile]:
     """Every file below a URL, by its name there.
+
+    Args:
+        url: of a directory.
+        any_directory: whether it may be something else than a checkpoint.
 
     Raises:
         DamagedError: a name in it leads out of it.
@@ -215,7 +219,7 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
     """
     with reaching(url):
         fs, root = opened(url)
-        if not fs.exists(f"{root}/{CONFIG}"):
+        if not any_directory and not fs.exists(f"{root}/{CONFIG}"):
             raise holds_no_config(url)
         listed = _listed(fs, root)
     for name in listed:
