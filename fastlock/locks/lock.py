@@ -15,7 +15,7 @@ import torch
 
 from fastlock.errors import DamagedError, FastlockError, is_unicode
 from fastlock.locks import lock_file, safelock
-from fastlock.locks.lock_file import GEOMETRY, PROVENANCE, TENSORS
+from fastlock.locks.lock_file import GEOMETRY, OPTIONAL, PROVENANCE, TENSORS
 from fastlock.storage.files import read_bounded, write_atomic
 from fastlock.storage.places import as_path
 from fastlock.version import __version__
@@ -70,6 +70,9 @@ class Lock:
         base_model, recipe, extraction_digest, fastlock_version: where the lock comes from, None where unknown.
         strength: the strength that calibration chose, applied where none is given; None without calibration.
         calibration: what was measured at that strength, as JSON; None without calibration.
+        column_norms: Euclidean norm of each column that the base's output projection W_o has for a locked head,
+            [K, head_dim] float32; None where the lock does not say. They decide nothing of the fold: they tell whether
+            the heads of another checkpoint are still in the basis that the lock was found in.
         source: the file that the lock was loaded from, for messages.
 
     The tensors may be given as tensors of any device, arrays or lists; the lock keeps copies of its own, on the CPU.
@@ -93,11 +96,13 @@ class Lock:
     fastlock_version: str | None = None
     strength: float | None = None
     calibration: str | None = None
+    column_norms: torch.Tensor | None = None
     source: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name, dtype in TENSORS.items():
-            object.__setattr__(self, name, self._as_tensor(name, dtype))
+        for name, dtype in (TENSORS | OPTIONAL).items():
+            if name in TENSORS or getattr(self, name) is not None:
+                object.__setattr__(self, name, self._as_tensor(name, dtype))
         if self.directions.dim() == 2 and self.head_dim is None:
             object.__setattr__(self, "head_dim", self.directions.shape[1])
         if self.strength is not None:
@@ -126,14 +131,17 @@ class Lock:
     def digest(self) -> str:
         """SHA-256 (hex) of what decides the fold: the rows, sorted by (layer, head), and head_dim; nothing else.
 
-        Provenance, geometry and the order of the rows do not change it.
+        Provenance, geometry, column norms and the order of the rows do not change it.
         """
-        order = self._order()
         sha = hashlib.sha256(f"{lock_file.FORMAT}\n{len(self)} {self.head_dim}\n".encode())
         for name in TENSORS:
-            # Not indexed by torch, which wakes its threads for these few numbers: on busy cores, for milliseconds.
-            sha.update(lock_file.little_endian(torch.from_numpy(getattr(self, name).numpy()[order])))
+            sha.update(self._ordered_bytes(name))
         return sha.hexdigest()
+
+    def norms_by_layer(self) -> dict[int, torch.Tensor]:
+        """The column norms of each locked layer's heads, heads ascending: [heads, head_dim] float32; empty without."""
+        norms = self.column_norms
+        return {} if norms is None else {layer: norms[rows] for layer, rows in self._rows_by_layer().items()}
 
     def displacement(self, strength: float) -> dict[int, Displacement]:
         """The displacement of each locked layer: `strength * scale * direction` at each locked head.
@@ -151,12 +159,9 @@ class Lock:
         """
         strength = check_strength(strength)
         values = strength * self.scales.double()[:, None] * self.directions.double()
-        rows_of_layer: dict[int, list[int]] = {}
-        for row in self._order().tolist():
-            rows_of_layer.setdefault(int(self.layers[row]), []).append(row)
         return {
             layer: Displacement(heads=tuple(self.heads[rows].tolist()), values=values[rows])
-            for layer, rows in rows_of_layer.items()
+            for layer, rows in self._rows_by_layer().items()
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -170,7 +175,7 @@ class Lock:
         path = as_path(path)
         if path.suffix != ".safetensors":
             raise FastlockError(f"{path}: a fastlock lock is a safetensors file; name it {path.stem}.safetensors.")
-        tensors = {name: getattr(self, name) for name in TENSORS}
+        tensors = {name: getattr(self, name) for name in (TENSORS | OPTIONAL) if getattr(self, name) is not None}
         write_atomic(path, lock_file.serialized(tensors, self._metadata()))
 
     @classmethod
@@ -188,21 +193,45 @@ class Lock:
         data = read_bounded(path, lock_file.MAX_FILE_BYTES)
         if safelock.looks_like(data):
             return cls(**safelock.read(data, str(path)), recipe="safetylock", source=str(path))
-        fields, digest = lock_file.read(data, str(path))
+        fields, digests = lock_file.read(data, str(path))
         lock = cls(**fields, source=str(path))
-        if digest not in (None, lock.digest):
-            raise DamagedError(f"{path}: its rows do not match its digest. The file is damaged: download it again.")
+        found = lock._digests()
+        for key, digest in digests.items():
+            if digest != found.get(key):
+                what = "rows do" if key == lock_file.DIGEST else f"{key.removesuffix('_digest')} do"
+                raise DamagedError(f"{path}: its {what} not match its digest. The file is damaged: download it again.")
         return lock
+
+    def _digests(self) -> dict[str, str]:
+        """The digest of the rows, and one for each optional tensor, by their keys in the metadata."""
+        own = {
+            lock_file.digest_key(name): hashlib.sha256(self._ordered_bytes(name)).hexdigest()
+            for name in OPTIONAL
+            if getattr(self, name) is not None
+        }
+        return {lock_file.DIGEST: self.digest} | own
+
+    def _ordered_bytes(self, name: str) -> bytes:
+        """A tensor's rows, sorted by (layer, head), as digests take them."""
+        # Not indexed by torch, which wakes its threads for these few numbers: on busy cores, for milliseconds.
+        return lock_file.little_endian(torch.from_numpy(getattr(self, name).numpy()[self._order()]))
 
     def _metadata(self) -> dict[str, str]:
         """What the file says beside the tensors."""
-        metadata = {"lock_digest": self.digest}
+        metadata = self._digests()
         facts = {name: getattr(self, name) for name in GEOMETRY + PROVENANCE}
         metadata |= {name: str(fact) for name, fact in facts.items() if fact is not None}
         metadata.setdefault("fastlock_version", __version__)
         if self.strength is not None:
             metadata["strength"] = repr(self.strength)
         return metadata
+
+    def _rows_by_layer(self) -> dict[int, list[int]]:
+        """The row numbers of each locked layer; layers, and heads within one, ascending."""
+        rows_of_layer: dict[int, list[int]] = {}
+        for row in self._order().tolist():
+            rows_of_layer.setdefault(int(self.layers[row]), []).append(row)
+        return rows_of_layer
 
     def _order(self) -> npt.NDArray[np.intp]:
         """Row numbers sorted by (layer, head)."""
@@ -341,6 +370,19 @@ def _check_numbers(lock: Lock) -> None:
     _refuse_rows(lock, off_unit, f"has a direction that is not a unit vector. {remedy}")
 
 
+def _check_column_norms(lock: Lock) -> None:
+    if (norms := lock.column_norms) is None:
+        return
+    if norms.shape != lock.directions.shape:
+        raise _unusable(
+            lock,
+            f"`column_norms` is {list(norms.shape)}, but must be [K, head_dim], as `directions` is: "
+            f"{list(lock.directions.shape)}. Save the lock again from its source.",
+        )
+    bad = ~(norms.isfinite() & (norms >= 0)).all(dim=1)
+    _refuse_rows(lock, bad, f"has a column norm that is negative, NaN or infinite. {_REMEDY}")
+
+
 def _check_places(lock: Lock) -> None:
     """No head twice, and every head inside the base."""
     key = lock.layers.long() * 2**31 + lock.heads.long()
@@ -364,4 +406,4 @@ def _refuse_rows(lock: Lock, bad: torch.Tensor, problem: str) -> None:
 
 
 # In this order: the later ones rely on the earlier ones.
-_CHECKS = (_check_shapes, _check_geometry, _check_provenance, _check_numbers, _check_places)
+_CHECKS = (_check_shapes, _check_geometry, _check_provenance, _check_numbers, _check_column_norms, _check_places)

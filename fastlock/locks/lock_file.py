@@ -18,18 +18,23 @@ from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.storage.files import json_object
 
 FORMAT = "fastlock-lock"
-FORMAT_VERSION = "1"
+# A lock with a tensor of `OPTIONAL` is of the second version, any other one of the first.
+FORMAT_VERSIONS = ("1", "2")
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
 
 # The tensors, in the order in which the digest takes them.
 TENSORS = {"layers": torch.int32, "heads": torch.int32, "directions": torch.float32, "scales": torch.float32}
+# Those that a lock may have besides; the digest leaves them out, and each has one of its own in the metadata.
+OPTIONAL = {"column_norms": torch.float32}
+# The key of the metadata that has the digest of the rows.
+DIGEST = "lock_digest"
 # The metadata about the base, and about where the lock comes from.
 GEOMETRY = ("num_layers", "num_heads", "head_dim", "hidden_size")
 PROVENANCE = ("base_model", "recipe", "extraction_digest", "fastlock_version", "calibration")
 
 # The tensors as a file holds them: in the order in which the safetensors library lays them out.
-_STORED = {"directions": "F32", "scales": "F32", "heads": "I32", "layers": "I32"}
+_STORED = {"column_norms": "F32", "directions": "F32", "scales": "F32", "heads": "I32", "layers": "I32"}
 
 
 def little_endian(tensor: torch.Tensor) -> bytes:
@@ -42,12 +47,15 @@ def serialized(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
     """The bytes of a lock's file: the same tensors and metadata give the same bytes, everywhere and always.
 
     Args:
-        tensors: by name, those of `TENSORS`, on the CPU.
+        tensors: by name, those of `TENSORS`, and what there is of `OPTIONAL`, on the CPU.
         metadata: without the format and its version.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}}
+    version = FORMAT_VERSIONS[not tensors.keys().isdisjoint(OPTIONAL)]
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "format_version": version, **metadata}}
     body = b""
     for name, dtype in _STORED.items():
+        if name not in tensors:
+            continue
         offset = len(body)
         body += little_endian(tensors[name])
         header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [offset, len(body)]}
@@ -56,16 +64,16 @@ def serialized(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
     return struct.pack("<Q", len(encoded)) + encoded + body
 
 
-def read(data: bytes, where: str) -> tuple[dict[str, Any], str | None]:
-    """The fields of the `Lock` in a file, and the digest that the file says its rows have.
+def read(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of the `Lock` in a file, and the digests that the file says it has.
 
     Args:
         data: the file's bytes.
         where: the file's name, for messages.
 
     Returns:
-        The four tensors of `TENSORS`, and what there is of geometry (int), provenance (str) and strength (the text
-        of a decimal), by the names of `Lock`'s fields; the digest in hex, None where the file has none.
+        The four tensors of `TENSORS`, and what there is of `OPTIONAL`, of geometry (int), provenance (str) and strength
+        (the text of a decimal), by the names of `Lock`'s fields; the digests in hex, those that the file has, by key.
 
     Raises:
         UnsupportedError: the file is of a newer format.
@@ -74,16 +82,23 @@ def read(data: bytes, where: str) -> tuple[dict[str, Any], str | None]:
     """
     header = _header(data, where)
     metadata = header.pop("__metadata__", None)
-    _check_format(metadata, where)
-    if header.keys() != TENSORS.keys():
+    version = _checked_version(metadata, where)
+    optional = set() if version == FORMAT_VERSIONS[0] else OPTIONAL.keys()
+    if not TENSORS.keys() <= header.keys() <= TENSORS.keys() | optional:
         names = ", ".join(sorted(header))[:200] or "nothing"
         raise DamagedError(
-            f"{where}: a lock holds {', '.join(TENSORS)}; this file holds {names}. It is damaged: download it again."
+            f"{where}: a lock holds {', '.join(TENSORS)}{''.join(f', and may hold {name}' for name in optional)}; this "
+            f"file holds {names}. It is damaged: download it again."
         )
     fields: dict[str, Any] = _tensors(data, where)
     fields |= {name: metadata[name] for name in (*PROVENANCE, "strength") if name in metadata}
     fields |= {name: _integer(metadata[name], name, where) for name in GEOMETRY if name in metadata}
-    return fields, metadata.get("lock_digest")
+    return fields, {name: metadata[name] for name in (DIGEST, *map(digest_key, OPTIONAL)) if name in metadata}
+
+
+def digest_key(name: str) -> str:
+    """The key of the metadata under which an optional tensor has its digest."""
+    return f"{name}_digest"
 
 
 def _header(data: bytes, where: str) -> dict[str, Any]:
@@ -99,17 +114,19 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
         raise _unreadable(where, error) from None
 
 
-def _check_format(metadata: Any, where: str) -> None:
+def _checked_version(metadata: Any, where: str) -> str:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise FastlockError(
             f"{where}: a safetensors file, but not a lock (its metadata lacks format={FORMAT!r}). "
             "Give the lock file, not a checkpoint."
         )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        version = str(metadata.get("format_version"))[:40]
+    version = metadata.get("format_version")
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(repr, FORMAT_VERSIONS))
         raise UnsupportedError(
-            f"{where}: lock format version {version!r}; this fastlock reads {FORMAT_VERSION!r}. Upgrade fastlock."
+            f"{where}: lock format version {str(version)[:40]!r}; this fastlock reads {known}. Upgrade fastlock."
         )
+    return str(version)
 
 
 def _tensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
@@ -117,8 +134,8 @@ def _tensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise _unreadable(where, error) from None
-    for name, dtype in TENSORS.items():
-        if tensors[name].dtype != dtype:
+    for name, dtype in (TENSORS | OPTIONAL).items():
+        if name in tensors and tensors[name].dtype != dtype:
             raise DamagedError(
                 f"{where}: `{name}` is {tensors[name].dtype}, but should be {dtype}. The file is damaged: download it "
                 "again."

@@ -358,7 +358,7 @@ BAD_FILES: dict[str, tuple[dict[str, Any], dict[str, str], list[str]]] = {
     "geometry long": ({}, {"hidden_size": "9" * 9999}, ["`hidden_size` is '999", "positive integer"]),
     "geometry superscript": ({}, {"num_layers": "²"}, ["`num_layers` is", "positive integer"]),
     "other format": ({}, {"format": "pt"}, ["not a lock", "Give the lock file, not a checkpoint"]),
-    "later version": ({}, {"format_version": "2"}, ["format version '2'", "reads '1'", "Upgrade fastlock"]),
+    "later version": ({}, {"format_version": "3"}, ["format version '3'", "reads '1' and '2'", "Upgrade fastlock"]),
     "wrong digest": ({}, {"lock_digest": "0" * 64}, ["do not match its digest", "download it again"]),
     "long provenance": ({}, {"recipe": "x" * 20_000}, ["recipe is longer than 16384 characters"]),
 }
