@@ -5,9 +5,7 @@ The JSON form is specified in docs/receipt-format.md.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,6 +14,7 @@ import torch
 
 from fastlock.errors import FastlockError
 from fastlock.locks.receipt_fields import (
+    biases_in,
     check_ascending,
     check_keys,
     check_version,
@@ -23,6 +22,7 @@ from fastlock.locks.receipt_fields import (
     digest_in,
     digests_in,
     dtype_in,
+    encoded_biases,
     flag_in,
     index_in,
     list_in,
@@ -46,7 +46,6 @@ _KEYS = (
 _SITE_KEYS = "layer name heads had_bias".split()
 _CARRIER_KEYS = "form flag was original_biases".split()
 _OPTIONAL_CARRIER_KEYS = "stacks original_config config_digest set_aside index_digest".split()
-_DECIMAL = re.compile("0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -241,9 +240,7 @@ class CarrierNote:
             "was": self.was,
             "stacks": None if self.stacks is None else list(self.stacks),
             "original_config": self.original_config,
-            "original_biases": {
-                str(layer): base64.b64encode(bias).decode() for layer, bias in sorted(self.original_biases.items())
-            },
+            "original_biases": encoded_biases(self.original_biases),
             "config_digest": self.config_digest,
             "set_aside": None if self.set_aside is None else dict(sorted(self.set_aside.items())),
             "index_digest": self.index_digest,
@@ -269,9 +266,7 @@ class CarrierNote:
                 form=data["form"],
                 flag=text_in(data["flag"]),
                 was=flag_in(data["was"]),
-                original_biases={
-                    _layer(key): _bias(key, text) for key, text in object_in(data["original_biases"]).items()
-                },
+                original_biases=biases_in(data["original_biases"]),
                 stacks=optional(data, "stacks", texts_in),
                 original_config=optional(data, "original_config", object_in),
                 config_digest=optional(data, "config_digest", digest_in),
@@ -326,22 +321,6 @@ def biases_digest(biases: Iterable[torch.Tensor | None]) -> str:
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The numbers of a tensor as they lie in memory, row by row."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _layer(key: Any) -> int:
-    if not isinstance(key, str) or not _DECIMAL.fullmatch(key):
-        raise ValueError(f"{str(key)[:80]!a} where the number of a layer should be")
-    return int(key)
-
-
-def _bias(key: str, text: Any) -> bytes:
-    try:
-        data = base64.b64decode(text_in(text), validate=True)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the original bias of layer {key}: {error}") from None
-    if base64.b64encode(data).decode() != text:
-        raise ValueError(f"the original bias of layer {key} is not as base64 is written")
-    return data
 
 
 def _locked_sites(value: Any) -> tuple[LockedSite, ...]:

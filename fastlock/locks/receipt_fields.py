@@ -5,8 +5,9 @@ A receipt of a checkpoint and one of an adapter have the same kinds of fields.
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from fastlock.locks.lock import check_strength
 
 T = TypeVar("T")
 _DIGEST = re.compile("[0-9a-f]{64}")
+_DECIMAL = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def damaged_receipt(where: str, error: Exception) -> DamagedError:
@@ -118,7 +120,33 @@ def digests_in(value: Any) -> dict[str, str]:
     return {name: digest_in(digest) for name, digest in object_in(value).items()}
 
 
+def encoded_biases(biases: Mapping[int, bytes]) -> dict[str, str]:
+    """Original biases, by layer, as JSON holds them: layers in decimal and ascending, numbers in base64."""
+    return {str(layer): base64.b64encode(bias).decode() for layer, bias in sorted(biases.items())}
+
+
+def biases_in(value: Any) -> dict[int, bytes]:
+    """What `encoded_biases` wrote."""
+    return {_layer(key): _bias(key, text) for key, text in object_in(value).items()}
+
+
 def check_ascending(numbers: Sequence[int], what: str) -> None:
     """Refuse numbers that do not ascend; `what` they are is for the message."""
     if any(after <= before for before, after in pairwise(numbers)):
         raise ValueError(f"its {what} are not in ascending order, each once")
+
+
+def _layer(key: Any) -> int:
+    if not isinstance(key, str) or not _DECIMAL.fullmatch(key):
+        raise ValueError(f"{str(key)[:80]!a} where the number of a layer should be")
+    return int(key)
+
+
+def _bias(key: str, text: Any) -> bytes:
+    try:
+        data = base64.b64decode(text_in(text), validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the original bias of layer {key}: {error}") from None
+    if base64.b64encode(data).decode() != text:
+        raise ValueError(f"the original bias of layer {key} is not as base64 is written")
+    return data
