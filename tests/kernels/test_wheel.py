@@ -14,6 +14,7 @@ from fastlock.kernels.fold import variants
 
 pytest.importorskip("triton")
 
+from fastlock.kernels.adapter_fold.variants import adapter_variants, is_shipped
 from fastlock.kernels.ahead_of_time import cubins, manifest
 from fastlock.kernels.proximal_step.variants import norm_variants, step_variants
 
@@ -61,6 +62,7 @@ with pytest.MonkeyPatch.context() as patch:
 def test_a_wheel_has_the_cubins(source: Path, tmp_path: Path) -> None:
     said = setup(source, "bdist_wheel", "--dist-dir", tmp_path, wanted="90")
     names = [variant.name for variant in variants.variants() if variants.shipped(variant)]
+    names += [variant.name for variant in adapter_variants() if is_shipped(variant)]
     names += [variant.name for variant in (*step_variants(), *norm_variants())]
     assert f"{len(names)} cubins" in said
     (wheel,) = tmp_path.glob("*.whl")
