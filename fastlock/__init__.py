@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlock.checkpoints.adapters.relocking import relock_adapter
     from fastlock.checkpoints.diagnosis import doctor
+    from fastlock.checkpoints.gguf import relock_gguf, unlock_gguf
     from fastlock.checkpoints.relocking import relock_checkpoint
     from fastlock.checkpoints.unlocking import unlock_checkpoint
     from fastlock.errors import DamagedError, FastlockError, FastlockWarning, MismatchError, UnsupportedError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fastlock.finetuning.published_bands import published_bands
     from fastlock.finetuning.safety_layers import locate
     from fastlock.finetuning.trainer_callback import TrainerCallback
+    from fastlock.locks.adapter_receipt import AdapterReceipt
     from fastlock.locks.band import Band
     from fastlock.locks.lock import Lock
     from fastlock.locks.receipt import Receipt
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from fastlock.zoo.run import relock_zoo, verify_zoo
 
 __all__ = [
+    "AdapterReceipt",
     "Alternation",
     "Band",
     "BandPrompts",
@@ -69,7 +73,9 @@ __all__ = [
     "published_bands",
     "rank_heads",
     "relock",
+    "relock_adapter",
     "relock_checkpoint",
+    "relock_gguf",
     "relock_many",
     "relock_zoo",
     "relocked",
@@ -78,13 +84,16 @@ __all__ = [
     "train_lock",
     "unlock",
     "unlock_checkpoint",
+    "unlock_gguf",
     "verify",
     "verify_zoo",
 ]
 
 # Where the names are.
 _MODULES = {
+    "fastlock.checkpoints.adapters.relocking": ("relock_adapter",),
     "fastlock.checkpoints.diagnosis": ("doctor",),
+    "fastlock.checkpoints.gguf": ("relock_gguf", "unlock_gguf"),
     "fastlock.checkpoints.relocking": ("relock_checkpoint",),
     "fastlock.checkpoints.unlocking": ("unlock_checkpoint",),
     "fastlock.errors": (
@@ -104,6 +113,7 @@ _MODULES = {
     "fastlock.finetuning.published_bands": ("published_bands",),
     "fastlock.finetuning.safety_layers": ("locate",),
     "fastlock.finetuning.trainer_callback": ("TrainerCallback",),
+    "fastlock.locks.adapter_receipt": ("AdapterReceipt",),
     "fastlock.locks.band": ("Band",),
     "fastlock.locks.lock": ("Lock",),
     "fastlock.locks.receipt": ("Receipt",),

@@ -1,4 +1,4 @@
-"""The receipt of an adapter: what a relock did to it, in data; a file of its own, since PEFT drops what it does not know.
+"""The receipt of an adapter: what a relock did, in data. It is a file of its own: PEFT drops keys it does not know.
 
 The JSON form is specified in docs/receipt-format.md.
 """

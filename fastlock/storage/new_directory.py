@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
 from fastlock.errors import FastlockError, FastlockWarning
@@ -51,8 +51,13 @@ class NewDirectory:
 
     def write(self, name: str, data: bytes) -> None:
         """A new file, synced."""
+        self.write_parts(name, (data,))
+
+    def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        """A new file, synced, of pieces that need not be in memory together."""
         with self._place(name).open("xb") as file:
-            file.write(data)
+            for data in parts:
+                file.write(data)
             file.flush()
             _settle(file.fileno(), self._mode_of_new(name))
 

@@ -1,0 +1,1 @@
+"""How a lock is brought to an adapter: a file for each carrier, and the table of them."""

@@ -1,0 +1,180 @@
+"""Adapter bias: the lock is in the LoRA itself, as the bias that `lora_bias` gives B: y = W x + c + s (B A x + β).
+
+β gains f / s at each locked layer. PEFT then wants a bias in every module that the adapter targets: zeros elsewhere.
+Where the adapter leaves a locked projection alone, it gains one of rank 1 there that adds nothing but its bias.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastlock.architectures.adapter_stacks import ADAPTER_STACKS, PLAIN_STARTS
+from fastlock.checkpoints.adapters.adapter import ADAPTER_WEIGHTS, plain_path
+from fastlock.checkpoints.adapters.adapter_files import with_tensors
+from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob, Carried, rounded_bias
+from fastlock.checkpoints.adapters.folding import AdapterFold
+from fastlock.checkpoints.tensor_index import StoredTensor
+from fastlock.errors import UnsupportedError, shown
+
+_A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+_PREFIX = "base_model.model."
+# The keys of a config with which PEFT computes something else than B A x, or loads no bias.
+_OTHERWISE = (
+    "use_dora use_qalora use_bdlora alora_invocation_tokens velora_config monteclora_config target_parameters "
+    "layer_replication megatron_config arrow_config"
+).split()
+
+
+def _objection(job: AdapterJob, stack: str) -> str | None:
+    return next(_objections(job, stack), None)
+
+
+def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
+    adapter = job.adapter
+    if not ADAPTER_STACKS[stack].adapter_bias:
+        yield f"{stack} loads no biases of an adapter"
+    if job.base.saved is not None:
+        yield "the base is relocked, and the lock would act twice (fastlock unlock takes it out)"
+    if adapter.method != "LORA":
+        yield f"PEFT has no such bias in the method {shown(adapter.method)[:40]}"
+    if (key := next((key for key in _OTHERWISE if adapter.config.get(key)), None)) is not None:
+        yield f"PEFT has no such bias with {key}"
+    start = adapter.config.get("init_lora_weights", True)
+    if not isinstance(start, bool) and (not isinstance(start, str) or start.lower() not in PLAIN_STARTS):
+        yield f"PEFT has no such bias with init_lora_weights = {str(start)[:40]!a}"
+    if any(name.startswith("lora_embedding_") for parameters in adapter.modules.values() for name in parameters):
+        yield "PEFT has no such bias where an adapter touches embeddings"
+    folds = job.folds()
+    if any(fold.touched and _B not in fold.parameters for fold in folds):
+        yield "the adapter has output projections, or biases, of its own in place of the base's"
+    if (zero := next((fold.layer for fold in folds if fold.scale == 0), None)) is not None:
+        yield f"it scales layer {zero} by 0"
+    if any(not fold.touched for fold in folds) and _layers_path(job) is None:
+        yield "the adapter touches no layer by which the others' names can be told"
+
+
+def _carry(job: AdapterJob, stacks: tuple[str, ...]) -> Carried:
+    adapter = job.adapter
+    keys = {id(tensor): key for key, tensor in adapter.tensors.items()}
+    changed: dict[int, torch.Tensor] = {}
+    added: dict[str, torch.Tensor] = {}
+    carried = Carried([], [], job.base.place, stacks[0])
+    new_paths = []
+    for fold in job.folds(stacks[0]):
+        path = fold.path or _new_path(job, fold)
+        carried.names.append(path)
+        if not fold.touched:
+            new_paths.append(path)
+            bias = _add_projection(fold, path, added, _dtype(job), adapter.where)
+        else:
+            bias = _give_bias(job, fold, keys, changed, added, carried)
+        carried.biases.append(bias)
+    for key, tensor in adapter.tensors.items():
+        if key.endswith(_B) and (bias_key := key.removesuffix("weight") + "bias") not in adapter.tensors:
+            added.setdefault(bias_key, torch.zeros(tensor.shape[0], dtype=_torch_dtype(tensor, key, adapter.where)))
+    weights = with_tensors(adapter.files[ADAPTER_WEIGHTS], changed, added)
+    return Carried(
+        carried.biases,
+        carried.names,
+        job.base.place,
+        stacks[0],
+        _config(adapter.config, [path for path, p in adapter.modules.items() if _B in p], new_paths),
+        weights,
+        original_biases=carried.original_biases,
+    )
+
+
+def _give_bias(
+    job: AdapterJob,
+    fold: AdapterFold,
+    keys: dict[int, str],
+    changed: dict[int, torch.Tensor],
+    added: dict[str, torch.Tensor],
+    carried: Carried,
+) -> torch.Tensor:
+    """β + f / s of a projection that the adapter touches, put among the tensors that change or are new."""
+    stored, scale = fold.parameters[_B], fold.scale
+    if scale is None:
+        raise UnsupportedError(f"{job.adapter.where}: layer {fold.layer} has no scale, so no bias can be scaled by it.")
+    bias, key = fold.bias / scale, keys[id(stored)]
+    before = fold.parameters.get(_BIAS)
+    if before is not None:
+        carried.original_biases[fold.layer] = job.adapter.read(before)
+        bias = bias + carried.original_biases[fold.layer].double()
+        dtype = carried.original_biases[fold.layer].dtype
+    else:
+        dtype = _torch_dtype(stored, key, job.adapter.where)
+    result = rounded_bias(bias, dtype, fold, job.adapter.where)
+    if before is not None:
+        changed[before.start] = result
+    else:
+        added[key.removesuffix("weight") + "bias"] = result
+    return result
+
+
+def _add_projection(
+    fold: AdapterFold, path: str, added: dict[str, torch.Tensor], dtype: torch.dtype, where: str
+) -> torch.Tensor:
+    """A projection of rank 1 and s = 1 that adds its bias alone, put among the tensors that are new; the bias."""
+    width = fold.site.num_heads * fold.site.head_dim
+    bias = rounded_bias(fold.bias, dtype, fold, where)
+    added[f"{_PREFIX}{path}.{_A}"] = torch.zeros(1, width, dtype=dtype)
+    added[f"{_PREFIX}{path}.{_B}"] = torch.zeros(fold.site.hidden_size, 1, dtype=dtype)
+    added[f"{_PREFIX}{path}.{_BIAS}"] = bias
+    return bias
+
+
+def _config(config: dict[str, Any], targets: list[str], new_paths: list[str]) -> dict[str, Any]:
+    """The new adapter_config.json: with biases, and with projections added at new paths."""
+    changed = config | {"lora_bias": True}
+    if not isinstance(config.get("init_lora_weights", True), bool):
+        changed["init_lora_weights"] = True  # PEFT wants it with biases, and replaces what it sets by what it loads
+    if new_paths:  # every module by its whole path, as patterns and lists of layers cannot be added to
+        changed["target_modules"] = [*targets, *new_paths]
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if key in config:
+                changed[key] = None
+        ones = dict.fromkeys(new_paths, 1)
+        changed["rank_pattern"] = ones | (config.get("rank_pattern") or {})
+        changed["alpha_pattern"] = ones | (config.get("alpha_pattern") or {})
+    return changed
+
+
+def _layers_path(job: AdapterJob) -> str | None:
+    """What comes before the number of a layer in the paths that the adapter uses; None if it touches no layer."""
+    checkpoint = job.base.part.checkpoint
+    pattern = re.compile(rf"((?:.*\.)?{checkpoint.family.layers}\.)\d{{1,5}}\.", re.DOTALL)
+    first = pattern.match(plain_path(job.base.part.sites[0].name))
+    for path in job.adapter.modules:
+        found = pattern.match(path)
+        if found and first and plain_path(found[1].rstrip(".")) == plain_path(first[1].rstrip(".")):
+            return found[1]
+    return None
+
+
+def _new_path(job: AdapterJob, fold: AdapterFold) -> str:
+    return f"{_layers_path(job)}{fold.layer}.{job.base.part.checkpoint.family.projection}"
+
+
+def _dtype(job: AdapterJob) -> torch.dtype:
+    """The dtype of what the adapter gains where it has nothing yet: that of the rest."""
+    where = job.adapter.where
+    return next(_torch_dtype(tensor, key, where) for key, tensor in job.adapter.tensors.items() if key.endswith(_B))
+
+
+def _torch_dtype(tensor: StoredTensor, key: str, where: str) -> torch.dtype:
+    if tensor.torch_dtype is None:
+        raise UnsupportedError(
+            f"{where}: {shown(key)[:200]} is {tensor.dtype[:20]!a}, and a bias beside it cannot be. Save the adapter "
+            "in float16, bfloat16 or float32."
+        )
+    return tensor.torch_dtype
+
+
+ADAPTER_BIAS = AdapterCarrier(
+    "adapter bias", _objection, _carry, "Load it with PEFT or transformers, over {base} as it is: it brings its lock."
+)

@@ -1,0 +1,129 @@
+"""What a carrier is: what it is given of an adapter, why it may not fit, and what it makes of the adapter's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastlock.architectures.adapter_stacks import ADAPTER_STACKS
+from fastlock.checkpoints.adapters.adapter import Adapter
+from fastlock.checkpoints.adapters.adapter_files import SplicedFile
+from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, BasePart, fold_adapter
+from fastlock.errors import FastlockError
+from fastlock.kernels.fold.reference import rounded
+from fastlock.locks.receipt import SavedReceipt
+from fastlock.storage.places import Place
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedBase:
+    """The base of adapters, opened once for all of them.
+
+    Attributes:
+        place: its directory or URL.
+        part: W d at every locked layer; its checkpoint is the base as it was before any relock.
+        saved: the base's own receipt, None where it is not relocked.
+    """
+
+    place: Place
+    part: BasePart
+    saved: SavedReceipt | None
+
+    @property
+    def carries_lock(self) -> bool:
+        """Whether the base is relocked with this lock, at this strength."""
+        receipt = None if self.saved is None else self.saved.receipt
+        return receipt is not None and (receipt.lock_digest, receipt.strength) == (
+            self.part.lock.digest,
+            self.part.strength,
+        )
+
+
+class AdapterJob:
+    """An adapter that is to be relocked.
+
+    Attributes:
+        adapter: the adapter, as it was before any relock.
+        base: what it is served over.
+        allowed_gap: how far the base's own fold may be from the adapter's, relative to itself; None for exactly.
+    """
+
+    def __init__(self, adapter: Adapter, base: OpenedBase, allowed_gap: float | None = None) -> None:
+        self.adapter = adapter
+        self.base = base
+        self.allowed_gap = allowed_gap
+        self._folds: dict[str, AdapterFolds] = {}
+
+    def folds(self, stack: str = "transformers") -> AdapterFolds:
+        """The adapter's folds, with s as a stack has it."""
+        scaling = ADAPTER_STACKS[stack].scaling
+        if scaling not in self._folds:
+            part = self.base.part
+            self._folds[scaling] = fold_adapter(
+                self.adapter, part.checkpoint, part.lock, part.strength, scaling, part=part
+            )
+        return self._folds[scaling]
+
+    def touched(self) -> list[int]:
+        """The locked layers whose projection the adapter touches so that the base's own fold is not exact there."""
+        return [fold.layer for fold in self.folds() if not fold.shares_base]
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What a carrier makes of an adapter.
+
+    Attributes:
+        biases: what it wrote for each locked layer, [hidden] each.
+        names: the path of each locked projection, as the adapter names it, or would.
+        stack: whose s the folds have.
+        config: the new adapter_config.json, None where it stays as it is.
+        weights: the new weights, None where they stay as they are.
+        files: further files, by name.
+        original_biases: by layer, the biases that were replaced.
+        base: the base that the adapter is then to be served over.
+    """
+
+    biases: list[torch.Tensor]
+    names: list[str]
+    base: Place
+    stack: str = "transformers"
+    config: dict[str, Any] | None = None
+    weights: SplicedFile | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    original_biases: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterCarrier:
+    """A way to bring a lock to an adapter.
+
+    Attributes:
+        name: what people call it.
+        objection: why it does not keep the lock exactly in one stack, as a clause; None if it does.
+        carry: what it makes of an adapter, for stacks to which there is no objection.
+        advice: what is to be done with the result, in one sentence; `{base}` is the base's place.
+    """
+
+    name: str
+    objection: Callable[[AdapterJob, str], str | None]
+    carry: Callable[[AdapterJob, tuple[str, ...]], Carried] | None
+    advice: str
+
+
+def rounded_bias(bias: torch.Tensor, dtype: torch.dtype, fold: AdapterFold, where: str) -> torch.Tensor:
+    """A bias in the dtype that holds it, rounded once.
+
+    Raises:
+        FastlockError: it is too large for that dtype.
+    """
+    result = rounded(bias, dtype)
+    if not result.isfinite().all():
+        raise FastlockError(
+            f"{where}: the bias of layer {fold.layer} is not finite in {dtype}: the strength is too large for this "
+            "dtype. Lower it."
+        )
+    return result

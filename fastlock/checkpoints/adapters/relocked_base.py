@@ -1,0 +1,79 @@
+"""The base of adapters: opened once for all of them, and relocked once for those whose lock is in the base's biases."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
+from fastlock.checkpoints.adapters.folding import base_part
+from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.relocked import original_files, receipt_in, was_relocked_here
+from fastlock.checkpoints.relocking import relock_checkpoint
+from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.locks.lock import Lock
+from fastlock.locks.receipt import weights_digest
+from fastlock.storage.places import Place, as_place, files_in, is_there
+
+
+def open_base(base: str | os.PathLike[str], lock: Lock, strength: float | None = None) -> OpenedBase:
+    """Open the base of adapters, and compute W d at every locked layer.
+
+    Args:
+        base: its directory or URL. It may be relocked: its weights are read as they are, and its biases as they were.
+        lock, strength: as for `fastlock.relock_checkpoint`.
+
+    Raises:
+        UnsupportedError: transformers saved it from a relocked model, or it is as `fastlock.relock_checkpoint` refuses.
+        FastlockError, and its other kinds: as for `fastlock.relock_checkpoint`.
+    """
+    place = as_place(base)
+    if isinstance(place, Path):
+        place = place.absolute()
+    files, where = files_in(place), str(base)
+    saved = receipt_in(files, where)
+    if saved is not None and not was_relocked_here(files):
+        raise UnsupportedError(
+            f"{where}: was saved by transformers from a relocked model, so its first biases are not at hand. `fastlock "
+            "unlock` it, and give the result. Nothing was written."
+        )
+    checkpoint = Checkpoint(original_files(files, where), where)
+    return OpenedBase(place, base_part(checkpoint, lock, strength), saved)
+
+
+def relocked_base(
+    base: OpenedBase, stacks: tuple[str, ...], given: str | os.PathLike[str] | None, out: Path
+) -> OpenedBase:
+    """The base with the lock in its biases: this one if it is relocked, else a relocked one, made where there is none.
+
+    Args:
+        base: as it was given.
+        stacks: where the lock must act.
+        given: where the relocked base is, or is to be made; by default beside `out`, under the base's name with
+            "-locked" after it.
+        out: where the adapter is to be made.
+
+    Raises:
+        FastlockError: there is something else at that place, or it cannot be written.
+    """
+    if base.carries_lock:
+        if given is not None and as_place(given) != base.place:
+            raise FastlockError(f"{base.place}: is relocked already. Leave out --relocked-base.")
+        return base
+    part = base.part
+    place: Place = out.parent / f"{Path(str(base.place)).name}-locked" if given is None else as_place(given)
+    if isinstance(place, Path):
+        place = place.absolute()
+    if not is_there(place):
+        relock_checkpoint(base.place, part.lock, place, part.strength, stacks=stacks)
+        return replace(base, place=place, saved=receipt_in(files_in(place), str(place)))
+    found = open_base(place, part.lock, part.strength)
+    digests = [weights_digest(of.part.digests[site.layer] for site in part.sites) for of in (base, found)]
+    carried = () if found.saved is None else found.saved.carrier.stacks or ()
+    if not found.carries_lock or digests[0] != digests[1] or not set(stacks) <= set(carried):
+        raise FastlockError(
+            f"{place}: is there, and is not this base relocked with this lock, at strength {part.strength:g}, for "
+            f"{' and '.join(stacks)}. Name another place for the relocked base (--relocked-base DIR)."
+        )
+    return found
