@@ -15,6 +15,7 @@ import torch
 from fastlock.checkpoints.adapters.methods.markers import MARKERS
 from fastlock.checkpoints.checkpoint import StoredSite
 from fastlock.checkpoints.tensor_index import StoredTensor, read_header
+from fastlock.dtypes import FOLDABLE
 from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError, shown
 from fastlock.storage.files import File, parse_object, read_all
 
@@ -22,14 +23,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
-# What one module's parameters may take: as much as a projection of 16,384 by 16,384 in float32.
-MAX_MODULE_BYTES = 2**30
+# What one parameter of a module may take: as much as a projection of 16,384 by 16,384 in float32.
+MAX_TENSOR_BYTES = 2**30
+_WHOLE_NUMBERS = {"BOOL": torch.bool, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
 _PICKLED = "adapter_model.bin"
 # Before every key: the attribute in which a PeftModel holds its tuner, and the one in which that holds the model.
 _PREFIXES = ("base_model.model.", "base_model.")
 # What the classes around a decoder put into the path of its layers, each class and each release in its own way.
 _AROUND_DECODERS = frozenset(("model", "language_model", "text_model", "transformer", "gpt_neox"))
-_AGAIN = "Download the adapter again."
+ADAPTER_AGAIN = "Download the adapter again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,7 @@ class Adapter:
             if plain in paths:
                 raise DamagedError(
                     f"{self.where}: {shown(path)[:200]} and {shown(paths[plain])[:200]} are two paths of one module. "
-                    f"{_AGAIN}"
+                    f"{ADAPTER_AGAIN}"
                 )
             paths[plain] = path
         return paths
@@ -83,21 +85,26 @@ class Adapter:
         path = self.path_of(site)
         return {} if path is None else self.modules[path]
 
-    def read(self, tensor: StoredTensor) -> torch.Tensor:
+    def read(self, tensor: StoredTensor, whole_numbers: bool = False) -> torch.Tensor:
         """A whole tensor, in the dtype of the file, on the CPU.
+
+        Args:
+            tensor: of this adapter.
+            whole_numbers: whether it may hold integers or truth values: indices and masks.
 
         Raises:
             UnsupportedError: fastlock does not read that dtype.
             DamagedError: it is larger than any module's parameter.
         """
-        if (dtype := tensor.torch_dtype) is None:
+        dtype = tensor.torch_dtype or (_WHOLE_NUMBERS.get(tensor.dtype) if whole_numbers else None)
+        if dtype is None:
             raise UnsupportedError(
                 f"{self.where}: a parameter of its output projections is {tensor.dtype[:20]!a}. fastlock reads "
-                "float16, bfloat16, float32 and float64: save the adapter in one of them."
+                f"{FOLDABLE}: save the adapter in one of them."
             )
-        if tensor.length > MAX_MODULE_BYTES:
+        if tensor.length > MAX_TENSOR_BYTES:
             raise DamagedError(
-                f"{self.where}: a parameter of {tensor.length >> 20} MiB, and no module has one. {_AGAIN}"
+                f"{self.where}: a parameter of {tensor.length >> 20} MiB, and no module has one. {ADAPTER_AGAIN}"
             )
         if tensor.length == 0:
             return torch.empty(tensor.shape, dtype=dtype, device="cpu")
@@ -130,12 +137,12 @@ def open_adapter(files: Mapping[str, File], where: str) -> Adapter:
     if ADAPTER_WEIGHTS not in files:
         raise _no_weights(files, where)
     place = f"{where}/{ADAPTER_CONFIG}"
-    config = parse_object(read_all(files[ADAPTER_CONFIG], place, MAX_CONFIG_BYTES), place, _AGAIN)
+    config = parse_object(read_all(files[ADAPTER_CONFIG], place, MAX_CONFIG_BYTES), place, ADAPTER_AGAIN)
     method, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if not isinstance(method, str) or not method:
-        raise DamagedError(f"{place}: has no peft_type. {_AGAIN}")
+        raise DamagedError(f"{place}: has no peft_type. {ADAPTER_AGAIN}")
     if not isinstance(base, str | None):
-        raise DamagedError(f"{place}: its base_model_name_or_path is not text. {_AGAIN}")
+        raise DamagedError(f"{place}: its base_model_name_or_path is not text. {ADAPTER_AGAIN}")
     tensors = read_header(files[ADAPTER_WEIGHTS], ADAPTER_WEIGHTS, where)
     return Adapter(
         where, files, config, method.upper(), base, tensors, _modules(tensors, MARKERS.get(method.upper(), ()), where)
@@ -165,7 +172,7 @@ def _split(key: str, markers: tuple[str, ...], where: str) -> tuple[str, str]:
             return "", key
         raise DamagedError(
             f"{where}: {shown(key)[:200]} is not named as PEFT names the tensors of an adapter, and no loader finds "
-            f"it. {_AGAIN}"
+            f"it. {ADAPTER_AGAIN}"
         )
     starts = [at for marker in markers if (at := f".{name}".find(f".{marker}")) >= 0]
     if starts:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from fastlock.checkpoints.adapters.adapter import Adapter, no_such_module, plain_path
-from fastlock.checkpoints.adapters.methods.method import SCALINGS, Action, AdaptedSite, Effect, Method, Scaling
-from fastlock.checkpoints.adapters.methods.table import METHODS
+from fastlock.checkpoints.adapters.methods.lora_kinds import check_whole_adapter
+from fastlock.checkpoints.adapters.methods.method import SCALINGS, Action, AdaptedSite, Effect, Scaling
+from fastlock.checkpoints.adapters.methods.own_weight import OWN_BIASES, OWN_WEIGHT, own_weight
+from fastlock.checkpoints.adapters.methods.table import check_method, method_at
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.tensor_index import StoredTensor
-from fastlock.errors import DamagedError, FastlockError, UnsupportedError, shown
-from fastlock.kernels.fold.reference import exact_fold
+from fastlock.errors import DamagedError, FastlockError, shown
+from fastlock.kernels.fold.reference import HeadColumns, exact_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 
 
@@ -45,19 +47,32 @@ class BasePart:
     digests: dict[int, bytes]
 
     @cached_property
-    def modules(self) -> frozenset[str]:
-        """Every module that holds a tensor, and those around them, by `plain_path`."""
-        found: set[str] = set()
-        for name in self.checkpoint.shards.tensors:
-            path = plain_path(name)
-            while path and (path := path.rpartition(".")[0]) and path not in found:
-                found.add(path)
-        return frozenset(found | {"lm_head"})
+    def modules(self) -> dict[str, tuple[int, ...] | None]:
+        """Every module, and those around them, by `plain_path`: the shape of its weight, None where it has none."""
+        found: dict[str, tuple[int, ...] | None] = {"lm_head": None}
+        for name, tensor in self.checkpoint.shards.tensors.items():
+            path, _, last = plain_path(name).rpartition(".")
+            if last == "weight":
+                found[path] = tensor.shape
+            while path and path not in found:
+                found[path] = None
+                path = path.rpartition(".")[0]
+        return found
+
+    def columns(self, site: StoredSite) -> HeadColumns:
+        """The locked columns of W of one site: read anew at each call."""
+        return self.checkpoint.read_columns(site, self.displacements[site.layer].heads).columns
 
     def whole_weight(self, site: StoredSite) -> torch.Tensor:
         """W of one site, [hidden, num_heads * head_dim] float64: read anew at each call."""
-        columns = self.checkpoint.read_columns(site, range(site.num_heads)).columns
-        return columns.matrix.double()
+        return self.checkpoint.read_columns(site, range(site.num_heads)).columns.matrix.double()
+
+    def largest(self, adapter: Adapter, site: StoredSite) -> tuple[int, int]:
+        """The longest output and the longest input of the modules that an adapter adapts, in this site's layout."""
+        shapes = [self.modules.get(plain) for plain in adapter.paths if plain]
+        known = [shape for shape in shapes if shape is not None and len(shape) == 2]
+        rows, columns = (max((shape[i] for shape in known), default=0) for i in range(2))
+        return (columns, rows) if site.transposed else (rows, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +218,8 @@ def fold_adapter(
     if scaling not in SCALINGS:
         raise FastlockError(f"scaling is {scaling!r}; it must be one of {', '.join(map(repr, SCALINGS))}.")
     part = base_part(base, lock, strength) if part is None else part
+    check_method(adapter)
+    check_whole_adapter(adapter.config, adapter.where)
     _check_modules(adapter, part)
     return AdapterFolds(adapter, part, scaling, tuple(_fold_at(adapter, part, site, scaling) for site in part.sites))
 
@@ -219,14 +236,16 @@ def adapted_site(adapter: Adapter, part: BasePart, site: StoredSite, scaling: Sc
         adapter.modules[path],
         part.displacements[site.layer],
         part.products[site.layer],
+        lambda: part.columns(site),
         lambda: part.whole_weight(site),
+        lambda: part.largest(adapter, site),
         scaling,
     )
 
 
 def _fold_at(adapter: Adapter, part: BasePart, site: StoredSite, scaling: Scaling) -> AdapterFold:
     at, product = adapted_site(adapter, part, site, scaling), part.products[site.layer]
-    effect = Effect(product, "untouched", None, None, ()) if at is None else _method(adapter)(at)
+    effect = Effect(product, "untouched", None, None, ()) if at is None else _effect(at)
     if not effect.shift.isfinite().all():
         raise DamagedError(
             f"{adapter.where}: its fold in layer {site.layer} is not finite: its tensors hold NaN or infinite numbers. "
@@ -250,14 +269,18 @@ def _fold_at(adapter: Adapter, part: BasePart, site: StoredSite, scaling: Scalin
     )
 
 
-def _method(adapter: Adapter) -> Method:
-    method = METHODS.get(adapter.method)
-    if method is None:
-        raise UnsupportedError(
-            f"{adapter.where}: is of the method {adapter.method[:40]!a}, which fastlock does not fold. Merge it into "
-            "its base (merge_and_unload, save_pretrained), and relock the result."
-        )
-    return method
+def _effect(at: AdaptedSite) -> Effect:
+    """What an adapter does at a projection of which it stores something.
+
+    A bias of the base that the adapter holds itself (`bias: "all"`) takes the place of the base's, a lock in it too.
+    """
+    parameters = {name: tensor for name, tensor in at.parameters.items() if name not in OWN_BIASES}
+    if not parameters:
+        return Effect(at.base_part, "replaced", None, None, ())
+    if OWN_WEIGHT in parameters:
+        return own_weight(at)
+    effect = method_at(at.adapter, at.path)(replace(at, parameters=parameters))
+    return effect if len(parameters) == len(at.parameters) else replace(effect, action="replaced")
 
 
 def _check_modules(adapter: Adapter, part: BasePart) -> None:

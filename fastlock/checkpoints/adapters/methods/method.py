@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fastlock.checkpoints.adapters.adapter import Adapter
+from fastlock.checkpoints.adapters.adapter import ADAPTER_AGAIN, Adapter
 from fastlock.checkpoints.checkpoint import StoredSite
 from fastlock.checkpoints.tensor_index import StoredTensor
+from fastlock.errors import DamagedError, MismatchError, UnsupportedError
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Displacement
 
 # How a stack scales a LoRA: PEFT's rule, which transformers and vLLM follow; α / r of the config, whatever else it
@@ -34,7 +36,9 @@ class AdaptedSite:
         parameters: what the adapter stores of it, by what PEFT calls the parameter.
         displacement: of the lock, in this layer.
         base_part: W d, [hidden] float64.
+        columns: reads the locked columns of W.
         whole_weight: reads W, [hidden, num_heads * head_dim] float64.
+        largest: the longest output and the longest input of all modules that the adapter adapts.
         scaling: the scale rule to follow.
     """
 
@@ -44,7 +48,9 @@ class AdaptedSite:
     parameters: Mapping[str, StoredTensor]
     displacement: Displacement
     base_part: torch.Tensor
+    columns: Callable[[], HeadColumns]
     whole_weight: Callable[[], torch.Tensor]
+    largest: Callable[[], tuple[int, int]]
     scaling: Scaling
 
     @property
@@ -79,3 +85,57 @@ class Effect:
 
 # How a method shifts an output.
 Method = Callable[[AdaptedSite], Effect]
+
+
+def stored(at: AdaptedSite, name: str, shape: Sequence[int]) -> torch.Tensor:
+    """One of the adapter's parameters at this projection, in the dtype of the file.
+
+    Raises:
+        DamagedError: it is not there, or its shape is none that any projection has.
+        MismatchError: its shape is that of another projection.
+        UnsupportedError: fastlock does not read its dtype.
+    """
+    return stored_as_any(at, name, (tuple(shape),))
+
+
+def stored_as_any(at: AdaptedSite, name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """As `stored`, where a parameter may have one of several shapes."""
+    tensor = at.parameters.get(name)
+    if tensor is None:
+        raise damaged(at, f"has no {name}")
+    if tensor.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise MismatchError(
+            f"{at.where}: {name} is {list(tensor.shape)}, and over this base it is {expected}. Give the base that the "
+            "adapter was trained on, or download the adapter again."
+        )
+    return at.adapter.read(tensor)
+
+
+def damaged(at: AdaptedSite, problem: str) -> DamagedError:
+    """The error that says what is wrong with the adapter here."""
+    return DamagedError(f"{at.where}: {problem}. {ADAPTER_AGAIN}")
+
+
+def number(value: Any, at: AdaptedSite) -> float:
+    """A number of the adapter's config.
+
+    Raises:
+        DamagedError: it is none, or none that a float holds exactly.
+    """
+    if type(value) not in (int, float) or not abs(value) < 2**53:
+        raise damaged(at, f"its config gives {str(value)[:40]!a} for a number")
+    return float(value)
+
+
+def check_only_peft(at: AdaptedSite) -> None:
+    """Refuse the scale rules of stacks that do not serve a method.
+
+    Raises:
+        UnsupportedError: another than PEFT's is asked for.
+    """
+    if at.scaling != "peft":
+        raise UnsupportedError(
+            f"{at.where}: is of the method {at.adapter.method}, which only PEFT and transformers serve. Fold it for "
+            "them, or merge it into its base and relock the result."
+        )
