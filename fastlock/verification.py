@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
+from fastlock.checkpoints import gguf
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.layout import bypass
@@ -144,7 +145,7 @@ def verify(
     as they are after training with the band frozen. Headers are read and the band's bytes digested; no model is loaded.
 
     Args:
-        model_or_directory: a model in memory, or a checkpoint's directory or URL; with a band, the latter.
+        model_or_directory: a model in memory, a checkpoint's directory or URL, or a GGUF file; with a band, the second.
         lock: the lock.
         base: the directory or URL of the checkpoint that the band is compared with.
         band: the layers.
@@ -165,6 +166,8 @@ def verify(
     check_lock(lock)
     if isinstance(model_or_directory, nn.Module):
         return _verify_model(unwrapped(model_or_directory), lock)
+    if gguf.is_gguf(model_or_directory):
+        return _verify_gguf(model_or_directory, lock)
     return _verify_checkpoint(model_or_directory, lock)
 
 
@@ -230,6 +233,29 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
     checkpoint.check_unchanged()
     receipt = None if saved is None else saved.receipt
     return _judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
+
+
+def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
+    place = gguf.local_path(path)
+    model = gguf.GgufModel(gguf.open_parts(place), str(place))
+    saved = gguf.receipt_of_parts(model.parts, model.where)
+    unit = lock.displacement(1.0)
+
+    def evidence_at(site: gguf.GgufSite) -> _Evidence:
+        of_layer = unit[site.layer]
+        columns = model.read_columns(site, of_layer.heads).columns
+        return _evidence(site.layer, columns, of_layer.values, model.read_bias(site), torch.float32)
+
+    evidence = in_threads(evidence_at, model.sites_for(lock))
+
+    def problem(_: Receipt) -> str | None:
+        return None if saved is None else gguf.change_since(model, saved)
+
+    def originals(_: Receipt) -> dict[int, torch.Tensor | None]:
+        return {} if saved is None else gguf.original_biases(model, saved)
+
+    model.check_unchanged()
+    return _judge(evidence, lock, None if saved is None else saved.saved.receipt, originals, problem)
 
 
 def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks, named_architecture, needs, why_lost
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.gguf import gguf_state, is_gguf
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
 from fastlock.errors import UnsupportedError, shown
@@ -36,14 +37,15 @@ class Finding:
         return asdict(self)
 
 
-def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_STACKS) -> list[Finding]:
+def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] | None = None) -> list[Finding]:
     """What each stack makes of a checkpoint's lock; if it has none, how it would be carried there.
 
     No weights are read: whether the biases are right is for `verify` to say.
 
     Args:
-        directory: the checkpoint's directory or URL.
-        stacks: the serving stacks to look at, of "transformers", "vllm", "sglang" and "llama.cpp".
+        directory: the checkpoint's directory or URL, or a GGUF file.
+        stacks: the serving stacks to look at, of "transformers", "vllm", "sglang" and "llama.cpp"; by default the first
+            two, of a GGUF the last.
 
     Returns:
         A finding for each stack.
@@ -53,6 +55,9 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_ST
         DamagedError: the checkpoint is damaged.
         FastlockError: a stack is unknown, or the checkpoint cannot be read.
     """
+    if is_gguf(directory):
+        return [_of_gguf(directory, stack) for stack in check_stacks(("llama.cpp",) if stacks is None else stacks)]
+    stacks = DEFAULT_STACKS if stacks is None else stacks
     files, where = files_in(as_place(directory)), str(directory)
     saved = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
@@ -60,6 +65,11 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] = DEFAULT_ST
         _of_unlocked(checkpoint, stack) if saved is None else _of_relocked(checkpoint, saved.receipt, stack)
         for stack in check_stacks(stacks)
     ]
+
+
+def _of_gguf(path: str | os.PathLike[str], stack: str) -> Finding:
+    state = gguf_state(path, stack)
+    return Finding(stack, state.acts, state.reason)
 
 
 def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:

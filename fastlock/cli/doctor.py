@@ -9,14 +9,14 @@ from fastlock.cli.output import print_json, say
 
 def _doctor(checkpoint: str | None, stacks: list[str] | None, as_json: bool) -> int:
     if checkpoint is not None:
-        return _examine(checkpoint, stack_names(stacks), as_json)
+        return _examine(checkpoint, stack_names(stacks) if stacks else None, as_json)
     if stacks:
         raise ArgumentsError("--for is about a checkpoint. Name one, or leave --for out.")
     _show_launch_paths(as_json)
     return DONE
 
 
-def _examine(checkpoint: str, stacks: tuple[str, ...], as_json: bool) -> int:
+def _examine(checkpoint: str, stacks: tuple[str, ...] | None, as_json: bool) -> int:
     from fastlock.checkpoints.diagnosis import doctor
 
     findings = doctor(checkpoint, stacks)
@@ -46,7 +46,12 @@ COMMAND = Command(
     "Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not. "
     "Without a checkpoint: what folds on each of this machine's devices, and why.",
     (
-        option("checkpoint", metavar="CHECKPOINT", nargs="?", help="A checkpoint's directory or URL. Default: none."),
+        option(
+            "checkpoint",
+            metavar="CHECKPOINT",
+            nargs="?",
+            help="A checkpoint's directory or URL, or a GGUF file. Default: none.",
+        ),
         FOR,
         JSON,
     ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, STACKS
 from fastlock.cli.commands import ArgumentsError, Option, option
 from fastlock.cli.output import confirmed
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def at_least(low: int) -> Callable[[str], int]:
 CHECKPOINT = option(
     "checkpoint",
     metavar="CHECKPOINT",
-    help="A checkpoint's directory (config.json and *.safetensors), or its URL: s3://bucket/model.",
+    help="A checkpoint's directory (config.json and *.safetensors), its URL (s3://bucket/model), or a GGUF file.",
 )
 BASE = option("base", type=path, metavar="BASE", help="The aligned base model's directory.")
 LOCK_OUT = option("--out", type=path, metavar="FILE", required=True, help="The lock to write, a .safetensors file.")
@@ -66,7 +66,9 @@ FOR = option(
     help=f"A serving stack in which the lock must act: {', '.join(STACKS)}. May be repeated, or name several, with "
     f"commas between them. Default: {', '.join(DEFAULT_STACKS)}.",
 )
-OUT = option("--out", metavar="DIR", help="The directory or URL to create; nothing may be there yet.")
+OUT = option(
+    "--out", metavar="DIR", help="The directory or URL to create, of a GGUF the file; nothing may be there yet."
+)
 COPY = option("--copy", action="store_true", help="Copy the weights, too, instead of linking them.")
 IN_PLACE = option(
     "--in-place",
@@ -107,6 +109,17 @@ def target(checkpoint: str, out: str | None, in_place: bool, yes: bool) -> str:
     if not yes and not confirmed(f"Change {checkpoint} itself?"):
         raise ArgumentsError("--in-place was not confirmed; nothing was changed. --yes confirms without asking.")
     return checkpoint
+
+
+def check_gguf_options(checkpoint: str, in_place: bool, stacks: Sequence[str] | None = None) -> None:
+    """Refuse what cannot be done with a GGUF: another stack than llama.cpp, and changing the file itself."""
+    if stacks and set(stack_names(stacks)) != {"llama.cpp"}:
+        raise UnsupportedError(
+            f"{checkpoint}: is a GGUF, in which a lock acts in llama.cpp alone. Leave --for out, or relock the "
+            "checkpoint that it was converted from."
+        )
+    if in_place:
+        raise FastlockError(f"{checkpoint}: a GGUF is not changed in place. Give --out FILE, a new file.")
 
 
 def check_lock_file(out: Path) -> None:

@@ -6,7 +6,20 @@ import time
 from typing import TYPE_CHECKING
 
 from fastlock.cli.commands import Command
-from fastlock.cli.options import CHECKPOINT, COPY, FOR, IN_PLACE, JSON, LOCK, OUT, STRENGTH, YES, stack_names, target
+from fastlock.cli.options import (
+    CHECKPOINT,
+    COPY,
+    FOR,
+    IN_PLACE,
+    JSON,
+    LOCK,
+    OUT,
+    STRENGTH,
+    YES,
+    check_gguf_options,
+    stack_names,
+    target,
+)
 from fastlock.cli.output import print_json, say, spinner
 
 if TYPE_CHECKING:
@@ -25,15 +38,20 @@ def _relock(
     as_json: bool,
 ) -> None:
     destination = target(checkpoint, out, in_place, yes)
+    from fastlock.checkpoints.gguf import is_gguf, relock_gguf
     from fastlock.checkpoints.relocking import relock_checkpoint
     from fastlock.locks.lock import Lock
 
     loaded = Lock.load(lock)
     start = time.perf_counter()
     with spinner(f"relocking {checkpoint}", as_json):
-        receipt = relock_checkpoint(
-            checkpoint, loaded, destination, strength, stacks=stack_names(stacks), copy=copy, in_place=in_place
-        )
+        if is_gguf(checkpoint):
+            check_gguf_options(checkpoint, in_place, stacks)
+            receipt = relock_gguf(checkpoint, loaded, destination, strength, copy=copy)
+        else:
+            receipt = relock_checkpoint(
+                checkpoint, loaded, destination, strength, stacks=stack_names(stacks), copy=copy, in_place=in_place
+            )
     if as_json:
         print_json({"out": destination, "receipt": receipt.to_dict()})
     else:

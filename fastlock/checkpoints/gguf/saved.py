@@ -1,0 +1,100 @@
+"""What a relocked GGUF says of itself, in a metadata entry of its own: the receipt, and what its files were before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastlock.checkpoints.gguf.parts import GgufPart
+from fastlock.errors import DamagedError
+from fastlock.locks.receipt import SavedReceipt
+from fastlock.storage.files import parse_object
+
+RECEIPT_KEY = "fastlock.receipt"
+_FILES = "files"
+_DIGEST = re.compile("[0-9a-f]{64}")
+_RELOCK_AGAIN = "Relock the original GGUF again."
+
+
+@dataclass(frozen=True)
+class OriginalFile:
+    """One file as it was before it was relocked.
+
+    Attributes:
+        head_length: how many bytes came before its data.
+        head_digest: their SHA-256, hex.
+        data_length: how many bytes of data it had.
+    """
+
+    head_length: int
+    head_digest: str
+    data_length: int
+
+    @classmethod
+    def of(cls, part: GgufPart) -> OriginalFile:
+        """That of a file that is not relocked."""
+        return cls(len(part.head), hashlib.sha256(part.head).hexdigest(), part.data_length)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> OriginalFile:
+        """What `to_dict` wrote, out of a file that may have been changed since.
+
+        Raises:
+            DamagedError: it is not that.
+        """
+        names = {"head_length", "head_digest", "data_length"}
+        if not isinstance(data, Mapping) or data.keys() != names:
+            raise _damaged(where)
+        lengths = (data["head_length"], data["data_length"])
+        if any(type(length) is not int or length < 0 for length in lengths):
+            raise _damaged(where)
+        if not isinstance(data["head_digest"], str) or not _DIGEST.fullmatch(data["head_digest"]):
+            raise _damaged(where)
+        return cls(data["head_length"], data["head_digest"], data["data_length"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data that JSON can hold."""
+        return {"head_length": self.head_length, "head_digest": self.head_digest, "data_length": self.data_length}
+
+
+@dataclass(frozen=True)
+class GgufReceipt:
+    """What the metadata entry holds.
+
+    Attributes:
+        saved: the receipt, and the biases that were there before.
+        files: each file of the model as it was before.
+    """
+
+    saved: SavedReceipt
+    files: tuple[OriginalFile, ...]
+
+    def to_json(self) -> str:
+        """As it is written: the same receipt gives the same text, in ASCII."""
+        return json.dumps(self.saved.to_dict() | {_FILES: [file.to_dict() for file in self.files]})
+
+
+def receipt_of_parts(parts: list[GgufPart], where: str) -> GgufReceipt | None:
+    """The receipt in a model's first file, None where it has none.
+
+    Raises:
+        UnsupportedError: it is of a newer format.
+        DamagedError: it is damaged.
+    """
+    text = parts[0].header.text(RECEIPT_KEY)
+    if text is None:
+        return None
+    data = parse_object(text.encode(), f"{where}: {RECEIPT_KEY}", _RELOCK_AGAIN)
+    files = data.pop(_FILES, None)
+    if not isinstance(files, list) or len(files) != len(parts):
+        raise _damaged(where)
+    saved = SavedReceipt.from_dict(data, where)
+    return GgufReceipt(saved, tuple(OriginalFile.from_dict(file, where) for file in files))
+
+
+def _damaged(where: str) -> DamagedError:
+    return DamagedError(f"{where}: the receipt is damaged ({_FILES}). {_RELOCK_AGAIN}")
