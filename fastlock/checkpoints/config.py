@@ -22,8 +22,14 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is not a JSON object.
+        UnsupportedError: there is an adapter instead.
         FastlockError: there is none.
     """
+    if CONFIG not in files and "adapter_config.json" in files:
+        raise UnsupportedError(
+            f"{where}: holds an adapter, and no model. Give the base that it is served over, too: fastlock relock "
+            "ADAPTER --base BASE (in Python, fastlock.relock_adapter)."
+        )
     if CONFIG not in files:
         raise holds_no_config(where)
     return parse_object(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")

@@ -142,7 +142,8 @@ def _no_safetensors(files: Collection[str], where: str) -> FastlockError:
         )
     if "adapter_config.json" in files:
         return UnsupportedError(
-            f"{where}: holds an adapter. Merge it first (merge_and_unload, save_pretrained), then relock."
+            f"{where}: holds an adapter, and no model. Give the base that it is served over, too: fastlock relock "
+            "ADAPTER --base BASE (in Python, fastlock.relock_adapter)."
         )
     return FastlockError(f"{where}: holds neither {SINGLE} nor {INDEX}. Give a checkpoint's directory.")
 

@@ -1,9 +1,11 @@
-"""The way back: a relocked checkpoint as it was before, every file byte for byte."""
+"""The way back: a relocked checkpoint or adapter as it was before, every file byte for byte."""
 
 from __future__ import annotations
 
 import os
 
+from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
+from fastlock.checkpoints.adapters.unlocking import check_not_in_place, unlock_adapter
 from fastlock.checkpoints.relocked import carry, original_files, was_relocked_here
 from fastlock.checkpoints.resaved import unlock_saved
 from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
@@ -15,7 +17,8 @@ def unlock_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
 
     Under their own names, links to weights would be written through by whoever saves a model there: they are copied
     (shared blocks where the file system has them); in place, they are moved. A checkpoint that transformers saved from
-    a relocked model comes back tensor for tensor, bit for bit.
+    a relocked model comes back tensor for tensor, bit for bit. A relocked adapter comes back byte for byte, too; it is not
+    changed in place.
 
     Args:
         source, out, in_place: as for `relock_checkpoint`.
@@ -30,6 +33,10 @@ def unlock_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
     source, out = check_paths(source, out, in_place)
     with locked_in_place(out, in_place):
         files = files_in(source)
+        if holds_adapter_only(files):
+            check_not_in_place(source, in_place)
+            unlock_adapter(dict(files), source, out)
+            return
         if not was_relocked_here(files):
             unlock_saved(source, out, in_place)
             return

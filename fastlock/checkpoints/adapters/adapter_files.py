@@ -57,6 +57,12 @@ def header_of(file: File) -> bytes:
     return file.read(0, 8 + int.from_bytes(file.read(0, 8), "little"))
 
 
+def data_of(file: File, start: int, end: int) -> Iterator[bytes]:
+    """A range of a file, piece by piece."""
+    for first in range(start, end, _BLOCK_BYTES):
+        yield file.read(first, min(_BLOCK_BYTES, end - first))
+
+
 class SplicedFile:
     """Bytes, then a range of a file, then further bytes: a `File` that was never written. Attributes: as of `File`."""
 
@@ -89,8 +95,7 @@ class SplicedFile:
 
     def parts(self) -> Iterator[bytes]:
         """The whole, piece by piece."""
-        for first in range(0, self.size, _BLOCK_BYTES):
-            yield self.read(first, min(_BLOCK_BYTES, self.size - first))
+        yield from data_of(self, 0, self.size)
 
     def patched(self, patches: Patches) -> SplicedFile:
         """The same with other bytes at some offsets."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fastlock.architectures.adapter_stacks import ADAPTER_STACKS
@@ -25,17 +27,19 @@ from fastlock.checkpoints.adapters.adapter_files import (
 from fastlock.checkpoints.adapters.carriers.base_bias import BASE_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob, Carried, OpenedBase
 from fastlock.checkpoints.adapters.carriers.table import choose_adapter_carrier
+from fastlock.checkpoints.adapters.merging import write_merged
 from fastlock.checkpoints.adapters.relocked import digest_of_adapter_file, original_adapter_files
 from fastlock.checkpoints.adapters.relocked_base import open_base, relocked_base
 from fastlock.checkpoints.adapters.unlocking import local_only, put
 from fastlock.checkpoints.layout import MAX_COPIED_BYTES
+from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.dtypes import torch_name
 from fastlock.errors import FastlockError
 from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT, AdapterBase, AdapterReceipt, AdapterSite
 from fastlock.locks.lock import Lock, check_lock
 from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
 from fastlock.storage.files import InMemoryFile, read_all
-from fastlock.storage.new_directory import NewDirectory, check_paths, create_local_directory
+from fastlock.storage.new_directory import NewDirectory, check_absent, check_paths, create_local_directory
 from fastlock.storage.places import Place, files_in
 
 
@@ -64,8 +68,9 @@ def relock_adapter(
     """Relock a PEFT adapter into a new directory: what the lock does to the adapted model, exactly, over its base.
 
     The first carrier that is exact in all of the stacks brings it: a base relocked once for all adapters that leave the
-    locked projections alone; a bias in the adapter itself (transformers, PEFT). docs/adapters.md tells them apart. An
-    adapter that is relocked already gets this lock instead of the earlier one.
+    locked projections alone; a bias in the adapter itself (transformers, PEFT); else the adapter is merged into its
+    base, if that is not quantised, and the result is relocked: a whole checkpoint. docs/adapters.md tells them apart.
+    An adapter that is relocked already gets this lock instead of the earlier one.
 
     Args:
         adapter: the adapter's directory or URL, which is only read.
@@ -74,7 +79,7 @@ def relock_adapter(
         out: the directory to make; it must not exist yet.
         strength: the paper's α, 0 or more; by default as for `fastlock.relock`.
         stacks: the serving stacks in which the lock must act, of "transformers", "vllm", "sglang" and "llama.cpp".
-        carrier: the carrier, "base bias", "adapter bias" or "sidecar", instead of the first that fits.
+        carrier: the carrier, "base bias", "adapter bias", "merge" or "sidecar", instead of the first that fits.
         gap: lets the base's own fold serve an adapter for which it is only nearly exact: how far it may be off in each
             layer, ‖f − W d‖ / ‖W d‖. How far it is, is in the receipt.
         relocked_base: where the base with the lock in its biases is, or is to be made, if the carrier needs it; by
@@ -120,7 +125,7 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
         locked = relocked_base(base, settings.stacks, settings.relocked_base, target)
         job = AdapterJob(job.adapter, locked, settings.gap)
     if carrier.carry is None:
-        raise FastlockError(f"{where}: {carrier.name} writes no adapter.")
+        return _relock_merged(job, carrier, target, settings)
     carried = carrier.carry(job, settings.stacks)
     receipt = _receipt(job, carrier, carried, settings)
     with create_local_directory(target, source, in_place=False) as new:
@@ -128,6 +133,24 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
         job.adapter.check_unchanged()
         base.part.checkpoint.check_unchanged()
     return receipt
+
+
+def _relock_merged(job: AdapterJob, carrier: AdapterCarrier, out: Path, settings: AdapterSettings) -> AdapterReceipt:
+    """Merge an adapter into its base, and relock that: it is made beside `out`, and moved there once it is whole."""
+    part, merged = job.base.part, out.with_name(f".{out.name}.merged")
+    write_merged(job.adapter, part.checkpoint, job.base.place, merged)
+    try:
+        receipt = relock_checkpoint(merged, part.lock, merged, part.strength, stacks=settings.stacks, in_place=True)
+        check_absent(out)
+        merged.rename(out)
+    except OSError as error:
+        raise FastlockError(f"{out}: cannot be written ({error}); nothing was changed.") from None
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+    folds = job.folds()
+    biases = [fold.bias.to(fold.site.dtype) for fold in folds]  # of which only the dtype is told
+    carried = Carried(biases, [fold.path or fold.site.name for fold in folds], job.base.place)
+    return replace(_receipt(job, carrier, carried, settings), biases_digest=receipt.biases_digest)
 
 
 def _checked_gap(gap: Any) -> float | None:

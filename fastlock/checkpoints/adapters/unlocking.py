@@ -44,6 +44,16 @@ def put(new: NewDirectory, name: str, file: Any, copy: bool) -> None:
         carry(new, name, file, copy)
 
 
+def check_not_in_place(adapter: Place, in_place: bool) -> None:
+    """Refuse to change an adapter itself.
+
+    Raises:
+        FastlockError: that is asked for.
+    """
+    if in_place:
+        raise FastlockError(f"{adapter}: an adapter is not changed in place. Give --out DIR, a new directory.")
+
+
 def local_only(out: Place) -> Any:
     """The path to make an adapter at.
 

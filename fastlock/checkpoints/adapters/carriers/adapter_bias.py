@@ -20,7 +20,7 @@ from fastlock.checkpoints.adapters.folding import AdapterFold
 from fastlock.checkpoints.tensor_index import StoredTensor
 from fastlock.errors import UnsupportedError, shown
 
-_A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+_A, _B, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _PREFIX = "base_model.model."
 # The keys of a config with which PEFT computes something else than B A x, or loads no bias.
 _OTHERWISE = (
@@ -101,7 +101,7 @@ def _give_bias(
     if scale is None:
         raise UnsupportedError(f"{job.adapter.where}: layer {fold.layer} has no scale, so no bias can be scaled by it.")
     bias, key = fold.bias / scale, keys[id(stored)]
-    before = fold.parameters.get(_BIAS)
+    before = fold.parameters.get(LORA_BIAS)
     if before is not None:
         carried.original_biases[fold.layer] = job.adapter.read(before)
         bias = bias + carried.original_biases[fold.layer].double()
@@ -124,7 +124,7 @@ def _add_projection(
     bias = rounded_bias(fold.bias, dtype, fold, where)
     added[f"{_PREFIX}{path}.{_A}"] = torch.zeros(1, width, dtype=dtype)
     added[f"{_PREFIX}{path}.{_B}"] = torch.zeros(fold.site.hidden_size, 1, dtype=dtype)
-    added[f"{_PREFIX}{path}.{_BIAS}"] = bias
+    added[f"{_PREFIX}{path}.{LORA_BIAS}"] = bias
     return bias
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from fastlock.architectures.serving_stacks import STACKS
 from fastlock.checkpoints.adapters.carriers.adapter_bias import ADAPTER_BIAS
 from fastlock.checkpoints.adapters.carriers.base_bias import BASE_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob
+from fastlock.checkpoints.adapters.carriers.merge import ADAPTER_MERGE
 from fastlock.checkpoints.adapters.carriers.sidecar import ADAPTER_SIDECAR
 from fastlock.errors import FastlockError, UnsupportedError
 
-CARRIERS_OF_ADAPTERS = {carrier.name: carrier for carrier in (BASE_BIAS, ADAPTER_BIAS, ADAPTER_SIDECAR)}
+CARRIERS_OF_ADAPTERS = {carrier.name: carrier for carrier in (BASE_BIAS, ADAPTER_BIAS, ADAPTER_SIDECAR, ADAPTER_MERGE)}
 
 
 def choose_adapter_carrier(job: AdapterJob, stacks: tuple[str, ...], name: str | None = None) -> AdapterCarrier:
@@ -55,8 +57,6 @@ def _none(job: AdapterJob, stacks: tuple[str, ...], carriers: tuple[AdapterCarri
 
 
 def _what_works(job: AdapterJob) -> str:
-    from fastlock.architectures.serving_stacks import STACKS
-
     exact = AdapterJob(job.adapter, job.base)
     works = [
         f"--for {','.join(fitting)} ({carrier.name})"

@@ -1,0 +1,175 @@
+"""What a relocked adapter holds at each locked layer, and what it should hold: all that a judgement of it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastlock.checkpoints.adapters.adapter import Adapter, open_adapter
+from fastlock.checkpoints.adapters.adapter_files import SIDECAR
+from fastlock.checkpoints.adapters.carriers.adapter_bias import LORA_BIAS
+from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
+from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, fold_adapter
+from fastlock.checkpoints.adapters.methods.method import Scaling
+from fastlock.checkpoints.adapters.relocked import adapter_receipt_in, rewritten_since
+from fastlock.checkpoints.adapters.relocked_base import open_base
+from fastlock.checkpoints.tensor_index import read_header
+from fastlock.errors import FastlockError, UnsupportedError, shown
+from fastlock.kernels.fold.reference import magnitude
+from fastlock.locks.adapter_receipt import AdapterReceipt
+from fastlock.locks.lock import Lock
+from fastlock.locks.receipt import weights_digest
+from fastlock.storage.places import Place, as_place, is_there
+
+
+@dataclass(frozen=True)
+class BiasAtLayer:
+    """What an adapter holds at one locked layer.
+
+    Attributes:
+        layer: the decoder layer.
+        bias: what is there, [hidden], None where nothing is.
+        original: what was there before, None where nothing was.
+        fold: what the displacement of strength 1 asks for there, [hidden] float64: f, or f / s in a LoRA.
+        size: the sum of the magnitudes of the products in it, [hidden] float64.
+        terms: how many these are.
+        dtype: of the bias.
+    """
+
+    layer: int
+    bias: torch.Tensor | None
+    original: torch.Tensor | None
+    fold: torch.Tensor
+    size: torch.Tensor
+    terms: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AdapterEvidence:
+    """What there is to judge of a relocked adapter.
+
+    Attributes:
+        receipt: the adapter's, None where it has none.
+        base: the base's directory or URL, and what it is.
+        biases: at each locked layer, in a carrier that has them in the adapter's own directory; none in the base's.
+        folds: the adapter's, at strength 1.
+        problem: what else is wrong, as a clause; None where nothing is.
+        note: what else there is to say, as a clause; None where there is nothing.
+    """
+
+    receipt: AdapterReceipt | None
+    base: OpenedBase
+    biases: tuple[BiasAtLayer, ...]
+    folds: AdapterFolds
+    problem: str | None
+    note: str | None
+
+
+def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any = None) -> AdapterEvidence:
+    """Read an adapter's biases, and fold the lock through it at strength 1. No model is loaded.
+
+    Args:
+        files: of the adapter's directory.
+        where: that directory, for messages.
+        lock: the lock.
+        base: the directory or URL of the base; by default the one that the receipt or the adapter names.
+
+    Raises:
+        UnsupportedError: the adapter's method has no exact fold.
+        DamagedError: adapter, base or receipt are damaged.
+        MismatchError: the adapter is of another base, or the lock of another geometry.
+        FastlockError: the base is not known, or cannot be read.
+    """
+    receipt, adapter = adapter_receipt_in(files, where), open_adapter(files, where)
+    opened = open_base(_base_of(adapter, receipt, base), lock, 1.0)
+    scaling = "peft" if receipt is None or receipt.scaling is None else receipt.scaling
+    folds = fold_adapter(adapter, opened.part.checkpoint, lock, 1.0, _scaling(scaling, where), part=opened.part)
+    biases: tuple[BiasAtLayer, ...] = ()
+    if receipt is None or receipt.carrier == "adapter bias":
+        biases = tuple(_in_adapter(folds, fold, receipt) for fold in folds)
+    elif receipt.carrier == "sidecar":
+        biases = _in_sidecar(files, folds, receipt, where)
+    adapter.check_unchanged()
+    return AdapterEvidence(
+        receipt, opened, biases, folds, _problem(folds, opened, receipt), _note(files, receipt, where)
+    )
+
+
+def _base_of(adapter: Adapter, receipt: AdapterReceipt | None, base: Any) -> Place:
+    if base is not None:
+        return as_place(base)
+    names = [receipt.base.name] if receipt is not None else []
+    names += [adapter.base] if adapter.base else []
+    for name in names:
+        if is_there(as_place(name)):
+            return as_place(name)
+    raise FastlockError(f"{adapter.where}: is an adapter, which is verified over its base. Give that (--base BASE).")
+
+
+def _scaling(name: str, where: str) -> Scaling:
+    known: dict[str, Scaling] = {"peft": "peft", "sglang": "sglang", "llama.cpp": "llama.cpp"}
+    if name not in known:
+        raise UnsupportedError(f"{where}: its receipt names the scaling {name[:40]!a}. Upgrade fastlock.")
+    return known[name]
+
+
+def _size(folds: AdapterFolds, fold: AdapterFold) -> torch.Tensor:
+    """The magnitudes of the products in W d and, bounded by what came of it, in what the adapter adds to that."""
+    displacement = folds.part.displacements[fold.layer]
+    columns = folds.part.checkpoint.read_columns(fold.site, displacement.heads).columns
+    return magnitude(columns, displacement.values) + (fold.bias - fold.base_part).abs()
+
+
+def _in_adapter(folds: AdapterFolds, fold: AdapterFold, receipt: AdapterReceipt | None) -> BiasAtLayer:
+    adapter, scale = folds.adapter, 1.0 if fold.scale is None or fold.scale == 0 else fold.scale
+    stored = fold.parameters.get(LORA_BIAS)
+    bias = None if stored is None or not adapter.config.get("lora_bias") else adapter.read(stored)
+    dtype = torch.float32 if bias is None else bias.dtype
+    original = None
+    if receipt is not None and fold.layer in receipt.original_biases and bias is not None:
+        data = receipt.original_biases[fold.layer]
+        if len(data) == bias.nbytes:
+            original = torch.frombuffer(bytearray(data), dtype=dtype)
+    terms = folds.part.displacements[fold.layer].values.numel() + 1
+    size = _size(folds, fold) / abs(scale)
+    return BiasAtLayer(fold.layer, bias, original, fold.bias / scale, size, terms, dtype)
+
+
+def _in_sidecar(
+    files: Mapping[str, Any], folds: AdapterFolds, receipt: AdapterReceipt, where: str
+) -> tuple[BiasAtLayer, ...]:
+    tensors = read_header(files[SIDECAR], SIDECAR, where) if SIDECAR in files else {}
+    names = {site.layer: f"{site.name}.bias" for site in receipt.sites}
+    biases = []
+    for fold in folds:
+        stored = tensors.get(names.get(fold.layer, ""))
+        bias = None
+        if stored is not None and stored.torch_dtype is not None and stored.shape == (fold.site.hidden_size,):
+            data = bytearray(files[SIDECAR].read(stored.start, stored.length))
+            bias = torch.frombuffer(data, dtype=stored.torch_dtype)
+        terms = folds.part.displacements[fold.layer].values.numel() + 1
+        biases.append(BiasAtLayer(fold.layer, bias, None, fold.bias, _size(folds, fold), terms, fold.site.dtype))
+    return tuple(biases)
+
+
+def _problem(folds: AdapterFolds, base: OpenedBase, receipt: AdapterReceipt | None) -> str | None:
+    """What is wrong beside the biases themselves."""
+    if receipt is None:
+        return None
+    if weights_digest(fold.base_digest for fold in folds) != receipt.base.weights_digest:
+        return "its base is not the one that the receipt names"
+    if weights_digest(fold.digest for fold in folds) != receipt.adapter_digest:
+        return "the adapter was trained on, or is another one: its locked layers are not those that were folded"
+    if receipt.carrier != "base bias" and base.saved is not None:
+        return "its base is relocked, too, and the lock acts twice"
+    return None
+
+
+def _note(files: Mapping[str, Any], receipt: AdapterReceipt | None, where: str) -> str | None:
+    if receipt is None or (name := rewritten_since(files, receipt, where)) is None:
+        return None
+    return f"{shown(name)} was saved anew since, as PEFT does, so unlock cannot put the first one back"
