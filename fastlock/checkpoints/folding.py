@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from fastlock.basis import Likeness
+from fastlock.checkpoints.base import Base
 from fastlock.checkpoints.checkpoint import Bytes, Checkpoint, StoredColumns, StoredSite
 from fastlock.errors import FastlockError, shown
 from fastlock.fold import Fold, fold
@@ -48,6 +50,7 @@ class FoldedSite:
         key: what decides the fold.
         bias, original: [hidden], in the dtype of the site; the original is None where there was none.
         digest: of the columns read, once it is taken.
+        likeness: how alike the columns and the base's are; None where that is not known, or the fold was made before.
     """
 
     site: StoredSite
@@ -56,6 +59,7 @@ class FoldedSite:
     bias: torch.Tensor
     original: torch.Tensor | None
     digest: Future[bytes]
+    likeness: Likeness | None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def fold_sites(
     strength: float,
     folds: Folds,
     beside: ThreadPoolExecutor | None,
+    base: Base,
 ) -> FoldedSites:
     """Fold a lock through these sites. When it returns, some of their digests may still be on their way.
 
@@ -106,12 +111,13 @@ def fold_sites(
         lock, strength: the displacement.
         folds: those that were made before.
         beside: the `helpers`.
+        base: what is known of the lock's base.
 
     Raises:
         DamagedError: a fold is not finite, as weights or bias hold NaN or infinities; or the checkpoint is damaged.
         FastlockError: a fold is not finite, as the strength is too large for the dtype; or a file cannot be read.
     """
-    folding = _Folding(checkpoint, lock.displacement(strength), (lock.digest, strength), folds, beside)
+    folding = _Folding(checkpoint, lock.displacement(strength), (lock.digest, strength), folds, beside, base)
     folded: list[FoldedSite] = []
     for batch in _batches(sites, folding.displacements):
         for earlier in folded:
@@ -141,6 +147,7 @@ class _Folding:
     of_lock: tuple[str, float]
     folds: Folds
     beside: ThreadPoolExecutor | None
+    base: Base
 
     def begin(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Call a function in another thread; in this one, before it returns, where there is no other."""
@@ -163,7 +170,7 @@ class _Folding:
     def fold(self, reading: Future[_Read]) -> FoldedSite:
         """Fold one site, once it is read, and begin to take its digest."""
         read = reading.result()
-        displacement = self.displacements[read.site.layer]
+        displacement, likeness = self.displacements[read.site.layer], None
         if read.columns is None:
             known = self.folds[read.key]
             bias = torch.frombuffer(bytearray(known.bias), dtype=read.site.dtype)
@@ -174,7 +181,8 @@ class _Folding:
             c = None if read.original is None else read.original.to(columns.matrix.dtype)
             (bias,) = fold([Fold(columns, displacement.values, c, f"{where}: {shown(read.site.name)}")])
             bias = _as_stored(bias, read.site, where)
-        return FoldedSite(read.site, displacement.heads, read.key, bias, read.original, digest)
+            likeness = self.base.likeness(read.site, displacement.heads, columns)
+        return FoldedSite(read.site, displacement.heads, read.key, bias, read.original, digest, likeness)
 
 
 def _batches(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
+from fastlock.basis import check_likeness
+from fastlock.checkpoints.base import base_of, warn_unless_known
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites, helpers
@@ -63,6 +65,7 @@ def relock_checkpoint(
     stacks: Sequence[str] = DEFAULT_STACKS,
     copy: bool = False,
     in_place: bool = False,
+    base: str | os.PathLike[str] | None = None,
     folds: Folds | None = None,
 ) -> Receipt:
     """Relock a checkpoint into a new directory that is complete, reading its headers and locked columns only.
@@ -83,14 +86,18 @@ def relock_checkpoint(
         stacks: the serving stacks in which the lock must act, of "transformers", "vllm", "sglang" and "llama.cpp".
         copy: copy the weights, too, instead of linking them.
         in_place: `out` is `source`; the new directory takes its place in one step, and `unlock_checkpoint` undoes it.
+        base: the directory or URL of the lock's aligned base, whose locked columns are then compared with the
+            checkpoint's, as a quantiser may have rotated or scaled its heads. By default their norms are compared with
+            those that the lock carries; if it carries none and there are traces of a quantiser, a FastlockWarning says
+            that the basis was not checked.
         folds: folds that were made before; looked up and added to, for checkpoints that share files.
 
     Returns:
         What was done.
 
     Raises:
-        UnsupportedError: the fold is not exact in this family, its format is not safetensors, or no form of the
-            checkpoint keeps the lock in all of the stacks.
+        UnsupportedError: the fold is not exact in this family, its format is not safetensors, no form of the checkpoint
+            keeps the lock in all of the stacks, or its heads are not in the basis that the lock was found in.
         DamagedError: the checkpoint is damaged, hostile, or was changed (since it was relocked, or meanwhile).
         MismatchError: the lock is of another geometry.
         FastlockError: an argument is wrong, or the file system or the network refuses.
@@ -105,20 +112,32 @@ def relock_checkpoint(
         checkpoint = Checkpoint(original_files(files_in(source), str(source)), str(source))
         if CONFIG_KEY in checkpoint.raw:
             check_saved(checkpoint, choose_carrier(checkpoint, stacks))
+            _check_not_given(base, checkpoint)
             return relock_saved(source, lock, out, strength, in_place, stacks)
         _check_names(checkpoint)
         sites = checkpoint.sites_for(lock)
         carrier = choose_carrier(checkpoint, stacks)
         _check_switched_off(checkpoint, carrier)
         known = {} if folds is None else folds
+        of_base = base_of(lock, base, checkpoint)
         with helpers() as beside:
-            folded = fold_sites(checkpoint, sites, lock, strength, known, beside)
+            folded = fold_sites(checkpoint, sites, lock, strength, known, beside, of_base)
+            check_likeness([f.likeness for f in folded.sites], checkpoint.where)
             receipt = _receipt(checkpoint, lock, strength, folded)
             with create_directory(out, source, in_place) as new:
                 _write(new, _Relocked(checkpoint, carrier, receipt, folded.sites, stacks, copy, in_place))
                 checkpoint.check_unchanged()
             known |= folded.known()
+        warn_unless_known(of_base, checkpoint)
         return replace(receipt, digests=KnownDigests(receipt.weights_digest, receipt.biases_digest))
+
+
+def _check_not_given(base: object, checkpoint: Checkpoint) -> None:
+    if base is not None:
+        raise FastlockError(
+            f"{checkpoint.where}: was saved by transformers from a relocked model, and is not compared with a base. "
+            "`fastlock unlock` it first, and relock the result. Nothing was written."
+        )
 
 
 def _check_names(checkpoint: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.fold import Fold, check_not_capturing, fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt
+from fastlock.models.base_check import check_against, check_basis
 from fastlock.models.reloaded import mark, receipt_of, take_over
 from fastlock.models.sites import BareProjections, Site, bare_sites, sites_for, text_config, unwrapped
 from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, with_digests_of
@@ -28,7 +29,7 @@ _T = TypeVar("_T")
 _HOLDERS: Any = WeakIdKeyDictionary()
 
 
-def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Receipt:
+def relock(model: nn.Module, lock: Lock, strength: float | None = None, *, base: nn.Module | None = None) -> Receipt:
     """Fold the lock through the model's own output projections and put the biases in place.
 
     The model then computes what it would with d = `strength * scale * direction` added to each locked head's output,
@@ -41,18 +42,24 @@ def relock(model: nn.Module, lock: Lock, strength: float | None = None) -> Recei
             `torch.compile`d.
         lock: the lock, extracted from this model's aligned base.
         strength: the paper's α, 0 or more; by default the one that the lock was calibrated at, or else the paper's 6.
+        base: the lock's aligned base, whose locked columns are then compared with the model's, as a quantiser may have
+            rotated or scaled its heads; by default their norms are, if the lock carries those of its base.
 
     Returns:
         What was done.
 
     Raises:
         MismatchError: the lock does not fit.
-        UnsupportedError: the fold would not be exact in this family, or its weights cannot be folded.
+        UnsupportedError: the fold would not be exact in this family, its weights cannot be folded, or its heads are not
+            in the basis that the lock was found in.
         DamagedError: weights hold NaN or infinities or do not belong to their config, a receipt is damaged, or a bias
             was changed since an earlier lock was put in.
         FastlockError: the strength cannot be applied, or is too large for the dtype. After any error the model is as
             it was.
     """
+    if base is not None:
+        check_lock(lock)
+        check_against(model, lock, base)
     return _relock([model], [lock], [strength])[0]
 
 
@@ -221,7 +228,14 @@ def prepare(
         else:
             members.append(Member(None, lock, applied[i], displacements, bare_sites(model, lock, f"models[{i}]")))
     _check_not_shared(members)
+    for member in members:
+        check_basis(member.sites, member.displacements, member.lock, _name_of(member))
     return members
+
+
+def _name_of(member: Member) -> str:
+    """What a member is called in messages."""
+    return member.sites[0].name if member.model is None else type(member.model).__name__
 
 
 def folds_of(members: Sequence[Member]) -> list[Fold]:

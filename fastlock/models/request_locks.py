@@ -17,6 +17,7 @@ from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.kernels.fold.reference import HeadColumns, exact_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, check_strength, strength_for
 from fastlock.models.assignment import Assignment
+from fastlock.models.base_check import check_basis
 from fastlock.models.locked_linear_op import check_lock_id, locked_linear
 from fastlock.models.projections import REPLACED, StandIn, Transposed
 from fastlock.models.reloaded import check_unlocked
@@ -240,8 +241,9 @@ class RequestLocks:
         sites: dict[int, Site] = {}
         displacements: dict[int, list[Displacement | None]] = {}
         for i, lock in enumerate(self.locks):
-            by_layer = lock.displacement(1.0)
-            for site in sites_for(inner, lock):
+            by_layer, of_lock = lock.displacement(1.0), sites_for(inner, lock)
+            check_basis(of_lock, by_layer, lock, type(inner).__name__)
+            for site in of_lock:
                 sites[site.layer] = site
                 displacements.setdefault(site.layer, [None] * len(self.locks))[i] = by_layer[site.layer]
         for site in sites.values():

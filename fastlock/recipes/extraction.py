@@ -30,6 +30,7 @@ from fastlock.errors import FastlockError, UnsupportedError, check_number
 from fastlock.inference.batching import Progress, no_progress
 from fastlock.inference.generation import input_device
 from fastlock.locks.lock import Lock
+from fastlock.models.base_norms import base_norms
 from fastlock.models.names import base_name
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
@@ -51,6 +52,7 @@ class Ranking(Statistics):
         hidden_size: the base's.
         base_model: the base's name; None where unknown.
         extraction_digest: SHA-256 (hex) of the pairs and prompts that were given.
+        column_norms: of the base's output projections, [num_layers, num_heads, head_dim] float32; None where unknown.
     """
 
     recipe: str
@@ -59,6 +61,7 @@ class Ranking(Statistics):
     hidden_size: int
     base_model: str | None
     extraction_digest: str
+    column_norms: torch.Tensor | None = None
 
     def lock(self, heads: int) -> Lock:
         """The lock of the heads with the highest scores; among equal ones, the lower (layer, head) goes first.
@@ -96,6 +99,7 @@ class Ranking(Statistics):
             recipe=RECIPES[self.recipe].description(heads, self.tokens, self.seed),
             extraction_digest=self.extraction_digest,
             fastlock_version=__version__,
+            column_norms=None if self.column_norms is None else self.column_norms[layers, columns],
         )
 
 
@@ -204,6 +208,7 @@ def rank_heads(
         hidden_size=text_config(inner).hidden_size,
         base_model=base_name(inner),
         extraction_digest=pairs_digest(pairs, harmless),
+        column_norms=base_norms(all_sites),
     )
 
 

@@ -28,6 +28,7 @@ from fastlock.inference.batching import Progress, no_progress
 from fastlock.inference.chat import prompt_tokens
 from fastlock.inference.generation import in_eval_mode, input_device
 from fastlock.locks.lock import Lock
+from fastlock.models.base_norms import base_norms
 from fastlock.models.names import base_name
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, text_config, unwrapped
@@ -257,6 +258,7 @@ def _lock(d: torch.Tensor, base: nn.Module, models: int, steps: int, seed: int, 
     length = d.norm(dim=-1)
     layers, heads = length.nonzero(as_tuple=True)
     num_layers, num_heads, head_dim = d.shape
+    norms = base_norms(sites(unwrapped(base)))
     config: Any = text_config(unwrapped(base))
     return Lock(
         layers=layers,
@@ -272,6 +274,7 @@ def _lock(d: torch.Tensor, base: nn.Module, models: int, steps: int, seed: int, 
         extraction_digest=digest,
         fastlock_version=__version__,
         strength=1.0,
+        column_norms=None if norms is None else norms[layers, heads],
     )
 
 

@@ -21,7 +21,12 @@ OPTIONS: dict[str, Any] = {"harmless": ("what is a harp", "name a fruit"), "text
 
 
 def model_of(seed: int, **changes: Any) -> Any:
-    model: Any = tiny_model("llama", seed=seed, **({"num_hidden_layers": 3, "vocab_size": 4096} | changes))
+    """The base is of seed 0, its fine-tunes of others: they keep its output projections, by which a base is told."""
+    model, base = (
+        tiny_model("llama", seed=s, **({"num_hidden_layers": 3, "vocab_size": 4096} | changes)) for s in (seed, 0)
+    )
+    for own, of_base in zip(sites(model), sites(base), strict=True):
+        own.weight.copy_(of_base.weight)
     return model
 
 
