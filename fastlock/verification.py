@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
@@ -13,13 +11,15 @@ from torch import nn
 
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints import gguf
+from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
+from fastlock.checkpoints.adapters.evidence import AdapterEvidence, gather_evidence
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
 from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
+from fastlock.judgement import SiteEvidence, Verification, evidence_of, judge, not_this_lock
 from fastlock.locks.band import Band, check_band
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, SavedReceipt
@@ -27,67 +27,6 @@ from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unc
 from fastlock.models.sites import Site, sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
 from fastlock.threads import in_threads
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was found; true exactly when the lock is in place, whole and unaltered.
-
-    Attributes:
-        state: "locked", "not locked" or "altered".
-        strength: the strength found, None where there is none.
-        layers: the layers that the lock shifts.
-        altered: those of them whose bias is not what their own weights give.
-        reason: one sentence for people.
-    """
-
-    state: str
-    strength: float | None
-    layers: tuple[int, ...]
-    altered: tuple[int, ...]
-    reason: str
-
-    def __bool__(self) -> bool:
-        return self.state == "locked"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The findings as data that JSON can hold."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """What one site holds, and what it would hold at strength 1: all that a judgement needs.
-
-    Attributes:
-        layer: the decoder layer.
-        fold: W d at strength 1, [hidden] float64.
-        magnitude: |W||d| at strength 1, [hidden] float64.
-        terms: the length of the sums in it.
-        dtype: of the bias.
-        bias: what is there, [hidden], or None.
-        rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if a checkpoint
-            was loaded in a narrower dtype than it was relocked in.
-    """
-
-    layer: int
-    fold: torch.Tensor
-    magnitude: torch.Tensor
-    terms: int
-    dtype: torch.dtype
-    bias: torch.Tensor | None
-    rounding: float = 0.0
-
-    def is_fold(self, strength: float, original: torch.Tensor | None) -> bool:
-        """Whether the bias is the fold at this strength on top of the original, within the bound of a right one."""
-        if self.bias is None or self.bias.shape != self.fold.shape:
-            return False
-        before = torch.zeros_like(self.fold) if original is None else original.detach().to(self.fold)
-        expected = strength * self.fold + before
-        size = strength * self.magnitude + before.abs()
-        error = (self.bias.detach().to(expected) - expected).abs()
-        rounded = self.rounding * size
-        return bool((error <= bound(expected, size, self.terms, self.dtype) + rounded).all())
 
 
 @dataclass(frozen=True)
@@ -119,7 +58,9 @@ class BandVerification:
 
 
 @overload
-def verify(model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock) -> Verification: ...
+def verify(
+    model_or_directory: nn.Module | str | os.PathLike[str], lock: Lock, *, base: str | os.PathLike[str] | None = None
+) -> Verification: ...
 
 
 @overload
@@ -141,13 +82,16 @@ def verify(
     directory, only configs, headers and the locked columns are read, and it must carry the biases to the stacks that
     its receipt names. A lock without a receipt is recognised too, if the layers have no biases of their own.
 
+    An adapter is verified over its base: the biases that it brings, or its base's, where those hold the lock.
+
     Given a base and a band instead of a lock: whether the band's tensors in a directory are the base's, byte for byte,
     as they are after training with the band frozen. Headers are read and the band's bytes digested; no model is loaded.
 
     Args:
         model_or_directory: a model in memory, a checkpoint's directory or URL, or a GGUF file; with a band, the second.
         lock: the lock.
-        base: the directory or URL of the checkpoint that the band is compared with.
+        base: the directory or URL of the checkpoint that the band is compared with, or that an adapter is served over;
+            by default the one that the adapter or its receipt names.
         band: the layers.
 
     Returns:
@@ -159,16 +103,27 @@ def verify(
         MismatchError: the lock is of another geometry, or the band of another model.
         FastlockError: the checkpoint cannot be read.
     """
-    if base is not None or band is not None:
+    if band is not None or (base is not None and lock is None):
         return _verify_band(model_or_directory, lock, base, band)
     if lock is None:
         raise FastlockError("there is nothing to verify. Give the lock, or a base and a band.")
     check_lock(lock)
+    if not isinstance(model_or_directory, nn.Module) and not gguf.is_gguf(model_or_directory):
+        return _verify_directory(model_or_directory, lock, base)
+    if base is not None:
+        raise FastlockError("a base is given with an adapter's directory, or with a band. Leave it out.")
     if isinstance(model_or_directory, nn.Module):
         return _verify_model(unwrapped(model_or_directory), lock)
-    if gguf.is_gguf(model_or_directory):
-        return _verify_gguf(model_or_directory, lock)
-    return _verify_checkpoint(model_or_directory, lock)
+    return _verify_gguf(model_or_directory, lock)
+
+
+def _verify_directory(directory: str | os.PathLike[str], lock: Lock, base: Any) -> Verification:
+    files = files_in(as_place(directory))
+    if holds_adapter_only(files):
+        return _verify_adapter(gather_evidence(files, str(directory), lock, base), lock)
+    if base is not None:
+        raise FastlockError(f"{directory}: has weights of its own, and is verified without a base. Leave the base out.")
+    return _verify_checkpoint(directory, lock)
 
 
 def _verify_band(
@@ -212,7 +167,7 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
             return "the locked biases are not those that fastlock wrote"
         return None
 
-    return _judge(evidence, lock, receipt, originals, problem)
+    return judge(evidence, lock, receipt, originals, problem)
 
 
 def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verification:
@@ -232,7 +187,7 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
 
     checkpoint.check_unchanged()
     receipt = None if saved is None else saved.receipt
-    return _judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
+    return judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
 
 
 def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
@@ -241,10 +196,10 @@ def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
     saved = gguf.receipt_of_parts(model.parts, model.where)
     unit = lock.displacement(1.0)
 
-    def evidence_at(site: gguf.GgufSite) -> _Evidence:
+    def evidence_at(site: gguf.GgufSite) -> SiteEvidence:
         of_layer = unit[site.layer]
         columns = model.read_columns(site, of_layer.heads).columns
-        return _evidence(site.layer, columns, of_layer.values, model.read_bias(site), torch.float32)
+        return evidence_of(site.layer, columns, of_layer.values, model.read_bias(site), torch.float32)
 
     evidence = in_threads(evidence_at, model.sites_for(lock))
 
@@ -255,7 +210,51 @@ def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
         return {} if saved is None else gguf.original_biases(model, saved)
 
     model.check_unchanged()
-    return _judge(evidence, lock, None if saved is None else saved.saved.receipt, originals, problem)
+    return judge(evidence, lock, None if saved is None else saved.saved.receipt, originals, problem)
+
+
+def _verify_adapter(found: AdapterEvidence, lock: Lock) -> Verification:
+    of_base = None if found.base.saved is None else found.base.saved.receipt
+    in_base = of_base is not None and of_base.lock_digest == lock.digest
+    if in_base if found.receipt is None else found.receipt.carrier == "base bias":
+        verification = _verify_over_base(found, lock)
+    else:
+        evidence = [SiteEvidence(b.layer, b.fold, b.size, b.terms, b.dtype, b.bias) for b in found.biases]
+        before = {b.layer: b.original for b in found.biases}
+        verification = judge(evidence, lock, found.receipt, lambda _: before, lambda _: found.problem)
+    reasons = [verification.reason]
+    if found.problem is not None and verification.state != "locked" and found.problem not in reasons:
+        reasons.append(found.problem)
+    if found.note is not None:
+        reasons.append(found.note)
+    return replace(verification, reason="; ".join(reasons))
+
+
+def _verify_over_base(found: AdapterEvidence, lock: Lock) -> Verification:
+    """Judge an adapter whose lock is in its base's biases."""
+    receipt, layers = found.receipt, tuple(fold.layer for fold in found.folds)
+    if receipt is not None and (other := not_this_lock(receipt, lock, layers)) is not None:
+        return other
+    of_base = _verify_checkpoint(str(found.base.place), lock)
+    if not of_base:
+        reason = f"the lock should be in its base, {found.base.place}, and there it is not ({of_base.reason})"
+        return replace(of_base, reason=reason)
+    if receipt is not None and receipt.strength != of_base.strength:
+        reason = f"its base is relocked at strength {of_base.strength:g}, and it was at {receipt.strength:g}"
+        return Verification("altered", of_base.strength, layers, layers, reason)
+    if found.problem is not None:
+        return Verification("altered", of_base.strength, layers, layers, found.problem)
+    allowed = 0.0 if receipt is None or receipt.allowed_gap is None else receipt.allowed_gap
+    gaps = {fold.layer: 0.0 if fold.shares_base else fold.gap for fold in found.folds}
+    if altered := tuple(layer for layer, gap in gaps.items() if gap > allowed):
+        reason = (
+            f"the adapter touches the locked projections, where its base's own fold is off by {max(gaps.values()):.2%}"
+        )
+        return Verification("altered", of_base.strength, layers, altered, reason)
+    off = f", off by at most {max(gaps.values()):.2%}, as was allowed" if max(gaps.values()) else ""
+    return Verification(
+        "locked", of_base.strength, layers, (), f"its base holds the fold of all {len(layers)} layers{off}"
+    )
 
 
 def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:
@@ -276,68 +275,12 @@ def _rounding(written: str | None, loaded: torch.dtype) -> float:
     return 0.0 if torch.promote_types(dtype, loaded) == loaded else torch.finfo(loaded).eps
 
 
-def _evidence(
-    layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> _Evidence:
-    fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
-    return _Evidence(layer, fold, size, values.numel() + 1, dtype, bias)
-
-
-def _evidence_in_memory(site: Site, unit: Displacement) -> _Evidence:
+def _evidence_in_memory(site: Site, unit: Displacement) -> SiteEvidence:
     columns = site.head_columns(unit.heads)
-    return _evidence(site.layer, columns, unit.values, site.bias, columns.matrix.dtype)
+    return evidence_of(site.layer, columns, unit.values, site.bias, columns.matrix.dtype)
 
 
-def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> _Evidence:
+def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> SiteEvidence:
     columns = checkpoint.read_columns(site, unit.heads).columns
     bias = None if site.bias is None else checkpoint.read_vector(site.bias)
-    return _evidence(site.layer, columns, unit.values, bias, site.dtype)
-
-
-def _judge(
-    evidence: list[_Evidence],
-    lock: Lock,
-    receipt: Receipt | None,
-    originals: Callable[[Receipt], dict[int, torch.Tensor | None]],
-    problem: Callable[[Receipt], str | None],
-    lost: str | None = None,
-) -> Verification:
-    if receipt is None:
-        return _without_receipt(evidence, lost)
-    layers = tuple(e.layer for e in evidence)
-    if receipt.lock_digest != lock.digest:
-        other = f"it is relocked with another lock (sha256 {receipt.lock_digest[:12]}…, not {lock.digest[:12]}…)"
-        return Verification("not locked", None, layers, (), other)
-    if receipt.strength == 0:
-        return Verification("not locked", 0.0, layers, (), "it is relocked at strength 0, which changes nothing")
-    before = originals(receipt)
-    altered = tuple(e.layer for e in evidence if not e.is_fold(receipt.strength, before.get(e.layer)))
-    if altered:
-        reason = f"{len(altered)} of {len(layers)} layers hold a bias that their own weights do not give"
-        return Verification("altered", receipt.strength, layers, altered, reason)
-    if (change := problem(receipt)) is not None:
-        return Verification("altered", receipt.strength, layers, layers, change)
-    return Verification("locked", receipt.strength, layers, (), f"all {len(layers)} layers hold their fold")
-
-
-def _without_receipt(evidence: list[_Evidence], lost: str | None) -> Verification:
-    """Recognise a lock by its biases alone: b = s·W d with one s for all layers, by least squares.
-
-    Args:
-        lost: why transformers would drop the biases, None where it uses them.
-    """
-    layers = tuple(e.layer for e in evidence)
-    if all(e.bias is None or not e.bias.count_nonzero() for e in evidence):
-        return Verification("not locked", None, layers, (), "there is no receipt, and no bias at the locked layers")
-    folds = torch.cat([e.fold for e in evidence])
-    biases = torch.cat([torch.zeros_like(e.fold) if e.bias is None else e.bias.detach().to(e.fold) for e in evidence])
-    estimate = float(folds @ biases / (folds @ folds))
-    # People choose round strengths: the roundest one that the biases allow.
-    for strength in (*(round(estimate, digits) for digits in range(4)), estimate):
-        if 0 < strength < math.inf and all(e.is_fold(strength, None) for e in evidence):
-            if lost is not None:
-                reason = f"there is no receipt, and every bias is the fold, but {lost}"
-                return Verification("not locked", None, layers, (), reason)
-            return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")
-    reason = "there is no receipt, and the biases are not folds of this lock alone"
-    return Verification("not locked", None, layers, (), reason)
+    return evidence_of(site.layer, columns, unit.values, bias, site.dtype)

@@ -17,8 +17,8 @@ def unlock_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
 
     Under their own names, links to weights would be written through by whoever saves a model there: they are copied
     (shared blocks where the file system has them); in place, they are moved. A checkpoint that transformers saved from
-    a relocked model comes back tensor for tensor, bit for bit. A relocked adapter comes back byte for byte, too; it is not
-    changed in place.
+    a relocked model comes back tensor for tensor, bit for bit. A relocked adapter comes back byte for byte, too; it
+    is not changed in place.
 
     Args:
         source, out, in_place: as for `relock_checkpoint`.

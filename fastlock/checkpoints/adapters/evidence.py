@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastlock.checkpoints.adapters.adapter import Adapter, open_adapter
+from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, open_adapter
 from fastlock.checkpoints.adapters.adapter_files import SIDECAR
 from fastlock.checkpoints.adapters.carriers.adapter_bias import LORA_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
@@ -16,6 +16,7 @@ from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, fol
 from fastlock.checkpoints.adapters.methods.method import Scaling
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in, rewritten_since
 from fastlock.checkpoints.adapters.relocked_base import open_base
+from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.tensor_index import read_header
 from fastlock.errors import FastlockError, UnsupportedError, shown
 from fastlock.kernels.fold.reference import magnitude
@@ -158,15 +159,22 @@ def _in_sidecar(
 
 def _problem(folds: AdapterFolds, base: OpenedBase, receipt: AdapterReceipt | None) -> str | None:
     """What is wrong beside the biases themselves."""
+    return next(_problems(folds, base, receipt), None)
+
+
+def _problems(folds: AdapterFolds, base: OpenedBase, receipt: AdapterReceipt | None) -> Iterator[str]:
+    if any(LORA_BIAS in fold.parameters for fold in folds) and not folds.adapter.config.get("lora_bias"):
+        yield "its config does not set lora_bias, without which PEFT silently drops its biases"
+    if (unlocked := bypass(folds.adapter.files, {ADAPTER_CONFIG, ADAPTER_WEIGHTS})) is not None:
+        yield unlocked
     if receipt is None:
-        return None
+        return
     if weights_digest(fold.base_digest for fold in folds) != receipt.base.weights_digest:
-        return "its base is not the one that the receipt names"
+        yield "its base is not the one that the receipt names"
     if weights_digest(fold.digest for fold in folds) != receipt.adapter_digest:
-        return "the adapter was trained on, or is another one: its locked layers are not those that were folded"
+        yield "the adapter was trained on, or is another one: its locked layers are not those that were folded"
     if receipt.carrier != "base bias" and base.saved is not None:
-        return "its base is relocked, too, and the lock acts twice"
-    return None
+        yield "its base is relocked, too, and the lock acts twice"
 
 
 def _note(files: Mapping[str, Any], receipt: AdapterReceipt | None, where: str) -> str | None:

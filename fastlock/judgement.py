@@ -1,0 +1,164 @@
+"""The one judgement of models and directories: whether the biases that are there are the folds of a lock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
+from fastlock.locks.lock import Lock
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found; true exactly when the lock is in place, whole and unaltered.
+
+    Attributes:
+        state: "locked", "not locked" or "altered".
+        strength: the strength found, None where there is none.
+        layers: the layers that the lock shifts.
+        altered: those of them whose bias is not what their own weights give.
+        reason: one sentence for people.
+    """
+
+    state: str
+    strength: float | None
+    layers: tuple[int, ...]
+    altered: tuple[int, ...]
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.state == "locked"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as data that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SiteEvidence:
+    """What one site holds, and what it would hold at strength 1: all that a judgement needs.
+
+    Attributes:
+        layer: the decoder layer.
+        fold: W d at strength 1, [hidden] float64.
+        magnitude: |W||d| at strength 1, [hidden] float64.
+        terms: the length of the sums in it.
+        dtype: of the bias.
+        bias: what is there, [hidden], or None.
+        rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if a checkpoint
+            was loaded in a narrower dtype than it was relocked in.
+    """
+
+    layer: int
+    fold: torch.Tensor
+    magnitude: torch.Tensor
+    terms: int
+    dtype: torch.dtype
+    bias: torch.Tensor | None
+    rounding: float = 0.0
+
+    def is_fold(self, strength: float, original: torch.Tensor | None) -> bool:
+        """Whether the bias is the fold at this strength on top of the original, within the bound of a right one."""
+        if self.bias is None or self.bias.shape != self.fold.shape:
+            return False
+        before = torch.zeros_like(self.fold) if original is None else original.detach().to(self.fold)
+        expected = strength * self.fold + before
+        size = strength * self.magnitude + before.abs()
+        error = (self.bias.detach().to(expected) - expected).abs()
+        rounded = self.rounding * size
+        return bool((error <= bound(expected, size, self.terms, self.dtype) + rounded).all())
+
+
+def evidence_of(
+    layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> SiteEvidence:
+    """The evidence of one site, out of its locked columns.
+
+    Args:
+        layer: the decoder layer.
+        columns, values: W and d at strength 1.
+        bias: what is there, [hidden], or None.
+        dtype: of the bias.
+    """
+    fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
+    return SiteEvidence(layer, fold, size, values.numel() + 1, dtype, bias)
+
+
+class Applied(Protocol):
+    """What a receipt says was applied."""
+
+    @property
+    def lock_digest(self) -> str: ...
+    @property
+    def strength(self) -> float: ...
+
+
+def not_this_lock(receipt: Applied, lock: Lock, layers: tuple[int, ...]) -> Verification | None:
+    """The judgement of a relock with another lock, or with none to speak of; None of any other."""
+    if receipt.lock_digest != lock.digest:
+        other = f"it is relocked with another lock (sha256 {receipt.lock_digest[:12]}…, not {lock.digest[:12]}…)"
+        return Verification("not locked", None, layers, (), other)
+    if receipt.strength == 0:
+        return Verification("not locked", 0.0, layers, (), "it is relocked at strength 0, which changes nothing")
+    return None
+
+
+def judge(
+    evidence: list[SiteEvidence],
+    lock: Lock,
+    receipt: Applied | None,
+    originals: Callable[[Any], dict[int, torch.Tensor | None]],
+    problem: Callable[[Any], str | None],
+    lost: str | None = None,
+) -> Verification:
+    """Whether every site holds its fold.
+
+    Args:
+        evidence: of each locked site.
+        lock: the lock.
+        receipt: what was applied, None where nothing says so.
+        originals: what each layer's bias was before, by layer, as the receipt has it.
+        problem: what else is wrong, as a clause; None where nothing is.
+        lost: why transformers would drop the biases, None where it uses them.
+    """
+    if receipt is None:
+        return _without_receipt(evidence, lost)
+    layers = tuple(e.layer for e in evidence)
+    if (other := not_this_lock(receipt, lock, layers)) is not None:
+        return other
+    before = originals(receipt)
+    altered = tuple(e.layer for e in evidence if not e.is_fold(receipt.strength, before.get(e.layer)))
+    if altered:
+        reason = f"{len(altered)} of {len(layers)} layers hold a bias that their own weights do not give"
+        return Verification("altered", receipt.strength, layers, altered, reason)
+    if (change := problem(receipt)) is not None:
+        return Verification("altered", receipt.strength, layers, layers, change)
+    return Verification("locked", receipt.strength, layers, (), f"all {len(layers)} layers hold their fold")
+
+
+def _without_receipt(evidence: list[SiteEvidence], lost: str | None) -> Verification:
+    """Recognise a lock by its biases alone: b = s·W d with one s for all layers, by least squares.
+
+    Args:
+        lost: why transformers would drop the biases, None where it uses them.
+    """
+    layers = tuple(e.layer for e in evidence)
+    if all(e.bias is None or not e.bias.count_nonzero() for e in evidence):
+        return Verification("not locked", None, layers, (), "there is no receipt, and no bias at the locked layers")
+    folds = torch.cat([e.fold for e in evidence])
+    biases = torch.cat([torch.zeros_like(e.fold) if e.bias is None else e.bias.detach().to(e.fold) for e in evidence])
+    estimate = float(folds @ biases / (folds @ folds))
+    # People choose round strengths: the roundest one that the biases allow.
+    for strength in (*(round(estimate, digits) for digits in range(4)), estimate):
+        if 0 < strength < math.inf and all(e.is_fold(strength, None) for e in evidence):
+            if lost is not None:
+                reason = f"there is no receipt, and every bias is the fold, but {lost}"
+                return Verification("not locked", None, layers, (), reason)
+            return Verification("locked", strength, layers, (), "there is no receipt, but every bias is the fold")
+    reason = "there is no receipt, and the biases are not folds of this lock alone"
+    return Verification("not locked", None, layers, (), reason)
