@@ -40,8 +40,8 @@ _MEASURED = ("PVERA", "RANDLORA", "VERA")
 _LARGEST = "fastlock_largest"
 # Those matrices are made even of nothing, by the seed: this bounds them.
 _MAX_SHARED_NUMBERS = 2**28
-# What PEFT cannot build on the meta device: these ask for no more memory than W or the shared matrices have.
-_NOT_WITHOUT_NUMBERS = (*_MEASURED, "SHIRA")
+# What PEFT cannot build on the meta device: these ask for a few times the memory that W and shared matrices take.
+_NOT_WITHOUT_NUMBERS = (*_MEASURED, "BOFT", "SHIRA")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # How far two float64 evaluations of the same number may be apart, relative to the largest of the outputs.
 _TOLERANCE = 1e-9
@@ -118,7 +118,8 @@ def _layer(at: AdaptedSite, tensors: dict[str, torch.Tensor], weight: torch.Tens
     }
     # Of nothing first: what a hostile config makes PEFT ask memory for is seen before it is asked for.
     if at.adapter.method not in _NOT_WITHOUT_NUMBERS:
-        _check_fits(at, _adapted(config, at, None, low_cpu_mem_usage=True), stored)
+        with torch.device("meta"):
+            _check_fits(at, _adapted(config, at, None, low_cpu_mem_usage=True), stored)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=True, device="meta", dtype=torch.float64)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=torch.float64), requires_grad=False)

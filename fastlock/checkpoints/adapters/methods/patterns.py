@@ -14,10 +14,10 @@ from fastlock.errors import DamagedError, UnsupportedError, shown
 
 # Keys without these need no regular expression: a dot is the only one of its signs that paths have.
 _SIGNS = re.compile(r"[^\w.]")
-# Where a repeated part holds a repeated part, matching can take for ever; so can many repeated parts in a row.
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
-_REPEATS = re.compile(r"[*+{]")
-_MAX_REPEATS, _MAX_LENGTH = 2, 256
+# Where a repeated part holds a repeated part, matching can take for ever; so can many repeated parts, or many choices.
+_REPEATED_GROUP = re.compile(r"\)[*+{?]")
+_REPEATS = re.compile(r"[*+{]|(?<!\()\?")
+_MAX_REPEATS, _MAX_CHOICES, _MAX_LENGTH = 2, 12, 256
 
 
 def value_for(patterns: Any, path: str, default: Any, name: str, where: str) -> Any:
@@ -50,8 +50,13 @@ def _matches(key: str, path: str, name: str, where: str) -> bool:
         begins = len(key) == len(path) or path[len(path) - len(key) - 1 : len(path) - len(key)] == "."
         alike = all(a in (".", b) for a, b in zip(key, tail, strict=False))
         return len(tail) == len(key) and begins and alike
-    intricate = len(key) > _MAX_LENGTH or len(path) > _MAX_LENGTH or len(_REPEATS.findall(key)) > _MAX_REPEATS
-    if intricate or _REPEATED_GROUP.search(key):
+    long = len(key) > _MAX_LENGTH or len(path) > _MAX_LENGTH
+    if (
+        long
+        or len(_REPEATS.findall(key)) > _MAX_REPEATS
+        or key.count("|") > _MAX_CHOICES
+        or _REPEATED_GROUP.search(key)
+    ):
         raise UnsupportedError(
             f"{where}: the key {shown(key)[:80]} of its {name} is too intricate to be matched safely. Write out the "
             "modules that it means."

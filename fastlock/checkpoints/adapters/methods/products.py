@@ -13,6 +13,8 @@ def displaced(at: AdaptedSite, matrix: torch.Tensor) -> torch.Tensor:
 
     Only the locked columns are read.
     """
+    if not len(matrix):
+        return torch.zeros(0, dtype=torch.float64)
     displacement = at.displacement
     return exact_fold(HeadColumns.in_projection(matrix, displacement.heads, displacement.head_dim), displacement.values)
 
