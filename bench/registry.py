@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bench.disk import checkpoints_report
 from bench.lib.report import Report, printed_section
 from bench.ops import (
+    adapter_fold_report,
     first_relock_report,
     fold_counters_report,
     fold_report,
@@ -66,6 +67,7 @@ KERNEL_TESTS = (
     "tests/kernels/locked_linear/test_launch.py",
     "tests/kernels/locked_linear/test_choices.py",
     "tests/kernels/proximal_step/test_launch.py",
+    "tests/kernels/adapter_fold/test_launch.py",
 )
 MODEL_TESTS = (
     "tests/models/test_request_locks.py",
@@ -116,7 +118,7 @@ BENCHMARKS = (
         "the fold by every path, ours and others', on the shapes of Llama-3 8B and 70B",
         ("bench/ops/fold.py",),
         cpu=600,
-        cuda=80,
+        cuda=75,
         part_of=(BENCH, GPU),
         report=fold_report.REPORT,
     ),
@@ -148,6 +150,15 @@ BENCHMARKS = (
         report=proximal_step_report.REPORT,
     ),
     Benchmark(
+        "adapters",
+        "resident adapters over one base, folded in one launch, against torch's batched products",
+        ("bench/ops/adapter_fold.py",),
+        cpu=120,
+        cuda=15,
+        part_of=(GPU,),
+        report=adapter_fold_report.REPORT,
+    ),
+    Benchmark(
         "kernel-tests",
         "the kernels' own tests, on the device",
         KERNEL_TESTS,
@@ -161,7 +172,7 @@ BENCHMARKS = (
         "tests of request locks and of models on several devices that a CPU skips or tells less of",
         MODEL_TESTS,
         cpu=None,
-        cuda=50,
+        cuda=45,
         part_of=(GPU,),
         arguments=("-k", DEVICE_TESTS),
         spread=True,
@@ -180,7 +191,7 @@ BENCHMARKS = (
         "no kernel reads or writes out of bounds: compute-sanitizer's memcheck",
         ("bench/ops/sanitizer.py",),
         cpu=None,
-        cuda=100,
+        cuda=95,
         part_of=(GPU,),
     ),
     Benchmark(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastlock.finetuning.published_bands import published_bands
     from fastlock.finetuning.safety_layers import locate
     from fastlock.finetuning.trainer_callback import TrainerCallback
+    from fastlock.judgement import Verification
     from fastlock.locks.adapter_receipt import AdapterReceipt
     from fastlock.locks.band import Band
     from fastlock.locks.lock import Lock
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from fastlock.models.plan import Plan
     from fastlock.models.relocking import relock, relock_many, relocked, unlock
     from fastlock.models.request_locks import LockedLinear, RequestLocks
+    from fastlock.models.resident_adapters import fold_adapters
     from fastlock.recipes.calibration import calibrate
     from fastlock.recipes.extraction import extract, rank_heads
     from fastlock.recipes.pairs import Pair, load_pairs, shipped_pairs
     from fastlock.recipes.training import train_lock
-    from fastlock.verification import Verification, verify
+    from fastlock.verification import verify
     from fastlock.version import __version__
     from fastlock.zoo.run import relock_zoo, verify_zoo
 
@@ -65,6 +67,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "extract",
+    "fold_adapters",
     "freeze",
     "lisa",
     "load_pairs",
@@ -113,6 +116,7 @@ _MODULES = {
     "fastlock.finetuning.published_bands": ("published_bands",),
     "fastlock.finetuning.safety_layers": ("locate",),
     "fastlock.finetuning.trainer_callback": ("TrainerCallback",),
+    "fastlock.judgement": ("Verification",),
     "fastlock.locks.adapter_receipt": ("AdapterReceipt",),
     "fastlock.locks.band": ("Band",),
     "fastlock.locks.lock": ("Lock",),
@@ -128,6 +132,7 @@ _MODULES = {
         "LockedLinear",
         "RequestLocks",
     ),
+    "fastlock.models.resident_adapters": ("fold_adapters",),
     "fastlock.recipes.calibration": ("calibrate",),
     "fastlock.recipes.extraction": (
         "extract",
@@ -139,10 +144,7 @@ _MODULES = {
         "shipped_pairs",
     ),
     "fastlock.recipes.training": ("train_lock",),
-    "fastlock.verification": (
-        "Verification",
-        "verify",
-    ),
+    "fastlock.verification": ("verify",),
     "fastlock.version": ("__version__",),
     "fastlock.zoo.run": (
         "relock_zoo",

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 
 from fastlock.errors import FastlockError, UnsupportedError
-from fastlock.kernels.adapter_fold.reference import AdapterSite
+from fastlock.kernels.adapter_fold.reference import LowRankSite
 from fastlock.kernels.adapter_fold.self_check import check_adapters
 from fastlock.kernels.adapter_fold.variants import DTYPES, MAX_RANK, SITE_FIELDS, VECTOR_BYTES, AdapterVariant
 from fastlock.kernels.ahead_of_time import cubins
@@ -58,7 +58,7 @@ class AdapterTable:
     run: Callable[[], None] = field(repr=False, compare=False)
 
 
-def variant_of(site: AdapterSite, out_dtype: torch.dtype) -> AdapterVariant:
+def variant_of(site: LowRankSite, out_dtype: torch.dtype) -> AdapterVariant:
     """The kernel for one site: sites for which it is the same can be one launch.
 
     Raises:
@@ -74,7 +74,7 @@ def variant_of(site: AdapterSite, out_dtype: torch.dtype) -> AdapterVariant:
     return AdapterVariant(dtype, out_dtype, _is_aligned(site))
 
 
-def build_table(sites: Sequence[AdapterSite], out: Sequence[torch.Tensor]) -> AdapterTable:
+def build_table(sites: Sequence[LowRankSite], out: Sequence[torch.Tensor]) -> AdapterTable:
     """The table of one launch, for at least one site; one copy to the device.
 
     Products and sums are float32, in a fixed order; each result is rounded once, to the nearest of out's dtype. The
@@ -115,7 +115,7 @@ def runs_on(device: torch.device) -> bool:
 def _passes(variant: AdapterVariant, device: torch.device, launcher: Launcher) -> bool:
     """Whether one way of launching a variant is right. Raises as `check_adapters`."""
 
-    def fold(sites: list[AdapterSite], out: list[torch.Tensor]) -> torch.Tensor:
+    def fold(sites: list[LowRankSite], out: list[torch.Tensor]) -> torch.Tensor:
         table = _table(sites, out, variant, launcher)
         launch(table)
         return table.flags.to(device, non_blocking=True)  # after the kernel, which wrote them to the host's memory
@@ -124,7 +124,7 @@ def _passes(variant: AdapterVariant, device: torch.device, launcher: Launcher) -
 
 
 def _table(
-    sites: Sequence[AdapterSite], out: Sequence[torch.Tensor], variant: AdapterVariant, launcher: Launcher
+    sites: Sequence[LowRankSite], out: Sequence[torch.Tensor], variant: AdapterVariant, launcher: Launcher
 ) -> AdapterTable:
     heads: list[int] = []
     values: list[torch.Tensor] = []
@@ -146,7 +146,7 @@ def _table(
     return AdapterTable(*arguments, variant, grid, launcher(arguments, grid))
 
 
-def _row(site: AdapterSite, result: torch.Tensor, first: int, number: int) -> list[int]:
+def _row(site: LowRankSite, result: torch.Tensor, first: int, number: int) -> list[int]:
     """One site, in the order of A to SITE."""
     down, up, bias = site.columns.matrix, site.up, site.bias
     scale = int.from_bytes(struct.pack("<f", site.scale), "little")
@@ -204,7 +204,7 @@ def _launch_jit(arguments: Arguments, variant: AdapterVariant, grid: tuple[int, 
     jit.launch(arguments, variant, grid)
 
 
-def _is_aligned(site: AdapterSite) -> bool:
+def _is_aligned(site: LowRankSite) -> bool:
     """Whether every vector of A and B that the kernel reads starts at a multiple of 16 bytes and is inside its row."""
     down, up = site.columns.matrix, site.up
     vector = VECTOR_BYTES // up.element_size()
@@ -214,7 +214,7 @@ def _is_aligned(site: AdapterSite) -> bool:
     return contiguous and all(n % vector == 0 for n in lengths) and all(n % VECTOR_BYTES == 0 for n in addresses)
 
 
-def _checked(sites: Sequence[AdapterSite], out: Sequence[torch.Tensor]) -> tuple[AdapterVariant, torch.device]:
+def _checked(sites: Sequence[LowRankSite], out: Sequence[torch.Tensor]) -> tuple[AdapterVariant, torch.device]:
     """The one variant and device of all sites. Raises as `build_table`."""
     if not sites or len(sites) != len(out):
         raise FastlockError(f"{len(sites)} sites and {len(out)} results: give one result for each of one site or more.")
@@ -242,7 +242,7 @@ def _check_device(device: torch.device) -> None:
         )
 
 
-def _check_shapes(site: AdapterSite, result: torch.Tensor, head_dim: int, device: torch.device, where: str) -> None:
+def _check_shapes(site: LowRankSite, result: torch.Tensor, head_dim: int, device: torch.device, where: str) -> None:
     """What the kernel would misread."""
     down, up, starts = site.columns.matrix, site.up, site.columns.starts
     if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:

@@ -15,7 +15,7 @@ from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magn
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterSite:
+class LowRankSite:
     """One low-rank adapter at one layer's output projection.
 
     Attributes:
@@ -37,13 +37,13 @@ class AdapterSite:
     bias: torch.Tensor | None = None
 
 
-def fold_adapter_sites(sites: Sequence[AdapterSite], out: Sequence[torch.Tensor]) -> None:
+def fold_adapter_sites(sites: Sequence[LowRankSite], out: Sequence[torch.Tensor]) -> None:
     """Each site's fold, in float64, rounded once to its `out`, [hidden] of any floating dtype and strides."""
     for site, result in zip(sites, out, strict=True):
         result.copy_(rounded(exact_adapter_fold(site), result.dtype))
 
 
-def exact_adapter_fold(site: AdapterSite) -> torch.Tensor:
+def exact_adapter_fold(site: LowRankSite) -> torch.Tensor:
     """The fold before rounding, shared + s·(B(A d) + β): [hidden] float64, on the device of the adapter."""
     down = exact_fold(site.columns, site.values)  # A d, [rank]
     low_rank = (site.up.detach().to(down.device).double() * down).sum(dim=1)
@@ -52,7 +52,7 @@ def exact_adapter_fold(site: AdapterSite) -> torch.Tensor:
     return site.shared.to(down.device).double() + site.scale * low_rank
 
 
-def adapter_error_bound(site: AdapterSite, dtype: torch.dtype) -> torch.Tensor:
+def adapter_error_bound(site: LowRankSite, dtype: torch.dtype) -> torch.Tensor:
     """How far a correct fold may be from the exact one, number by number: [hidden] float64.
 
     One unit in the last place of `dtype`, for the rounding, and n·2⁻²⁴ of all magnitudes for float32: A d is a sum of n
@@ -63,7 +63,7 @@ def adapter_error_bound(site: AdapterSite, dtype: torch.dtype) -> torch.Tensor:
     return bound(exact_adapter_fold(site), size, site.values.numel() + site.up.shape[1] + 4, dtype)
 
 
-def low_rank_magnitude(site: AdapterSite) -> torch.Tensor:
+def low_rank_magnitude(site: LowRankSite) -> torch.Tensor:
     """|B|(|A||d|) + |β|, [hidden] float64."""
     down = magnitude(site.columns, site.values)
     low_rank = (site.up.detach().to(down.device).double().abs() * down).sum(dim=1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastlock.kernels.adapter_fold.reference import AdapterSite, adapter_error_bound, exact_adapter_fold
+from fastlock.kernels.adapter_fold.reference import LowRankSite, adapter_error_bound, exact_adapter_fold
 from fastlock.kernels.adapter_fold.variants import AdapterVariant
 from fastlock.kernels.ahead_of_time.ways import WrongResultError
 from fastlock.kernels.fold.reference import HeadColumns
@@ -17,7 +17,7 @@ GUARD = 8
 
 
 def check_adapters(
-    fold: Callable[[list[AdapterSite], list[torch.Tensor]], torch.Tensor],
+    fold: Callable[[list[LowRankSite], list[torch.Tensor]], torch.Tensor],
     variant: AdapterVariant,
     device: torch.device,
 ) -> bool:
@@ -56,7 +56,7 @@ def check_adapters(
     return True
 
 
-def made_up(variant: AdapterVariant, device: torch.device) -> list[AdapterSite]:
+def made_up(variant: AdapterVariant, device: torch.device) -> list[LowRankSite]:
     """Sites of one layer and of another, of ranks within and beyond one step of the loop, one with a β."""
     hidden = variant.block_rows + 8 * GUARD
 
@@ -73,5 +73,5 @@ def made_up(variant: AdapterVariant, device: torch.device) -> list[AdapterSite]:
         up = numbers(hidden, rank, dtype=variant.dtype, seed=20 + seed)
         shared = numbers(hidden, dtype=torch.float32, seed=30 + seed)
         bias = numbers(hidden, dtype=variant.dtype, seed=40) if seed else None
-        sites.append(AdapterSite(columns, values, up, 0.75, shared, bias))
+        sites.append(LowRankSite(columns, values, up, 0.75, shared, bias))
     return sites

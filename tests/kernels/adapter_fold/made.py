@@ -6,7 +6,7 @@ import math
 import torch
 
 from fastlock.kernels.adapter_fold import launch as kernels
-from fastlock.kernels.adapter_fold.reference import AdapterSite
+from fastlock.kernels.adapter_fold.reference import LowRankSite
 from fastlock.kernels.fold.reference import HeadColumns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +17,7 @@ GUARD = 24
 class Made:
     """A site, and a result inside a guarded buffer."""
 
-    site: AdapterSite
+    site: LowRankSite
     guarded: torch.Tensor
 
     @property
@@ -51,7 +51,7 @@ class Layer:
             numbers = torch.randn(rank, self.head_dim, generator=generator) / 4
             down[:, start : start + self.head_dim] = numbers.to(DEVICE, dtype)
         up.copy_(torch.randn(self.hidden, rank, generator=generator) / 4)
-        site = AdapterSite(
+        site = LowRankSite(
             HeadColumns(down, starts),
             self.values,
             up,

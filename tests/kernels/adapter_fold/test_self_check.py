@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlock.kernels.adapter_fold import launch as kernels
-from fastlock.kernels.adapter_fold.reference import AdapterSite, adapter_error_bound, fold_adapter_sites
+from fastlock.kernels.adapter_fold.reference import LowRankSite, adapter_error_bound, fold_adapter_sites
 from fastlock.kernels.adapter_fold.self_check import check_adapters, made_up
 from fastlock.kernels.adapter_fold.variants import AdapterVariant, adapter_variants
 from fastlock.kernels.ahead_of_time.ways import WAYS, NoWayError, WrongResultError
@@ -43,7 +43,7 @@ def without(sites, out, change):
 def changed(**of):
     def change(site):
         values = {name: value(site) for name, value in of.items()}
-        return AdapterSite(**vars(site) | values)
+        return LowRankSite(**vars(site) | values)
 
     return spoiling(lambda sites, out, flags: without(sites, out, change))
 
@@ -96,5 +96,5 @@ def test_the_bound_is_of_the_size_of_what_is_summed() -> None:
     site = Layer(50, 16, (1,)).adapter(8, torch.float32).site
     bound = adapter_error_bound(site, torch.float16)
     assert (bound < 2**-9 * (1 + site.shared.abs().double())).all()
-    larger = adapter_error_bound(AdapterSite(**vars(site) | {"scale": 1e6}), torch.float32)
+    larger = adapter_error_bound(LowRankSite(**vars(site) | {"scale": 1e6}), torch.float32)
     assert (larger > 1e3 * adapter_error_bound(site, torch.float32)).all()
