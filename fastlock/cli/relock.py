@@ -1,11 +1,11 @@
-"""`fastlock relock`: a checkpoint relocked into a new directory, or in place."""
+"""`fastlock relock`: a checkpoint, an adapter or a GGUF relocked into a new directory or file, or in place."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastlock.cli.commands import Command
+from fastlock.cli.commands import ArgumentsError, Command, option
 from fastlock.cli.options import (
     CHECKPOINT,
     COPY,
@@ -25,6 +25,10 @@ from fastlock.cli.output import print_json, say, spinner
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fastlock.locks.adapter_receipt import AdapterReceipt
+    from fastlock.locks.lock import Lock
+    from fastlock.locks.receipt import Receipt
+
 
 def _relock(
     checkpoint: str,
@@ -36,32 +40,104 @@ def _relock(
     in_place: bool,
     yes: bool,
     as_json: bool,
+    base: str | None,
+    carrier: str | None,
+    gap: float | None,
+    relocked_base: str | None,
 ) -> None:
     destination = target(checkpoint, out, in_place, yes)
-    from fastlock.checkpoints.gguf import is_gguf, relock_gguf
-    from fastlock.checkpoints.relocking import relock_checkpoint
     from fastlock.locks.lock import Lock
 
     loaded = Lock.load(lock)
+    settings = {"stacks": stacks, "strength": strength, "copy": copy, "base": base}
+    of_adapter = {"carrier": carrier, "gap": gap, "relocked_base": relocked_base}
     start = time.perf_counter()
     with spinner(f"relocking {checkpoint}", as_json):
-        if is_gguf(checkpoint):
-            check_gguf_options(checkpoint, in_place, stacks)
-            receipt = relock_gguf(checkpoint, loaded, destination, strength, copy=copy)
-        else:
-            receipt = relock_checkpoint(
-                checkpoint, loaded, destination, strength, stacks=stack_names(stacks), copy=copy, in_place=in_place
-            )
+        receipt, advice = _relocked(checkpoint, loaded, destination, in_place, settings, of_adapter)
     if as_json:
         print_json({"out": destination, "receipt": receipt.to_dict()})
-    else:
-        seconds = time.perf_counter() - start
-        say(f"{destination}: {len(receipt.layers)} layers relocked at strength {receipt.strength:g} ({seconds:.1f} s)")
+        return
+    seconds = time.perf_counter() - start
+    say(f"{destination}: {len(receipt.layers)} layers relocked at strength {receipt.strength:g} ({seconds:.1f} s)")
+    if advice:
+        say(advice)
+
+
+def _relocked(
+    source: str, lock: Lock, out: str, in_place: bool, settings: dict[str, Any], of_adapter: dict[str, Any]
+) -> tuple[Receipt | AdapterReceipt, str]:
+    """The receipt of a checkpoint, a GGUF or an adapter, and what is to be done with the result."""
+    from fastlock.checkpoints.adapters.adapter_files import is_adapter
+    from fastlock.checkpoints.gguf import is_gguf, relock_gguf
+    from fastlock.checkpoints.relocking import relock_checkpoint
+
+    stacks, strength, copy, base = (settings[name] for name in ("stacks", "strength", "copy", "base"))
+    if base is not None and is_adapter(source):
+        if in_place or copy:
+            raise ArgumentsError("an adapter is relocked into a new directory. Leave out --in-place and --copy.")
+        return _relocked_adapter(source, base, lock, out, strength, stacks=stack_names(stacks), **of_adapter)
+    if any(value is not None for value in of_adapter.values()):
+        raise ArgumentsError("--carrier, --gap and --relocked-base are for adapters: give an adapter, and its --base.")
+    if is_gguf(source):
+        if base is not None:
+            raise ArgumentsError("a GGUF is not compared with a base. Leave out --base.")
+        check_gguf_options(source, in_place, stacks)
+        return relock_gguf(source, lock, out, strength, copy=copy), ""
+    kinds = {"stacks": stack_names(stacks), "copy": copy, "in_place": in_place, "base": base}
+    return relock_checkpoint(source, lock, out, strength, **kinds), ""
+
+
+def _relocked_adapter(
+    adapter: str, base: str, lock: Lock, out: str, strength: float | None, **settings: Any
+) -> tuple[AdapterReceipt, str]:
+    from fastlock.checkpoints.adapters.carriers.table import CARRIERS_OF_ADAPTERS
+    from fastlock.checkpoints.adapters.relocking import relock_adapter
+
+    receipt = relock_adapter(adapter, base, lock, out, strength, **settings)
+    advice = CARRIERS_OF_ADAPTERS[receipt.carrier].advice.format(base=receipt.base.name)
+    gaps = [site.gap for site in receipt.sites if site.gap is not None]
+    off = f" The base's own fold is off by at most {max(gaps):.2%}." if receipt.allowed_gap is not None else ""
+    return receipt, f"{receipt.carrier}: {advice}{off}"
 
 
 COMMAND = Command(
     "relock",
-    "Relock a checkpoint into a new directory, which links its weights.",
-    (CHECKPOINT, LOCK, OUT, STRENGTH, FOR, COPY, IN_PLACE, YES, JSON),
+    "Relock a checkpoint into a new directory, which links its weights; or an adapter, over its base.",
+    (
+        CHECKPOINT,
+        LOCK,
+        OUT,
+        STRENGTH,
+        FOR,
+        COPY,
+        IN_PLACE,
+        YES,
+        JSON,
+        option(
+            "--base",
+            metavar="DIR",
+            help="Of an adapter: the base that it is served over, or its URL. Of a checkpoint: the lock's aligned "
+            "base, to make sure that the heads of a quantised checkpoint are still what the lock knows.",
+        ),
+        option(
+            "--carrier",
+            metavar="NAME",
+            help="Of an adapter: how it gets its lock (base bias, adapter bias, merge, sidecar). Default: the first "
+            "that is exact in every stack.",
+        ),
+        option(
+            "--gap",
+            type=float,
+            metavar="G",
+            help="Of an adapter: let a relocked base serve it that is only nearly exact, off by at most G in each "
+            "layer (0.02: two per cent).",
+        ),
+        option(
+            "--relocked-base",
+            metavar="DIR",
+            help="Of an adapter: where its relocked base is, or is to be made, if it needs one. Default: beside --out, "
+            "BASE-locked.",
+        ),
+    ),
     _relock,
 )

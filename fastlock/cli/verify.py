@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def _verify(checkpoint: str, lock: Path | None, base: str | None, band: Path | None, as_json: bool) -> int:
-    if (lock is None) == (band is None) or (band is None) != (base is None):
+    if (lock is None) == (band is None) or (lock is None and base is None):
         raise ArgumentsError("give either --lock FILE, or --base DIR and --band FILE.")
-    return _verify_lock(checkpoint, lock, as_json) if lock else _verify_band(checkpoint, str(base), band, as_json)
+    return _verify_lock(checkpoint, lock, base, as_json) if lock else _verify_band(checkpoint, str(base), band, as_json)
 
 
-def _verify_lock(checkpoint: str, lock: Path, as_json: bool) -> int:
+def _verify_lock(checkpoint: str, lock: Path, base: str | None, as_json: bool) -> int:
     from fastlock.locks.lock import Lock
     from fastlock.verification import verify
 
     loaded = Lock.load(lock)
     with spinner(f"verifying {checkpoint}", as_json):
-        verification = verify(checkpoint, loaded)
+        verification = verify(checkpoint, loaded, base=base)
     if as_json:
         print_json(verification.to_dict())
     else:
@@ -58,7 +58,12 @@ COMMAND = Command(
     (
         CHECKPOINT,
         option("--lock", type=path, metavar="FILE", help="The lock: a fastlock .safetensors, or a released .safelock."),
-        option("--base", metavar="DIR", help="With --band: the checkpoint that the band was frozen in, or its URL."),
+        option(
+            "--base",
+            metavar="DIR",
+            help="With --band: the checkpoint that the band was frozen in, or its URL. Of an adapter: the base that it "
+            "is served over. Default: the one that the adapter names.",
+        ),
         option("--band", type=path, metavar="FILE", help="The band: a file that `fastlock locate` wrote."),
         JSON,
     ),

@@ -7,6 +7,7 @@ the config, and of the weights the header, as their data stays where it is and n
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHT
 from fastlock.checkpoints.layout import ASIDE, bypass, is_private
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
 from fastlock.dtypes import SAFETENSORS_NAMES
+from fastlock.errors import FastlockError
 from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT
 from fastlock.locks.receipt import raw_bytes
 from fastlock.storage.files import File, Patches, json_object, with_patches
+from fastlock.storage.places import as_place, below, file_at, files_in
 
 SIDECAR = "fastlock.safetensors"
 # The header that the adapter's weights had before.
@@ -32,6 +35,17 @@ _WEIGHTS_OF_MODELS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.ind
 def holds_adapter_only(files: Mapping[str, Any]) -> bool:
     """Whether a directory holds an adapter, and no model that it could be on top of."""
     return ADAPTER_CONFIG in files and not any(name in files for name in _WEIGHTS_OF_MODELS)
+
+
+def is_adapter(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is an adapter at a path or URL, and no model; False where nothing can be read."""
+    place = as_place(directory)
+    try:
+        if file_at(below(place, ADAPTER_CONFIG)) is None:
+            return False
+        return holds_adapter_only(files_in(place))
+    except FastlockError:
+        return False
 
 
 def needs_adapter_name(name: str) -> bool:
