@@ -157,28 +157,28 @@ def plain_path(path: str) -> str:
 def _modules(
     tensors: dict[str, StoredTensor], markers: tuple[str, ...], where: str
 ) -> dict[str, dict[str, StoredTensor]]:
+    dotted = [f".{marker}" for marker in markers]
     modules: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in tensors.items():
-        path, parameter = _split(key, markers, where)
+        path, parameter = _split(key, dotted, where)
         modules.setdefault(path, {})[parameter] = tensor
     return modules
 
 
-def _split(key: str, markers: tuple[str, ...], where: str) -> tuple[str, str]:
+def _split(key: str, markers: list[str], where: str) -> tuple[str, str]:
     """The path of a module of the base, and the name of the adapter's parameter there, of a tensor's key."""
-    name = next((key[len(prefix) :] for prefix in _PREFIXES if key.startswith(prefix)), None)
-    if name is None:
+    begin = next((len(prefix) for prefix in _PREFIXES if key.startswith(prefix)), 0)
+    if not begin:
         if "." not in key:  # of prompts: "prompt_embeddings"
             return "", key
         raise DamagedError(
             f"{where}: {shown(key)[:200]} is not named as PEFT names the tensors of an adapter, and no loader finds "
             f"it. {ADAPTER_AGAIN}"
         )
-    starts = [at for marker in markers if (at := f".{name}".find(f".{marker}")) >= 0]
-    if starts:
-        at = min(starts)
-        return name[: max(0, at - 1)], name[at:]
-    path, _, parameter = name.rpartition(".")
+    dots = [at for marker in markers if (at := key.find(marker, begin - 1)) >= 0]
+    if dots:
+        return key[begin : min(dots)], key[min(dots) + 1 :]
+    path, _, parameter = key[begin:].rpartition(".")
     if path.endswith(".base_layer"):
         return path.removesuffix(".base_layer"), f"base_layer.{parameter}"
     return path, parameter
