@@ -19,7 +19,6 @@ from fastlock.checkpoints.adapters.relocked_base import open_base
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.tensor_index import read_header
 from fastlock.errors import FastlockError, UnsupportedError, shown
-from fastlock.kernels.fold.reference import magnitude
 from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import weights_digest
@@ -77,7 +76,8 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
         files: of the adapter's directory.
         where: that directory, for messages.
         lock: the lock.
-        base: the directory or URL of the base; by default the one that the receipt or the adapter names.
+        base: the directory or URL of the base, or the base opened at strength 1; by default the one that the receipt
+            or the adapter names.
 
     Raises:
         UnsupportedError: the adapter's method has no exact fold.
@@ -86,7 +86,7 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
         FastlockError: the base is not known, or cannot be read.
     """
     receipt, adapter = adapter_receipt_in(files, where), open_adapter(files, where)
-    opened = open_base(_base_of(adapter, receipt, base), lock, 1.0)
+    opened = base if isinstance(base, OpenedBase) else open_base(_base_of(adapter, receipt, base), lock, 1.0)
     scaling = "peft" if receipt is None or receipt.scaling is None else receipt.scaling
     folds = fold_adapter(adapter, opened.part.checkpoint, lock, 1.0, _scaling(scaling, where), part=opened.part)
     biases: tuple[BiasAtLayer, ...] = ()
@@ -120,9 +120,7 @@ def _scaling(name: str, where: str) -> Scaling:
 
 def _size(folds: AdapterFolds, fold: AdapterFold) -> torch.Tensor:
     """The magnitudes of the products in W d and, bounded by what came of it, in what the adapter adds to that."""
-    displacement = folds.part.displacements[fold.layer]
-    columns = folds.part.checkpoint.read_columns(fold.site, displacement.heads).columns
-    return magnitude(columns, displacement.values) + (fold.bias - fold.base_part).abs()
+    return folds.part.magnitudes[fold.layer] + (fold.bias - fold.base_part).abs()
 
 
 def _in_adapter(folds: AdapterFolds, fold: AdapterFold, receipt: AdapterReceipt | None) -> BiasAtLayer:

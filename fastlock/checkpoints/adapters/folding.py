@@ -21,7 +21,7 @@ from fastlock.checkpoints.adapters.methods.table import check_method, method_at
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.tensor_index import StoredTensor
 from fastlock.errors import DamagedError, FastlockError, shown
-from fastlock.kernels.fold.reference import HeadColumns, exact_fold
+from fastlock.kernels.fold.reference import HeadColumns, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 
 
@@ -58,6 +58,11 @@ class BasePart:
                 found[path] = None
                 path = path.rpartition(".")[0]
         return found
+
+    @cached_property
+    def magnitudes(self) -> dict[int, torch.Tensor]:
+        """|W||d| by layer, [hidden] float64: the columns are read anew for it, once."""
+        return {site.layer: magnitude(self.columns(site), self.displacements[site.layer].values) for site in self.sites}
 
     def columns(self, site: StoredSite) -> HeadColumns:
         """The locked columns of W of one site: read anew at each call."""

@@ -61,10 +61,16 @@ def relocked_base(
         if given is not None and as_place(given) != base.place:
             raise FastlockError(f"{base.place}: is relocked already. Leave out --relocked-base.")
         return base
-    part = base.part
     place: Place = out.parent / f"{Path(str(base.place)).name}-locked" if given is None else as_place(given)
     if isinstance(place, Path):
         place = place.absolute()
+    if (place, stacks) not in base.locked:
+        base.locked[place, stacks] = _locked_at(base, stacks, place)
+    return base.locked[place, stacks]
+
+
+def _locked_at(base: OpenedBase, stacks: tuple[str, ...], place: Place) -> OpenedBase:
+    part = base.part
     if not is_there(place):
         relock_checkpoint(base.place, part.lock, place, part.strength, stacks=stacks)
         return replace(base, place=place, saved=receipt_in(files_in(place), str(place)))

@@ -26,11 +26,13 @@ class OpenedBase:
         place: its directory or URL.
         part: W d at every locked layer; its checkpoint is the base as it was before any relock.
         saved: the base's own receipt, None where it is not relocked.
+        locked: the same base with the lock in its biases, by its place and stacks, once an adapter needed it.
     """
 
     place: Place
     part: BasePart
     saved: SavedReceipt | None
+    locked: dict[tuple[Place, tuple[str, ...]], OpenedBase] = field(default_factory=dict, repr=False)
 
     @property
     def carries_lock(self) -> bool:
