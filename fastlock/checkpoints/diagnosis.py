@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks, named_architecture, needs, why_lost
+from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
+from fastlock.checkpoints.adapters.diagnosis import examine_adapter
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
+from fastlock.checkpoints.finding import Finding
 from fastlock.checkpoints.gguf import gguf_state, is_gguf
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
-from fastlock.errors import UnsupportedError, shown
+from fastlock.errors import FastlockError, UnsupportedError, shown
+from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import Receipt
 from fastlock.storage.places import as_place, files_in
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one stack makes of a checkpoint.
-
-    Attributes:
-        stack: the serving stack.
-        acts: whether a lock is there and acts.
-        reason: one sentence for people.
-    """
-
-    stack: str
-    acts: bool
-    reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The finding as data that JSON can hold."""
-        return asdict(self)
-
-
-def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] | None = None) -> list[Finding]:
+def doctor(
+    directory: str | os.PathLike[str],
+    stacks: Sequence[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    lock: Lock | None = None,
+) -> Sequence[Finding]:
     """What each stack makes of a checkpoint's lock; if it has none, how it would be carried there.
 
     No weights are read: whether the biases are right is for `verify` to say.
@@ -46,9 +35,11 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] | None = Non
         directory: the checkpoint's directory or URL, or a GGUF file.
         stacks: the serving stacks to look at, of "transformers", "vllm", "sglang" and "llama.cpp"; by default the first
             two, of a GGUF the last.
+        base: of an adapter, the directory or URL of its base; by default the one that it names.
+        lock: of an adapter, a lock: then a finding says which carriers keep it, and how far the base's own fold is off.
 
     Returns:
-        A finding for each stack.
+        A finding for each stack; of an adapter it also says its method, what it touches, and its scales.
 
     Raises:
         UnsupportedError: the checkpoint is of a family without an exact fold, or in another format.
@@ -59,6 +50,10 @@ def doctor(directory: str | os.PathLike[str], stacks: Sequence[str] | None = Non
         return [_of_gguf(directory, stack) for stack in check_stacks(("llama.cpp",) if stacks is None else stacks)]
     stacks = DEFAULT_STACKS if stacks is None else stacks
     files, where = files_in(as_place(directory)), str(directory)
+    if holds_adapter_only(files):
+        return examine_adapter(files, where, check_stacks(stacks), base, lock)
+    if base is not None or lock is not None:
+        raise FastlockError(f"{where}: is no adapter, and is examined without a base and a lock. Leave them out.")
     saved = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
     return [

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from fastlock.cli import options
 from fastlock.cli.commands import DONE, NOT_LOCKED, ArgumentsError, Command, option
 from fastlock.cli.options import FOR, JSON, stack_names
 from fastlock.cli.output import print_json, say
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def _doctor(checkpoint: str | None, stacks: list[str] | None, as_json: bool) -> int:
+
+def _doctor(
+    checkpoint: str | None, stacks: list[str] | None, base: str | None, lock: Path | None, as_json: bool
+) -> int:
     if checkpoint is not None:
-        return _examine(checkpoint, stack_names(stacks) if stacks else None, as_json)
-    if stacks:
+        return _examine(checkpoint, stack_names(stacks) if stacks else None, base, lock, as_json)
+    if stacks or base or lock:
         raise ArgumentsError("--for is about a checkpoint. Name one, or leave --for out.")
     _show_launch_paths(as_json)
     return DONE
 
 
-def _examine(checkpoint: str, stacks: tuple[str, ...] | None, as_json: bool) -> int:
+def _examine(
+    checkpoint: str, stacks: tuple[str, ...] | None, base: str | None, lock: Path | None, as_json: bool
+) -> int:
     from fastlock.checkpoints.diagnosis import doctor
+    from fastlock.locks.lock import Lock
 
-    findings = doctor(checkpoint, stacks)
+    findings = doctor(checkpoint, stacks, base=base, lock=None if lock is None else Lock.load(lock))
     if as_json:
         print_json({"checkpoint": checkpoint, "stacks": [finding.to_dict() for finding in findings]})
     else:
@@ -43,7 +54,8 @@ def _show_launch_paths(as_json: bool) -> None:
 
 COMMAND = Command(
     "doctor",
-    "Say whether a checkpoint's lock really acts in each stack. Exit code 0 if it acts in all of them, 1 if not. "
+    "Say whether the lock of a checkpoint or an adapter really acts in each stack. Exit code 0 if it acts in all "
+    "of them, 1 if not. "
     "Without a checkpoint: what folds on each of this machine's devices, and why.",
     (
         option(
@@ -53,6 +65,17 @@ COMMAND = Command(
             help="A checkpoint's directory or URL, or a GGUF file. Default: none.",
         ),
         FOR,
+        option(
+            "--base",
+            metavar="DIR",
+            help="Of an adapter: the base that it is served over, or its URL. Default: the one that the adapter names.",
+        ),
+        option(
+            "--lock",
+            type=options.path,
+            metavar="FILE",
+            help="Of an adapter: a lock, to say which carriers keep it, and how far the base's own fold is off.",
+        ),
         JSON,
     ),
     _doctor,

@@ -54,7 +54,8 @@ class AdapterSite:
         heads: the locked ones, ascending.
         touched: whether the adapter touches it.
         dtype: of its bias.
-        gap: ‖f − W d‖ / ‖W d‖, where f is what the displacement does in the adapted model; None if W d is zero.
+        gap: how far W d in the base's bias is off: 0 where it is exact, else ‖f − W d‖ / ‖W d‖, where f is what the
+            displacement does in the adapted model; None if W d is zero.
         scale: the s of the fold, None where there is none.
     """
 

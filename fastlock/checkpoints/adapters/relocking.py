@@ -27,6 +27,7 @@ from fastlock.checkpoints.adapters.adapter_files import (
 from fastlock.checkpoints.adapters.carriers.base_bias import BASE_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob, Carried, OpenedBase
 from fastlock.checkpoints.adapters.carriers.table import choose_adapter_carrier
+from fastlock.checkpoints.adapters.folding import AdapterFold
 from fastlock.checkpoints.adapters.merging import write_merged
 from fastlock.checkpoints.adapters.relocked import digest_of_adapter_file, original_adapter_files
 from fastlock.checkpoints.adapters.relocked_base import open_base, relocked_base
@@ -168,7 +169,7 @@ def _receipt(job: AdapterJob, carrier: AdapterCarrier, carried: Carried, setting
             heads=part.displacements[fold.layer].heads,
             touched=fold.touched,
             dtype=torch_name(bias.dtype),
-            gap=fold.gap if math.isfinite(fold.gap) else None,
+            gap=_gap(fold),
             scale=fold.scale,
         )
         for fold, name, bias in zip(folds, carried.names, carried.biases, strict=True)
@@ -197,6 +198,12 @@ def _receipt(job: AdapterJob, carrier: AdapterCarrier, carried: Carried, setting
         scaling=None if all(fold.scale is None for fold in folds) else ADAPTER_STACKS[carried.stack].scaling,
         allowed_gap=job.allowed_gap if shared else None,
     )
+
+
+def _gap(fold: AdapterFold) -> float | None:
+    if fold.shares_base:
+        return 0.0
+    return fold.gap if math.isfinite(fold.gap) else None
 
 
 def _written(carried: Carried) -> dict[str, Any]:
