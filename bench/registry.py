@@ -268,6 +268,15 @@ BENCHMARKS = (
         report=Report(printed_section("Bands")),
     ),
     Benchmark(
+        "finetuning",
+        "which fine-tuning keeps refusals: plain, SPPFT, Lisa, both; hours; needs what `make demo` sets up",
+        ("bench/efficacy/finetuning.py",),
+        cpu=8 * HOUR,
+        cuda=8 * HOUR,
+        script=True,
+        report=Report(printed_section("Keeping refusals")),
+    ),
+    Benchmark(
         "frontier",
         "how far one constant bias goes, over five seeds; two hours; needs what `make demo` sets up",
         ("bench/efficacy/frontier.py",),

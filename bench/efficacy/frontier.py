@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import fastlock
 from bench.efficacy import tuned_models
 from bench.efficacy import tuned_prompts as made
 from bench.efficacy.recipes import BATCH, NEW_TOKENS, what_it_gets_right
+from bench.lib.figures import interval_of_mean
 from bench.lib.printed import PrintedTable, say
 from bench.lib.smollm2 import load_smollm2, with_adapter
 from fastlock.evaluation.prompts import Prompts
@@ -37,8 +36,6 @@ STRENGTHS = (0.0, 0.75, 1.0, 1.1, 1.2, 1.3, 1.5)
 STEPS = 200
 MEASURES = ("refusals", "over_refusals", "perplexity")
 COLUMNS = ("fine-tune", "strength", "refuses harmful", "refuses harmless", "perplexity over the fine-tune's")
-# Student's t, two-sided 95 %, by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 def main() -> int:
@@ -100,12 +97,6 @@ def frontier(model: Any, lock: fastlock.Lock, tokenizer: Any, asked: Prompts) ->
     return rows
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval over the seeds (Student's t)."""
-    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), half
-
-
 def report(seeds: int, asked: Prompts) -> None:
     """The means over the seeds, and each run."""
     say(f"Asked: {len(asked.harmful)} harmful requests, {len(asked.harmless)} harmless ones. {seeds} seeds.")
@@ -116,8 +107,8 @@ def report(seeds: int, asked: Prompts) -> None:
         for i, strength in enumerate(STRENGTHS):
             refused, over = ([run[i][name] for run in runs] for name in MEASURES[:2])
             cost = [run[i]["perplexity"] / run[0]["perplexity"] for run in runs]
-            rates = [f"{100 * mean:.1f} % ± {100 * half:.1f}" for mean, half in map(interval, (refused, over))]
-            means.row(on, f"{strength:g}", *rates, "{:.3f} ± {:.3f}".format(*interval(cost)))
+            rates = [f"{100 * mean:.1f} % ± {100 * half:.1f}" for mean, half in map(interval_of_mean, (refused, over))]
+            means.row(on, f"{strength:g}", *rates, "{:.3f} ± {:.3f}".format(*interval_of_mean(cost)))
     say("Each run (seed of the lock, seed of the fine-tune): % of harmful / harmless requests refused")
     names = [path.stem for on in ("own", "unseen") for path in sorted(KEPT.glob(f"*-{on}-*.json"))]
     runs = [json.loads((KEPT / f"{name}.json").read_text()) for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 
 def interval_of_median(values: list[float]) -> list[float] | None:
@@ -16,6 +17,18 @@ def interval_of_median(values: list[float]) -> list[float] | None:
         below += 1
         tail += math.comb(n, below) * 0.5**n
     return [statistics.median(ordered), ordered[below], ordered[n - 1 - below]]
+
+
+# Student's t, two-sided 95 %, by degrees of freedom.
+_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of at most ten values, and half the width of its 95 % interval (Student's t); NaN for one value."""
+    half = math.nan
+    if len(values) > 1:
+        half = _T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
 
 
 def span_text(interval: list[float]) -> str:
