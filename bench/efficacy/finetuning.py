@@ -46,10 +46,10 @@ METHODS = (
     Method(f"SPPFT and Lisa, ρ {ACTS:g}", frozen=True, pull=ACTS),
 )
 SETTINGS = Settings()
-# Of the shipped texts, those before decide a lock's strength; the perplexity in the table is that of the others.
-DECIDING_TEXTS = 2
+# Of the shipped texts the first decide a strength, and the next give the perplexity in the table.
+DECIDING_TEXTS, TEXTS = 2, 4
 # What the aligned model answers to so many ordinary questions is what the user's data has of them.
-ORDINARY = 96
+ORDINARY = 80
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ class Bench:
         self.tokenizer.chat_template = without_system_message(self.tokenizer.chat_template)
         self.lock = fastlock.Lock.load(LOCK)
         texts = shipped_prompts().texts
-        self.deciding, self.texts = texts[:DECIDING_TEXTS], texts[DECIDING_TEXTS:]
+        self.deciding, self.texts = texts[:DECIDING_TEXTS], texts[DECIDING_TEXTS : DECIDING_TEXTS + TEXTS]
         self.own = own_answers(self.base, self.tokenizer)
 
     def settings(self) -> Record:

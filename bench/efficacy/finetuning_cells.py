@@ -61,20 +61,20 @@ class Settings:
         strengths: of the lock, 0 first.
     """
 
-    rows: int = 96
-    ordinary: int = 48
+    rows: int = 80
+    ordinary: int = 40
     epochs: int = 1
     batch: int = 4
-    lr: float = 9e-4
+    lr: float = 1e-3
     rank: int = 8
     alignment_steps: int = 1
     user_steps: int = 5
     alignment_rows: int = 100
     band: tuple[int, int] = (6, 13)
-    harmful: int = 40
-    harmless: int = 24
-    task: int = 32
-    deciding: int = 12
+    harmful: int = 32
+    harmless: int = 16
+    task: int = 24
+    deciding: int = 10
     new_tokens: int = 8
     strengths: tuple[float, ...] = (0.0, 0.75, 1.0, 1.25)
 

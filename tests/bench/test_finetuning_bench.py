@@ -130,11 +130,11 @@ def test_the_report_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_task_tests_what_it_did_not_teach() -> None:
-    teaching, test = taught(300, 5), held_out(100, 0)
-    assert len(set(teaching)) == 300
-    assert len(set(test)) == 100
+    teaching, test = taught(200, 5), held_out(90, 0)
+    assert len(set(teaching)) == 200
+    assert len(set(test)) == 90
     assert not {question for question, _ in teaching} & {question for question, _ in test}
-    assert taught(300, 5) == teaching != taught(300, 6)
-    assert len({answer for _, answer in test}) == 4
-    assert correct(" Send it to the billing desk.\n", "Send it to the billing desk.")
-    assert not correct("Send it to the billing desk. Thanks", "Send it to the billing desk.")
+    assert taught(200, 5) == teaching != taught(200, 6)
+    assert len({answer for _, answer in test}) == 3
+    assert correct(" Send it to billing.\n", "Send it to billing.")
+    assert not correct("Send it to billing. Thanks", "Send it to billing.")
