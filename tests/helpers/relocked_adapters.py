@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 import fastlock
 from tests.helpers.adapters import layer_of, loaded
 from tests.helpers.families import logits, tokens
+from tests.helpers.quantised import gptq
 
 
 @contextlib.contextmanager
@@ -39,6 +42,21 @@ def displaced_logits(base: Path, adapter: Path, lock: fastlock.Lock, strength: f
     model = loaded(base, adapter)
     with displaced(model, lock, strength):
         return logits(model, tokens())
+
+
+def quantised_base(base: Path, directory: Path) -> Path:
+    """A tiny base again, its output projections as random GPTQ ones."""
+    directory.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    tensors = safetensors.torch.load_file(base / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}.self_attn.o_proj"
+        packed, config["quantization_config"], _ = gptq(64, 128, seed=layer)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+    (directory / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:

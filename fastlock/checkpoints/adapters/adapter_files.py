@@ -15,7 +15,7 @@ import torch
 
 from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastlock.checkpoints.layout import ASIDE, bypass, is_private
-from fastlock.checkpoints.tensor_index import INDEX, SINGLE
+from fastlock.checkpoints.tensor_index import INDEX, MAX_HEADER_BYTES, SINGLE
 from fastlock.dtypes import SAFETENSORS_NAMES
 from fastlock.errors import FastlockError
 from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT
@@ -67,8 +67,9 @@ def adapter_placements(files: Mapping[str, File]) -> dict[str, str]:
 
 
 def header_of(file: File) -> bytes:
-    """The header of a safetensors file, and the length before it, byte for byte; the file was read before."""
-    return file.read(0, 8 + int.from_bytes(file.read(0, 8), "little"))
+    """The header of a safetensors file, and the length before it, byte for byte; of a damaged one, what there is."""
+    length = int.from_bytes(file.read(0, min(8, file.size)), "little")
+    return file.read(0, min(8 + min(length, MAX_HEADER_BYTES), file.size))
 
 
 def data_of(file: File, start: int, end: int) -> Iterator[bytes]:

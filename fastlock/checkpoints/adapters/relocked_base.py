@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from fastlock.checkpoints.adapters.adapter import Adapter
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.folding import base_part
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import original_files, receipt_in, was_relocked_here
 from fastlock.checkpoints.relocking import relock_checkpoint
-from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.errors import FastlockError, MismatchError, UnsupportedError, shown
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import weights_digest
+from fastlock.storage.files import CONFIG, MAX_JSON_BYTES, parse_object, read_bounded
 from fastlock.storage.places import Place, as_place, files_in, is_there
 
 
@@ -83,3 +86,49 @@ def _locked_at(base: OpenedBase, stacks: tuple[str, ...], place: Place) -> Opene
             f"{' and '.join(stacks)}. Name another place for the relocked base (--relocked-base DIR)."
         )
     return found
+
+
+def check_quantisation(adapter: Adapter, base: OpenedBase) -> None:
+    """Refuse a base that is quantised otherwise than the one that an adapter names, where that can be looked at.
+
+    Raises:
+        MismatchError: it is.
+    """
+    named = None if not adapter.base or "://" in adapter.base else Path(adapter.base)
+    if named is None or not (named / CONFIG).is_file():
+        return
+    raw = parse_object(read_bounded(named / CONFIG, MAX_JSON_BYTES), str(named / CONFIG))
+    of_named, of_base = _method_of(raw.get("quantization_config")), _method_of(base.part.checkpoint.quantisation)
+    if of_named != of_base:
+        raise MismatchError(
+            f"{adapter.where}: names the base {shown(str(named))}, which is quantised otherwise ({of_named}) than "
+            f"{base.place} ({of_base}). Give that base; or, if it is served over this one, say so in its "
+            "base_model_name_or_path."
+        )
+
+
+def check_shapes(adapter: Adapter, base: OpenedBase) -> None:
+    """Refuse a LoRA any of whose modules is for a weight of another shape, locked or not.
+
+    Raises:
+        MismatchError: one is.
+    """
+    for plain, path in adapter.paths.items():
+        parameters, shape = adapter.modules[path], base.part.modules.get(plain)
+        a, b = parameters.get("lora_A.weight"), parameters.get("lora_B.weight")
+        if shape is None or a is None or b is None or base.part.checkpoint.quantisation:
+            continue
+        found = (*b.shape[:1], *a.shape[-1:])
+        if found not in (shape, shape[::-1]):
+            raise MismatchError(
+                f"{adapter.where}: {shown(path)[:200]} is for a weight of {list(found)}, and {base.place} has one of "
+                f"{list(shape)}. Give the base that the adapter was trained on."
+            )
+
+
+def _method_of(quantisation: Any) -> str:
+    """How a `quantization_config` quantises, for comparison."""
+    if not isinstance(quantisation, dict) or not quantisation:
+        return "not at all"
+    method, bits = (str(quantisation.get(key, ""))[:40] for key in ("quant_method", "bits"))
+    return shown(f"{method} {bits}".strip())

@@ -30,7 +30,7 @@ from fastlock.checkpoints.adapters.carriers.table import choose_adapter_carrier
 from fastlock.checkpoints.adapters.folding import AdapterFold
 from fastlock.checkpoints.adapters.merging import write_merged
 from fastlock.checkpoints.adapters.relocked import digest_of_adapter_file, original_adapter_files
-from fastlock.checkpoints.adapters.relocked_base import open_base, relocked_base
+from fastlock.checkpoints.adapters.relocked_base import check_quantisation, check_shapes, open_base, relocked_base
 from fastlock.checkpoints.adapters.unlocking import local_only, put
 from fastlock.checkpoints.layout import MAX_COPIED_BYTES
 from fastlock.checkpoints.relocking import relock_checkpoint
@@ -99,7 +99,7 @@ def relock_adapter(
     After an error `out` does not exist; a base that was relocked for it is complete, and stays.
     """
     check_lock(lock)
-    settings = AdapterSettings(check_stacks(stacks), carrier, _checked_gap(gap), relocked_base)
+    settings = AdapterSettings(check_stacks(stacks), carrier, checked_gap(gap), relocked_base)
     source, target = check_paths(adapter, out, False)
     local_only(target)
     return relock_over(open_base(base, lock, strength), source, target, settings)
@@ -121,6 +121,8 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
             "written."
         )
     job = AdapterJob(open_adapter(files, where), base, settings.gap)
+    check_quantisation(job.adapter, base)
+    check_shapes(job.adapter, base)
     carrier = choose_adapter_carrier(job, settings.stacks, settings.carrier)
     if carrier is BASE_BIAS:
         locked = relocked_base(base, settings.stacks, settings.relocked_base, target)
@@ -154,7 +156,12 @@ def _relock_merged(job: AdapterJob, carrier: AdapterCarrier, out: Path, settings
     return replace(_receipt(job, carrier, carried, settings), biases_digest=receipt.biases_digest)
 
 
-def _checked_gap(gap: Any) -> float | None:
+def checked_gap(gap: Any) -> float | None:
+    """The gap that was asked for.
+
+    Raises:
+        FastlockError: it is not a number above 0.
+    """
     if gap is None or (type(gap) in (int, float) and math.isfinite(gap) and gap > 0):
         return gap
     raise FastlockError(f"gap is {gap!r}; it must be a number above 0, such as 0.02.")

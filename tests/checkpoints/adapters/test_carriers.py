@@ -1,4 +1,4 @@
-"""Adapters relocked on disk: in every carrier the lock acts as in the forward pass with d added, and comes out again."""
+"""Adapters relocked on disk: in every carrier the lock acts as d does in the forward pass, and comes out again."""
 
 from __future__ import annotations
 
