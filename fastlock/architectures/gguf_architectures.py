@@ -22,7 +22,6 @@ ACT = {
     "mpt": ("mpt",),
     "nemotron": ("nemotron",),
     "phi2": ("phi",),
-    "phimoe": ("phimoe",),
     "starcoder": ("gpt_bigcode",),
     "starcoder2": ("starcoder2",),
 }
@@ -31,7 +30,7 @@ _UNUSED = "llama.cpp loads a bias there and does not use it: the lock would be l
 _HYBRID = "it mixes attention with layers that have no heads"
 _VARYING = "its heads differ from layer to layer"
 _NO_DECODER = "it is no decoder"
-_NOT_RUN = "llama.cpp has a place for the bias, and nobody has run it with a lock yet"
+_NOT_RUN = "llama.cpp has a place for the bias, and no run of it with a lock was found to be right yet"
 _NO_PLACE = "llama.cpp has no place for the bias there, and stops at the file (wrong number of tensors)"
 
 # Those for which llama.cpp has a place, and why they are refused nevertheless.
@@ -58,6 +57,7 @@ REFUSED_DESPITE_PLACE = {
     "nomic-bert-moe": _NO_DECODER,
     "paddleocr": _NOT_RUN,
     "pangu-embedded": _NOT_RUN,
+    "phimoe": _NOT_RUN,
     "refact": _NOT_RUN,
 }
 

@@ -15,22 +15,22 @@ import fastlock
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 3, 4, 2, 64, 256, 256, 128
 F32 = Kind.F32
-# Where in a block the numbers of half precision are by which all others are multiplied, of the types that the package
-# dequantises and does not quantise.
+# Where in a block the numbers of half precision are by which all others are multiplied, and how large these are to be,
+# for a mean near 0: of the types that the package dequantises and does not quantise.
 _HALVES = {
-    Kind.Q2_K: (80, 82),
-    Kind.Q3_K: (108,),
-    Kind.Q4_K: (0, 2),
-    Kind.Q5_K: (0, 2),
-    Kind.Q6_K: (208,),
-    Kind.IQ1_S: (0,),
-    Kind.IQ2_XXS: (0,),
-    Kind.IQ2_XS: (0,),
-    Kind.IQ2_S: (0,),
-    Kind.IQ3_XXS: (0,),
-    Kind.IQ3_S: (0,),
-    Kind.IQ4_NL: (0,),
-    Kind.IQ4_XS: (0,),
+    Kind.Q2_K: ((80, 1), (82, 1.5)),
+    Kind.Q3_K: ((108, 1),),
+    Kind.Q4_K: ((0, 1), (2, 7.5)),
+    Kind.Q5_K: ((0, 1), (2, 15.5)),
+    Kind.Q6_K: ((208, 1),),
+    Kind.IQ1_S: ((0, 1),),
+    Kind.IQ2_XXS: ((0, 1),),
+    Kind.IQ2_XS: ((0, 1),),
+    Kind.IQ2_S: ((0, 1),),
+    Kind.IQ3_XXS: ((0, 1),),
+    Kind.IQ3_S: ((0, 1),),
+    Kind.IQ4_NL: ((0, 1),),
+    Kind.IQ4_XS: ((0, 1),),
 }
 
 
@@ -42,7 +42,7 @@ class Tiny:
         kind: of the matrices.
         biased: the layers whose output projection has a bias.
         metadata: keys that are added, or replace others: uint32 or text.
-        extra: tensors that are added, float32.
+        extra: tensors that are added, or replace others.
         left_out: names of tensors that are left out.
         architecture: in `general.architecture`, and before the keys.
         parts: how many files.
@@ -60,7 +60,9 @@ class Tiny:
 
     def write(self, path: Path) -> Path:
         """Write it; of several parts, the first's name ends in -00001-of-0000N.gguf. The first path."""
-        writer = _Writer(path, self.architecture, self.parts)
+        each = 0 if self.parts == 1 else -(-len(self.tensors()) // self.parts)
+        writer = gguf.GGUFWriter(path, self.architecture, split_max_tensors=each)
+        writer.data_alignment = self.metadata.get("general.alignment", writer.data_alignment)
         for key, value in self._all_metadata().items():
             add = writer.add_string if isinstance(value, str) else writer.add_float32
             (writer.add_uint32 if isinstance(value, int) else add)(key, value)
@@ -68,10 +70,7 @@ class Tiny:
         writer.add_array("tokenizer.ggml.scores", [0.5] * VOCAB)
         for name, array in self.tensors().items():
             if name not in self.left_out:
-                if array.dtype == np.float32:
-                    writer.add_tensor(name, array)
-                else:
-                    writer.add_tensor(name, array, raw_dtype=self.kind)
+                writer.add_tensor(name, array, raw_dtype=self.kind if array.dtype == np.uint8 else None)
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -79,7 +78,7 @@ class Tiny:
         return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if self.parts > 1 else path
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """By name: float32, or bytes of the kind."""
+        """By name: numbers, or bytes of the kind."""
         rng = np.random.default_rng(self.seed)
         width = HEADS * HEAD_DIM
         shapes = {"token_embd": (VOCAB, HIDDEN), "output": (VOCAB, HIDDEN)}
@@ -117,14 +116,6 @@ class Tiny:
         } | self.metadata
 
 
-class _Writer(gguf.GGUFWriter):
-    """The package's, which splits by a number of tensors."""
-
-    def __init__(self, path: Path, architecture: str, parts: int) -> None:
-        tensors = 0 if parts == 1 else -(-(3 + 9 * LAYERS) // parts)
-        super().__init__(path, architecture, split_max_tensors=tensors)
-
-
 def matrix(shape: tuple[int, int], kind: Kind, rng: np.random.Generator) -> np.ndarray:
     """A random matrix, in the bytes of the kind; of F32, float32."""
     numbers = (0.1 * rng.standard_normal(shape)).astype(np.float32)
@@ -134,8 +125,8 @@ def matrix(shape: tuple[int, int], kind: Kind, rng: np.random.Generator) -> np.n
         return gguf.quants.quantize(numbers, kind).view(np.uint8)
     block, length = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (shape[0], shape[1] // block, length), dtype=np.uint8)
-    for at in _HALVES[kind]:
-        halves = rng.uniform(0.0002, 0.0008, (*blocks.shape[:2], 1)).astype(np.float16)
+    for at, factor in _HALVES[kind]:
+        halves = (factor * rng.uniform(0.0002, 0.0008, (*blocks.shape[:2], 1))).astype(np.float16)
         blocks[:, :, at : at + 2] = halves.view(np.uint8)
     return blocks.reshape(shape[0], -1)
 
