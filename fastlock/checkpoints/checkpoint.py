@@ -148,6 +148,7 @@ class Checkpoint:
         quantisation = self.raw.get("quantization_config")
         self.quantisation: dict[str, Any] = quantisation if isinstance(quantisation, dict) else {}
         check_names(self.shards.tensors, where)
+        self._modules: dict[tuple[str, ...], dict[str, int]] = {}  # what was asked of `modules`
         self.sites = self._find_sites()
         self._check_quantised()
 
@@ -271,14 +272,15 @@ class Checkpoint:
             DamagedError: a weight has an impossible shape.
             UnsupportedError: the length of a quantised module's output cannot be told.
         """
-        prefix = self.sites[0].name.removesuffix(f"0.{self.family.projection}")
-        lengths: dict[str, int] = {}
-        for site in self.sites:
-            for name in names:
-                path = f"{prefix}{site.layer}.{name}"
-                if is_projection(self.shards.tensors, path):
-                    lengths[path] = self._out_features(path, name)
-        return lengths
+        if (lengths := self._modules.get(tuple(names))) is None:
+            prefix, lengths = self.sites[0].name.removesuffix(f"0.{self.family.projection}"), {}
+            for site in self.sites:
+                for name in names:
+                    path = f"{prefix}{site.layer}.{name}"
+                    if is_projection(self.shards.tensors, path):
+                        lengths[path] = self._out_features(path, name)
+            self._modules[tuple(names)] = lengths
+        return dict(lengths)
 
     def _out_features(self, path: str, name: str) -> int:
         weight = self.shards.tensors.get(f"{path}.weight")
@@ -380,12 +382,12 @@ def check_names(names: Iterable[str], where: str) -> None:
         UnsupportedError: one is.
     """
     for name in names:
-        for prefix, wrapper in _WRAPPERS.items():
-            if name.startswith(prefix):
-                raise UnsupportedError(
-                    f"{where}: {shown(name)} is named as {wrapper} names it, and no loader knows such names. Save the "
-                    "model inside the wrapper, or take the prefix off."
-                )
+        if name.startswith(tuple(_WRAPPERS)):
+            wrapper = next(wrapper for prefix, wrapper in _WRAPPERS.items() if name.startswith(prefix))
+            raise UnsupportedError(
+                f"{where}: {shown(name)} is named as {wrapper} names it, and no loader knows such names. Save the "
+                "model inside the wrapper, or take the prefix off."
+            )
 
 
 def _not_folded(name: str, tensor: StoredTensor) -> UnsupportedError:

@@ -1,16 +1,14 @@
 """The new biases of a checkpoint's locked sites, and the digest of what was read for them.
 
-The digest takes longer than the folds: other threads take it while this one folds, and goes on to write.
+One thread does all of a site, from memory that it uses for the next one: what it has just read is still in the cache.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +21,7 @@ from fastlock.fold import Fold, fold
 from fastlock.kernels.fold.reference import rounded
 from fastlock.locks.lock import Displacement, Lock
 from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
-from fastlock.threads import MAX_THREADS, in_threads, started_threads, threads_for
-
-T = TypeVar("T")
-# Columns are kept until their digest is taken: about so many bytes of them at a time.
-_BATCH_BYTES = 32 * 2**20
+from fastlock.threads import in_threads, threads_for
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class FoldedSite:
     Attributes:
         key: what decides the fold.
         bias, original: [hidden], in the dtype of the site; the original is None where there was none.
-        digest: of the columns read, once it is taken.
+        digest: SHA-256 of the columns read.
         likeness: how alike the columns and the base's are; None where that is not known, or the fold was made before.
     """
 
@@ -58,20 +52,20 @@ class FoldedSite:
     key: tuple[Any, ...]
     bias: torch.Tensor
     original: torch.Tensor | None
-    digest: Future[bytes]
+    digest: bytes
     likeness: Likeness | None
 
 
 @dataclass(frozen=True)
 class FoldedSites:
-    """The sites of a checkpoint, folded, by layer: a receipt's `Digests`, which waits for those of what was read."""
+    """The sites of a checkpoint, folded, by layer: a receipt's `Digests`."""
 
     sites: list[FoldedSite]
 
     @cached_property
     def weights(self) -> str:
         """As `Receipt.weights_digest`."""
-        return weights_digest(f.digest.result() for f in self.sites)
+        return weights_digest(f.digest for f in self.sites)
 
     @cached_property
     def biases(self) -> str:
@@ -80,18 +74,7 @@ class FoldedSites:
 
     def known(self) -> Folds:
         """The folds, for other checkpoints that share files with this one."""
-        return {f.key: KnownFold(raw_bytes(f.bias), f.digest.result()) for f in self.sites}
-
-
-@contextlib.contextmanager
-def helpers() -> Iterator[ThreadPoolExecutor | None]:
-    """Threads that read, and take digests, as long as the block lasts; None, if torch has one thread in this one."""
-    threads = threads_for(MAX_THREADS)
-    if threads == 1:
-        yield None
-    else:
-        with started_threads(threads) as pool:
-            yield pool
+        return {f.key: KnownFold(raw_bytes(f.bias), f.digest) for f in self.sites}
 
 
 def fold_sites(
@@ -100,110 +83,79 @@ def fold_sites(
     lock: Lock,
     strength: float,
     folds: Folds,
-    beside: ThreadPoolExecutor | None,
     base: Base,
 ) -> FoldedSites:
-    """Fold a lock through these sites. When it returns, some of their digests may still be on their way.
+    """Fold a lock through these sites, in as many threads as torch has in this one.
 
     Args:
         checkpoint: whose they are.
         sites: those that the lock shifts, by layer.
         lock, strength: the displacement.
         folds: those that were made before.
-        beside: the `helpers`.
         base: what is known of the lock's base.
 
     Raises:
         DamagedError: a fold is not finite, as weights or bias hold NaN or infinities; or the checkpoint is damaged.
         FastlockError: a fold is not finite, as the strength is too large for the dtype; or a file cannot be read.
     """
-    folding = _Folding(checkpoint, lock.displacement(strength), (lock.digest, strength), folds, beside, base)
-    folded: list[FoldedSite] = []
-    for batch in _batches(sites, folding.displacements):
-        for earlier in folded:
-            earlier.digest.result()  # after which its columns are let go
-        reads = [folding.begin(folding.read, site, room) for site, room in batch]
-        # Of two threads in all, one folds while the other reads on and takes digests, which is as long.
-        folded += in_threads(folding.fold, reads, max(1, threads_for(len(reads)) // 2))
-    return FoldedSites(folded)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A site as it was read: the columns are None where its fold was made before. The rest is as in `FoldedSite`."""
-
-    site: StoredSite
-    key: tuple[Any, ...]
-    original: torch.Tensor | None
-    columns: StoredColumns | None
+    displacements = lock.displacement(strength)
+    sizes = {site.layer: site.column_bytes(len(displacements[site.layer].heads)) for site in sites}
+    threads, rooms = threads_for(len(sites)), SimpleQueue[Bytes]()
+    for _ in range(threads):
+        rooms.put(np.empty(max(sizes.values()), np.uint8))
+    folding = _Folding(checkpoint, displacements, (lock.digest, strength), folds, base, sizes, rooms)
+    longest_first = sorted(sites, key=lambda site: -sizes[site.layer])
+    folded = in_threads(folding.fold, longest_first, threads)
+    return FoldedSites(sorted(folded, key=lambda f: f.site.layer))
 
 
 @dataclass(frozen=True)
 class _Folding:
-    """What `fold_sites` was given: the displacement of each layer, and what else decides a fold beside the files."""
+    """What `fold_sites` was given: the displacement of each layer, and what else decides a fold beside the files.
+
+    Attributes:
+        sizes: how many bytes the columns of each layer take.
+        rooms: memory for the columns of one site, as much as each thread needs at a time.
+    """
 
     checkpoint: Checkpoint
     displacements: dict[int, Displacement]
     of_lock: tuple[str, float]
     folds: Folds
-    beside: ThreadPoolExecutor | None
     base: Base
+    sizes: dict[int, int]
+    rooms: SimpleQueue[Bytes]
 
-    def begin(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Call a function in another thread; in this one, before it returns, where there is no other."""
-        if self.beside is not None:
-            return self.beside.submit(function, *arguments)
-        done: Future[T] = Future()
-        done.set_result(function(*arguments))
-        return done
-
-    def read(self, site: StoredSite, room: Bytes) -> _Read:
-        """Read what the fold of a site takes, its columns into this room."""
+    def fold(self, site: StoredSite) -> FoldedSite:
+        """Read and fold one site; or look the fold up, where it was made before."""
         original = None if site.bias is None else self.checkpoint.read_vector(site.bias)
         before = None if original is None else raw_bytes(original)
         key = (*self.checkpoint.identity_of(site), before, *self.of_lock)
         heads = self.displacements[site.layer].heads
-        return _Read(
-            site, key, original, None if key in self.folds else self.checkpoint.read_columns(site, heads, room)
-        )
+        if key in self.folds:
+            known = self.folds[key]
+            bias = torch.frombuffer(bytearray(known.bias), dtype=site.dtype)
+            return FoldedSite(site, heads, key, bias, original, known.columns_digest, None)
+        room = self.rooms.get()
+        try:
+            read = self.checkpoint.read_columns(site, heads, room[: self.sizes[site.layer]])
+            return FoldedSite(
+                site,
+                heads,
+                key,
+                bias=self._new_bias(site, read, original),
+                original=original,
+                digest=read.digest(),
+                likeness=self.base.likeness(site, heads, read.columns),
+            )
+        finally:
+            self.rooms.put(room)
 
-    def fold(self, reading: Future[_Read]) -> FoldedSite:
-        """Fold one site, once it is read, and begin to take its digest."""
-        read = reading.result()
-        displacement, likeness = self.displacements[read.site.layer], None
-        if read.columns is None:
-            known = self.folds[read.key]
-            bias = torch.frombuffer(bytearray(known.bias), dtype=read.site.dtype)
-            digest = self.begin(lambda: known.columns_digest)
-        else:
-            digest = self.begin(read.columns.digest)
-            columns, where = read.columns.columns, self.checkpoint.where
-            c = None if read.original is None else read.original.to(columns.matrix.dtype)
-            (bias,) = fold([Fold(columns, displacement.values, c, f"{where}: {shown(read.site.name)}")])
-            bias = _as_stored(bias, read.site, where)
-            likeness = self.base.likeness(read.site, displacement.heads, columns)
-        return FoldedSite(read.site, displacement.heads, read.key, bias, read.original, digest, likeness)
-
-
-def _batches(
-    sites: list[StoredSite], displacements: dict[int, Displacement]
-) -> Iterator[list[tuple[StoredSite, Bytes]]]:
-    """The sites with room for their columns, as many as may be kept; one at a time where nothing is done beside."""
-    limit = 0 if torch.get_num_threads() == 1 else _BATCH_BYTES
-    batch, sizes = list[StoredSite](), list[int]()
-    for site in sites:
-        size = site.column_bytes(len(displacements[site.layer].heads))
-        if batch and sum(sizes) + size > limit:
-            yield list(zip(batch, _rooms(sizes), strict=True))
-            batch, sizes = [], []
-        batch.append(site)
-        sizes.append(size)
-    yield list(zip(batch, _rooms(sizes), strict=True))
-
-
-def _rooms(sizes: list[int]) -> list[Bytes]:
-    """Memory in one piece, which the kernel gives in large pages: small ones take longer to get than to fill."""
-    return np.split(np.empty(sum(sizes), np.uint8), np.cumsum(sizes)[:-1])
+    def _new_bias(self, site: StoredSite, read: StoredColumns, original: torch.Tensor | None) -> torch.Tensor:
+        columns, where = read.columns, self.checkpoint.where
+        c = None if original is None else original.to(columns.matrix.dtype)
+        (bias,) = fold([Fold(columns, self.displacements[site.layer].values, c, f"{where}: {shown(site.name)}")])
+        return _as_stored(bias, site, where)
 
 
 def _as_stored(bias: torch.Tensor, site: StoredSite, where: str) -> torch.Tensor:

@@ -104,13 +104,15 @@ def shard_with(tensors: Mapping[str, torch.Tensor]) -> bytes:
         tensors: by name; contiguous, on the CPU, of a dtype that can be folded. They may share memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    distinct = {id(tensor): tensor for tensor in tensors.values()}
+    raw = {which: tensor.view(torch.uint8).numpy().data for which, tensor in distinct.items()}
     parts, end = [], 0
     for name in sorted(tensors, key=lambda name: (-_WRITTEN_LAST.index(tensors[name].dtype), name)):
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
         dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        parts.append(tensor.view(torch.uint8).numpy().data)
+        parts.append(raw[id(tensor)])
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     return b"".join((len(encoded).to_bytes(8, "little"), encoded, *parts))
@@ -199,7 +201,7 @@ def read_header(file: File, name: str, where: str) -> dict[str, StoredTensor]:
 def _stored(file: str, entry: Any, data: int) -> StoredTensor:
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     sound = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and 0 <= begin <= end
-    if not sound or any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
+    if not sound or not _are_sizes((*shape, begin, end)):
         raise ValueError(f"shape {str(shape)[:80]}, offsets {str((begin, end))[:80]}")
     if type(entry["dtype"]) is not str:
         raise TypeError("its dtype is not text")
@@ -209,3 +211,8 @@ def _stored(file: str, entry: Any, data: int) -> StoredTensor:
     if math.prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"{end - begin} bytes for a {entry['dtype'][:20]} of shape {str(shape)[:80]}")
     return StoredTensor(file, entry["dtype"], tuple(shape), data + begin, end - begin)
+
+
+def _are_sizes(numbers: tuple[Any, ...]) -> bool:
+    """Whether these are integers that a size can be; neither true nor 1.0 is one."""
+    return {*map(type, numbers)} == {int} and min(numbers) >= 0 and max(numbers) < 2**63

@@ -218,9 +218,9 @@ def _not_json(where: str, error: Exception, remedy: str) -> DamagedError:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's keys and values as a dictionary; ValueError where a key is there twice."""
-    value: dict[str, Any] = {}
-    for key, held in pairs:
-        if key in value:
-            raise ValueError(f"it gives {key[:80]!a} twice")
-        value[key] = held
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it gives {twice[:80]!a} twice")
     return value

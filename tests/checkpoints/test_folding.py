@@ -1,14 +1,12 @@
 """What a checkpoint on disk is folded from, in however many threads, and the digest of it."""
 
 import hashlib
-import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
 import fastlock
-from fastlock.checkpoints import folding
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredColumns
 from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.tensor_index import shard_with
@@ -37,13 +35,11 @@ def written(directory) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("batch_bytes", [1, 2**25])
-def test_the_files_are_the_same_however_many_threads_and_batches(source, threads, batch_bytes, tmp_path, monkeypatch):
+def test_the_files_are_the_same_however_many_threads(source, threads, tmp_path):
     directory, _, lock = source
     torch.set_num_threads(1)
     fastlock.relock_checkpoint(directory, lock, tmp_path / "alone")
     torch.set_num_threads(threads)
-    monkeypatch.setattr(folding, "_BATCH_BYTES", batch_bytes)
     fastlock.relock_checkpoint(directory, lock, tmp_path / "shared")
     assert written(tmp_path / "shared") == written(tmp_path / "alone")
 
@@ -63,36 +59,24 @@ def test_the_digest_is_of_the_locked_columns_by_layer(source, threads, tmp_path)
     assert read_receipt(tmp_path / "out").to_dict() == receipt.to_dict()
 
 
-def test_the_columns_of_one_batch_are_kept_at_a_time(source, tmp_path, monkeypatch) -> None:
-    """Before another batch is read, the digests of the earlier one are taken."""
+def test_each_thread_keeps_the_columns_of_one_site(source, threads, tmp_path, monkeypatch) -> None:
+    """Each begins where its last one was: what it read is still in the cache, and no memory is asked for anew."""
     directory, _, lock = source
-    kept, most, guard = 0, 0, threading.Lock()
-    read, digest = Checkpoint.read_columns, StoredColumns
+    places: list[tuple[int, int]] = []
+    read = Checkpoint.read_columns
 
-    def counted_read(self, site, heads, room=None):
-        nonlocal kept, most
-        with guard:
-            kept += 1
-            most = max(most, kept)
+    def noted(self, site, heads, room=None):
         columns = read(self, site, heads, room)
+        places.append((columns.columns.matrix.data_ptr(), columns.columns.matrix.nbytes))
+        return columns
 
-        def counted_digest() -> bytes:
-            nonlocal kept
-            with guard:
-                kept -= 1
-            return columns.digest()
-
-        return digest(columns.columns, counted_digest)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    monkeypatch.setattr(Checkpoint, "read_columns", counted_read)
-    monkeypatch.setattr(folding, "_BATCH_BYTES", 1)
-    try:
-        fastlock.relock_checkpoint(directory, lock, tmp_path / "out")
-    finally:
-        torch.set_num_threads(before)
-    assert (kept, most) == (0, 1)
+    monkeypatch.setattr(Checkpoint, "read_columns", noted)
+    fastlock.relock_checkpoint(directory, lock, tmp_path / "out")
+    assert len(places) == 6
+    assert len({begin for begin, _ in places}) <= threads
+    sizes = [size for _, size in places]
+    assert max(sizes) == 2 * min(sizes)
+    assert threads > 1 or sizes == sorted(sizes, reverse=True)  # no thread ends with the longest, alone
 
 
 @pytest.mark.parametrize("where", ["read_columns", "digest"])
