@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,9 @@ from fastlock.checkpoints.tensor_index import StoredTensor
 from fastlock.errors import DamagedError, FastlockError, shown
 from fastlock.kernels.fold.reference import HeadColumns, exact_fold, magnitude
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
+
+# Where transformers may call a module otherwise than the files do: in the place of a feedforward network with experts.
+_EXPERTS = re.compile(r"(?:^|\.)(?:mlp|moe|block_sparse_moe|feed_forward)\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,11 @@ class BasePart:
     def magnitudes(self) -> dict[int, torch.Tensor]:
         """|W||d| by layer, [hidden] float64: the columns are read anew for it, once."""
         return {site.layer: magnitude(self.columns(site), self.displacements[site.layer].values) for site in self.sites}
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether its layers have experts, whose modules transformers calls otherwise than the files."""
+        return any("experts" in path.split(".") for path in self.modules)
 
     def columns(self, site: StoredSite) -> HeadColumns:
         """The locked columns of W of one site: read anew at each call."""
@@ -291,7 +300,7 @@ def _effect(at: AdaptedSite) -> Effect:
 def _check_modules(adapter: Adapter, part: BasePart) -> None:
     """Raise if the adapter adapts a module that the base does not have."""
     for plain, path in adapter.paths.items():
-        if plain and plain not in part.modules:
+        if plain and plain not in part.modules and not (part.has_experts and _EXPERTS.search(plain)):
             raise no_such_module(adapter.where, path, part.checkpoint.where)
 
 

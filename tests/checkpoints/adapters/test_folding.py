@@ -200,6 +200,23 @@ def test_folds_in_a_decoder_inside_a_larger_model(tmp_path: Path) -> None:
         torch.testing.assert_close(f.bias, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
 
 
+def test_experts_may_have_other_names_in_the_files(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base", "mixtral")
+    part = base_part(Checkpoint(files_in(base), str(base)), random_lock(tiny_model("mixtral")))
+    folds = fold(
+        save_adapter(config_of("lora", target_modules=["o_proj", "gate"]), tmp_path / "adapter", "mixtral"), part
+    )
+    assert any(path.endswith(".gate") for path in folds.adapter.modules)
+    assert all(f.touched for f in folds)
+
+
+def test_rows_of_the_embedding_change_no_projection(part: BasePart, tmp_path: Path) -> None:
+    plain = fold(save_adapter(config_of("lora"), tmp_path / "plain"), part)
+    with_rows = fold(save_adapter(config_of("lora", trainable_token_indices=[3, 4]), tmp_path / "rows"), part)
+    assert "model.embed_tokens" in with_rows.adapter.modules
+    assert [f.action for f in with_rows] == [f.action for f in plain] == ["added", "added"]
+
+
 def test_a_base_that_holds_no_numbers_is_refused(base: Path, tmp_path: Path) -> None:
     broken = tmp_path / "base"
     broken.mkdir()

@@ -122,7 +122,7 @@ def _layer(at: AdaptedSite, tensors: dict[str, torch.Tensor], weight: torch.Tens
             _check_fits(at, _adapted(config, at, None, low_cpu_mem_usage=True), stored)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=True, device="meta", dtype=torch.float64)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=torch.float64), requires_grad=False)
+    linear.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=torch.float64, device="cpu"), requires_grad=False)
     model = _adapted(config, at, linear, low_cpu_mem_usage=False)
     _check_fits(at, model, stored)
     _load(at, model, stored)
@@ -229,7 +229,8 @@ def _check_finite(at: AdaptedSite, tensors: dict[str, torch.Tensor]) -> None:
 def _evaluate(layer: Any, at: AdaptedSite) -> tuple[torch.Tensor, Action]:
     """f, and what the layer does with a bias of its base."""
     d = at.displacement.dense(at.width)
-    elsewhere = torch.randn(at.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    elsewhere = torch.randn(at.width, generator=generator, dtype=torch.float64, device="cpu")
     zero, displaced, there, there_displaced = layer(torch.stack([0 * d, d, elsewhere, elsewhere + d])[None])[0]
     shift = displaced - zero
     scale = max(float(x.abs().max()) for x in (displaced, there, there_displaced, at.base_part))

@@ -14,7 +14,7 @@ def displaced(at: AdaptedSite, matrix: torch.Tensor) -> torch.Tensor:
     Only the locked columns are read.
     """
     if not len(matrix):
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     displacement = at.displacement
     return exact_fold(HeadColumns.in_projection(matrix, displacement.heads, displacement.head_dim), displacement.values)
 
@@ -22,5 +22,5 @@ def displaced(at: AdaptedSite, matrix: torch.Tensor) -> torch.Tensor:
 def times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """M v, [rows] float64, of a matrix [rows, n] and v, [n] float64."""
     if not len(vector):
-        return torch.zeros(len(matrix), dtype=torch.float64)
+        return torch.zeros(len(matrix), dtype=torch.float64, device="cpu")
     return exact_fold(HeadColumns(matrix, (0,)), vector[None])
