@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastlock.basis import Likeness, check_likeness, likeness
 from fastlock.checkpoints.gguf.header import (
     PREAMBLE_LENGTH,
     GgufHeader,
@@ -44,13 +45,17 @@ _STACKS = ("llama.cpp",)
 
 @dataclass(frozen=True)
 class _FoldedSite:
-    """One site's new bias, what was there before, and the SHA-256 of what was read. Both are [hidden] float32."""
+    """One site's new bias, what was there before, and the SHA-256 of what was read. Both are [hidden] float32.
+
+    And how alike its columns and those of the lock's base are, None where the lock does not tell.
+    """
 
     site: GgufSite
     heads: tuple[int, ...]
     bias: torch.Tensor
     original: torch.Tensor | None
     digest: bytes
+    likeness: Likeness | None
 
 
 def relock_gguf(
@@ -80,7 +85,7 @@ def relock_gguf(
 
     Raises:
         UnsupportedError: llama.cpp would not use the bias in this architecture, the weights are of a type that cannot
-            be read, or the file is no model.
+            be read, the file is no model, or its heads are not in the basis that the lock was found in.
         DamagedError: the file is damaged, hostile, or was changed (since it was relocked, or meanwhile).
         MismatchError: the lock is of another geometry.
         FastlockError: an argument is wrong, the package gguf is missing, or the file system refuses.
@@ -92,8 +97,11 @@ def relock_gguf(
     path = local_path(source)
     model = original_model(path)
     places = places_for(local_path(out), len(model.parts))
-    displacements = lock.displacement(strength)
-    folded = in_threads(lambda site: _folded(model, site, displacements[site.layer]), model.sites_for(lock))
+    displacements, norms = lock.displacement(strength), lock.norms_by_layer()
+    folded = in_threads(
+        lambda site: _folded(model, site, displacements[site.layer], norms.get(site.layer)), model.sites_for(lock)
+    )
+    check_likeness([f.likeness for f in folded], model.where)
     receipt = _receipt(model, lock, strength, folded)
     with created(_new_files(model, folded, receipt, places), share=not copy):
         model.check_unchanged()
@@ -122,7 +130,7 @@ def places_for(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else part_paths(out, count)
 
 
-def _folded(model: GgufModel, site: GgufSite, displacement: Displacement) -> _FoldedSite:
+def _folded(model: GgufModel, site: GgufSite, displacement: Displacement, norms: torch.Tensor | None) -> _FoldedSite:
     read, original = model.read_columns(site, displacement.heads), model.read_bias(site)
     dtype, name = read.columns.matrix.dtype, f"{model.where}: {shown(site.name)}"
     c = None if original is None else original.to(dtype)
@@ -130,7 +138,8 @@ def _folded(model: GgufModel, site: GgufSite, displacement: Displacement) -> _Fo
     bias = rounded(bias, torch.float32)
     if not bias.isfinite().all():
         raise FastlockError(f"{name}: its fold is not finite in float32: the strength is too large. Lower it.")
-    return _FoldedSite(site, displacement.heads, bias, original, read.digest)
+    alike = None if norms is None else likeness(read.columns, norms)
+    return _FoldedSite(site, displacement.heads, bias, original, read.digest, alike)
 
 
 def _receipt(model: GgufModel, lock: Lock, strength: float, folded: Sequence[_FoldedSite]) -> Receipt:

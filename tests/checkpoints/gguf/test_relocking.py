@@ -476,6 +476,31 @@ def test_bytes_that_no_writer_leaves(tmp_path, lock) -> None:
         relocked(source, lock)
 
 
+def with_norms(lock: fastlock.Lock, path: Path) -> fastlock.Lock:
+    """The lock with the column norms that the weights of this file have."""
+    rows = zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)
+    weights = [
+        dense(path, f"blk.{layer}.attn_output.weight")[:, HEAD_DIM * head :][:, :HEAD_DIM] for layer, head in rows
+    ]
+    norms = torch.stack([weight.norm(dim=0) for weight in weights]).float()
+    return fastlock.Lock(lock.layers, lock.heads, lock.directions, lock.scales, column_norms=norms)
+
+
+def test_heads_that_are_not_in_the_basis_of_the_lock(tmp_path, lock) -> None:
+    """As after AWQ's smoothing: found by the norms that the lock carries of its base; 4 bits do no harm."""
+    base, tuned = Tiny(seed=3).write(tmp_path / "base.gguf"), Tiny(Kind.Q4_0, seed=3).write(tmp_path / "m.gguf")
+    known = with_norms(lock, base)
+    assert fastlock.verify(relocked(tuned, known), known)
+    weights = {
+        f"blk.{i}.attn_output.weight": Tiny(seed=3).tensors()[f"blk.{i}.attn_output.weight"] for i in range(LAYERS)
+    }
+    smoothed = np.random.default_rng(0).uniform(0.3, 3, HEADS * HEAD_DIM).astype(np.float32)
+    other = Tiny(seed=3, extra={name: weight * smoothed for name, weight in weights.items()}).write(tmp_path / "s.gguf")
+    with pytest.raises(fastlock.UnsupportedError, match="s.gguf: the columns of its locked heads have other norms"):
+        relocked(other, known, "other.gguf")
+    assert "other.gguf" not in names(tmp_path)
+
+
 def test_a_key_of_ours_that_we_did_not_write(tmp_path, lock) -> None:
     """Put there by somebody else: it is not taken for a receipt."""
     source = Tiny(metadata={"fastlock.receipt": "hello"}).write(tmp_path / "m.gguf")
