@@ -102,7 +102,7 @@ def _likeness_of_norms(found: torch.Tensor, norms: torch.Tensor) -> Likeness | N
 
 
 def _alike(columns: HeadColumns, base: HeadColumns, head_dim: int) -> torch.Tensor:
-    between = ~torch.eye(head_dim, dtype=torch.bool)
+    between = ~torch.eye(head_dim, dtype=torch.bool, device="cpu")
     alike = []
     for start, of_base in zip(columns.starts, base.starts, strict=True):
         own, theirs = (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError
+from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.fold import FoldPlan, check_not_capturing
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.locks.receipt import Receipt
@@ -166,6 +166,7 @@ class _Built:
         self._models, self._locks, self._strengths = models, locks, strengths
         with changing() as undo:
             self._members = prepare(models, locks, strengths, undo)
+            _check_read_in_place(self._members)
             self._plan = FoldPlan(folds_of(self._members))
             self._plan.run()
             put_in(self._members, self._plan.results, undo)
@@ -306,6 +307,15 @@ def _numbers_with_a_bias(modules: Sequence[Any], results: Sequence[torch.Tensor]
         if isinstance(module, nn.Module) and hasattr(module, ORIGINAL_BIAS):
             groups.setdefault((result.device, result.dtype), []).append(i)
     return list(groups.values())
+
+
+def _check_read_in_place(members: Sequence[Member]) -> None:
+    """Refuse sites whose weights a plan cannot read where they are."""
+    for site in (site for member in members for site in member.sites if not site.projection.in_place):
+        raise UnsupportedError(
+            f"{site.name} is quantised or adapted, and a plan would have to compute its weight each time. Use "
+            "fastlock.relock."
+        )
 
 
 def _layers(members: Sequence[Member]) -> list[list[int]]:

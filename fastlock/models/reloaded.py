@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from fastlock.dtypes import BY_TORCH_NAME
-from fastlock.errors import DamagedError, FastlockError
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest
-from fastlock.models.saving import PartOfRelocked, Relocked, swapped_class, unlocked_class
-from fastlock.models.sites import Site, check_foldable, family_of, text_config
-from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, announce, keep, locked_sites, set_receipt
+from fastlock.models.saving import AroundRelocked, PartOfRelocked, Relocked, swapped_class, unlocked_class
+from fastlock.models.sites import Site, check_foldable, family_of, is_peft_model, text_config
+from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, announce, keep, locked_sites, remove_bias, set_receipt
 
 
 def is_loaded(model: nn.Module) -> bool:
@@ -87,6 +87,12 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
     sites = locked_sites(model, receipt)
     for site in sites:
         check_foldable(site)
+    for site in sites:
+        if model.get_submodule(site.name) is not site.module:
+            raise UnsupportedError(
+                f"{site.name}: adapters were put around a projection that was relocked on disk. Unlock the base before "
+                "they are put on (fastlock.unlock(base), or load the original checkpoint), then relock."
+            )
     receipt = receipt.renamed([site.name for site in sites])  # in the files they may have had other names
     if not unchanged(model, receipt):
         raise DamagedError(
@@ -119,6 +125,13 @@ def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
             _swap(part, PartOfRelocked if receipt else None, undo)
 
 
+def guard_saving(model: nn.Module, undo: ExitStack) -> None:
+    """Let PEFT's model refuse to save its adapters without the lock; do nothing to any other model."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    if is_peft_model(inner):
+        _swap(inner, AroundRelocked, undo)
+
+
 def _swap(module: nn.Module, gained: type | None, undo: ExitStack) -> None:
     undo.callback(setattr, module, "__class__", module.__class__)
     own = unlocked_class(type(module))
@@ -145,7 +158,7 @@ def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: CarrierNote,
         if name not in locked:
             module: Any = model.get_submodule(name.removesuffix(".bias"))
             undo.callback(setattr, module, "bias", module.bias)
-            module.bias = None
+            remove_bias(module)
     undo.callback(setattr, text_config(model), flag, True)
     setattr(text_config(model), flag, False)
     return True
@@ -174,7 +187,7 @@ def _decoded(model: nn.Module, data: bytes | None, site: Site, dtype: str) -> to
             f"{_where(model)}: the receipt does not hold the original bias of {site.name} ({error}), which therefore "
             "cannot be put back. Download the checkpoint again, or start from the original one."
         ) from None
-    return original.to(site.weight)
+    return original.to(site.bias)
 
 
 def _saved(model: nn.Module) -> SavedReceipt:

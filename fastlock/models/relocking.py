@@ -16,12 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.fold import Fold, check_not_capturing, fold
+from fastlock.kernels.fold.reference import rounded
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt
 from fastlock.models.base_check import check_against, check_basis
-from fastlock.models.reloaded import mark, receipt_of, take_over
+from fastlock.models.reloaded import guard_saving, mark, receipt_of, take_over
 from fastlock.models.sites import BareProjections, Site, bare_sites, sites_for, text_config, unwrapped
-from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, with_digests_of
+from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, remove_bias, with_digests_of
 
 _T = TypeVar("_T")
 
@@ -101,7 +102,7 @@ def unlock(model: nn.Module) -> None:
             change; or the receipt of a loaded model is damaged.
         FastlockError: the model is not relocked.
     """
-    inner = unwrapped(model)
+    inner = unwrapped(model, adapters=True)
     with changing() as undo:
         take_over(inner, undo)
         if receipt_of(inner) is None:
@@ -116,8 +117,9 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
     Raises:
         FastlockError, and its kinds: as for `relock`; after the block as for `unlock`.
     """
-    inner = unwrapped(model)
+    inner = unwrapped(model, adapters=True)
     with changing() as undo:
+        guard_saving(model, undo)
         take_over(inner, undo)
         earlier = receipt_of(inner)
         before = _still_locked(inner, earlier) if earlier else []
@@ -130,7 +132,10 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         with changing() as undo:
             _take_out(inner, undo)
             if earlier:
-                biases = [bias.to(site.weight) for site, bias in zip(before, kept, strict=True)]
+                biases = [
+                    bias.to(site.projection.device, site.projection.dtype)
+                    for site, bias in zip(before, kept, strict=True)
+                ]
                 _place_all(inner, earlier, before, biases, undo)
 
 
@@ -216,11 +221,14 @@ def prepare(
     for lock in locks:
         check_lock(lock)
     applied = [strength_for(lock, strength) for lock, strength in zip(locks, strengths, strict=True)]
-    inner = [model if isinstance(model, dict) else unwrapped(model) for model in models]
+    inner = [model if isinstance(model, dict) else unwrapped(model, adapters=True) for model in models]
     own = [id(model) for model in inner if isinstance(model, nn.Module)]
     if len(set(own)) < len(own):
         raise FastlockError("one model is given twice; a model carries one lock. Give each model once.")
     members = []
+    for model in models:
+        if isinstance(model, nn.Module):
+            guard_saving(model, undo)
     for i, (model, lock, displacements) in enumerate(zip(inner, locks, displacements_of(locks, applied), strict=True)):
         if isinstance(model, nn.Module):
             take_over(model, undo)
@@ -240,12 +248,13 @@ def _name_of(member: Member) -> str:
 
 def folds_of(members: Sequence[Member]) -> list[Fold]:
     """The folds of all members, member by member and site by site."""
-    return [
-        Fold(site.head_columns(displacement.heads), displacement.values, original_bias(site), site.name)
-        for member in members
-        for site in member.sites
-        for displacement in [member.displacements[site.layer]]
-    ]
+    return [_fold_of(site, member.displacements[site.layer]) for member in members for site in member.sites]
+
+
+def _fold_of(site: Site, displacement: Displacement) -> Fold:
+    columns, c = site.head_columns(displacement.heads), original_bias(site)
+    # The columns of a quantised or adapted projection come in float64.
+    return Fold(columns, displacement.values, None if c is None else c.to(columns.matrix.dtype), site.name)
 
 
 def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack) -> list[Receipt | None]:
@@ -257,7 +266,7 @@ def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: Exit
     receipts: list[Receipt | None] = []
     rest = iter(biases)
     for member in members:
-        biases_of_member = [next(rest) for _ in member.sites]
+        biases_of_member = [_as_placed(next(rest), site) for site in member.sites]
         if member.model is None:
             receipts.append(None)
             continue
@@ -265,6 +274,23 @@ def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: Exit
         _take_out(member.model, undo)
         receipts.append(_place_all(member.model, receipt, member.sites, biases_of_member, undo))
     return receipts
+
+
+def _as_placed(bias: torch.Tensor, site: Site) -> torch.Tensor:
+    """A fold in the dtype of the site's bias: that of a quantised or adapted one comes in float64, and is rounded here.
+
+    Raises:
+        FastlockError: that dtype cannot hold it.
+    """
+    dtype = site.projection.dtype
+    if bias.dtype == dtype:
+        return bias
+    result = rounded(bias, dtype)
+    if not result.isfinite().all():
+        raise FastlockError(
+            f"{site.name}: its fold is not finite in {dtype}: the strength is too large for this dtype. Lower it."
+        )
+    return result
 
 
 def _check_not_shared(members: Sequence[Member]) -> None:
@@ -343,7 +369,7 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
         return
     sites = _still_locked(model, receipt)
     for site in sites:
-        if site.bias is None or not torch.equal(site.bias, getattr(site.module, PLACED_BIAS)):
+        if site.bias is None or not _same_numbers(site.bias, getattr(site.module, PLACED_BIAS)):
             raise DamagedError(
                 f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
                 "the original back would lose that change. For the original, load the checkpoint again. To train, "
@@ -352,6 +378,11 @@ def _take_out(model: nn.Module, undo: ExitStack) -> None:
     for site in sites:
         _restore(site.module, undo)
     mark(model, None, undo)
+
+
+def _same_numbers(bias: torch.Tensor, placed: torch.Tensor) -> bool:
+    """Whether a bias is what was placed, as far as its own dtype holds that: bitsandbytes brings it to another one."""
+    return bias.shape == placed.shape and torch.equal(bias, placed.to(bias))
 
 
 def _still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
@@ -377,7 +408,7 @@ def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
     original = None if module.bias is None else module.bias.data
     keep(module, original, bias.detach().clone(), undo)
     if original is None:
-        undo.callback(setattr, module, "bias", None)
+        undo.callback(remove_bias, module)
         module.bias = nn.Parameter(bias, requires_grad=False)
     else:
         undo.callback(setattr, module.bias, "data", original)
@@ -392,7 +423,7 @@ def _restore(module: Any, undo: ExitStack) -> None:
     forget(module)
     if original is None:
         undo.callback(setattr, module, "bias", module.bias)
-        module.bias = None
+        remove_bias(module)
     else:
         undo.callback(setattr, module.bias, "data", module.bias.data)
         module.bias.data = original

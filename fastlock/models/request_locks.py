@@ -364,6 +364,11 @@ def _checked(locks: Any) -> tuple[Lock, ...]:
 
 def _check_replaceable(site: Site) -> None:
     """Refuse a site whose place another module cannot take."""
+    if not site.projection.in_place or site.outer is not site.module:
+        raise UnsupportedError(
+            f"{site.name} is a {type(site.outer).__name__}, and locks per request run plain linear layers alone. Use "
+            "fastlock.relock, or load the checkpoint unquantised."
+        )
     if hasattr(site.module, PLACED_BIAS):
         raise FastlockError(f"{site.name} is part of another model too, which is relocked. Unlock that model first.")
     if "forward" in site.module.__dict__ and not hasattr(site.module, "_hf_hook"):

@@ -163,10 +163,14 @@ def _located(base: nn.Module | BareProjections, lock: Lock) -> list[tuple[Site, 
     located = []
     for site in every:
         if site.layer in layers:
-            inside = site.module.get_base_layer() if hasattr(site.module, "get_base_layer") else site.module
-            plain = replace(site, module=inside)
+            if hasattr(site.outer, "modules_to_save"):
+                raise UnsupportedError(
+                    f"{site.name}: adapters have projections of their own here (modules_to_save). Relock them one by "
+                    "one: fastlock.relock."
+                )
+            plain = replace(site, adapter=None)
             check_foldable(plain)
-            located.append((plain, site.module))
+            located.append((plain, site.outer))
     return located
 
 

@@ -94,6 +94,25 @@ class PartOfRelocked(_Swapped):
         )
 
 
+class AroundRelocked(_Swapped):
+    """What PEFT's model around a relocked one gains: it would save its adapters, and the lock is in their base."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """`PeftModel.save_pretrained`, while its base is not relocked.
+
+        Raises:
+            FastlockError: it is.
+        """
+        model: Any = self
+        if RECEIPT in model.get_base_model().__dict__:
+            raise FastlockError(
+                f"{type(model).__name__} saves its adapters alone, and the lock is in the biases of their base: it "
+                "would be lost. Nothing was saved. Save after fastlock.unlock(model), then relock the saved adapter on "
+                "disk (fastlock relock ADAPTER --base BASE); or merge the adapters, and save the whole model."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
 @cache
 def swapped_class(gained: type, cls: type) -> type:
     """A class of the same name and module as `cls`, with `gained` in front of it."""
@@ -194,6 +213,12 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     """The config and class that carry the lock, the receipt written into the config."""
     receipt: Receipt = getattr(model, RECEIPT)
     sites = locked_sites(model, receipt)
+    if quantised := [site.name for site in sites if not site.projection.in_place]:
+        raise UnsupportedError(
+            f"{type(model).__name__}: {quantised[0]} is quantised or adapted, and saving it would lose the lock. "
+            "Nothing was saved. unlock(model) saves as before; then relock the saved checkpoint on disk "
+            "(fastlock.relock_checkpoint)."
+        )
     receipt = with_digests_of(receipt.with_dtypes([site.dtype_name for site in sites]), sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes

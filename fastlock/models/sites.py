@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from fastlock.dtypes import torch_name
 from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
-from fastlock.models.projections import Bare, Projection, projection_of
+from fastlock.models.projections import Bare, Projection, adapted_projection, base_of, projection_of
 
 # A model's output projections alone: of each layer that is locked W, [hidden, num_heads * head_dim]; or W and c.
 BareProjections = dict[int, torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]]
@@ -27,8 +27,10 @@ class Site:
     Attributes:
         layer: the decoder layer.
         name: the module's path in the model.
-        module: the module at that path, or a `Bare`; `models/projections/table.py` lists the types we know.
+        module: the module at that path, or a `Bare`; `models/projections/table.py` lists the types we know. Inside a
+            layer of PEFT's, the one whose bias acts.
         num_heads, head_dim: its input is num_heads plain head outputs of head_dim numbers each.
+        adapter: PEFT's layer around it, None where there is none.
     """
 
     layer: int
@@ -36,11 +38,19 @@ class Site:
     module: Any
     num_heads: int
     head_dim: int
+    adapter: Any = None
+
+    @property
+    def outer(self) -> Any:
+        """The module that takes the head outputs: PEFT's layer, or the projection itself."""
+        return self.module if self.adapter is None else self.adapter
 
     @property
     def projection(self) -> Projection:
         """What the module's weight lives in."""
-        return projection_of(self.module)
+        if self.adapter is None:
+            return projection_of(self.module)
+        return adapted_projection(self.adapter, self.module)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -54,16 +64,20 @@ class Site:
 
     @property
     def dtype_name(self) -> str:
-        """The weight's dtype, as a receipt names it: "bfloat16"."""
-        return torch_name(self.weight.dtype)
+        """The weight's dtype, and its bias's, as a receipt names it: "bfloat16"."""
+        return torch_name(self.projection.dtype)
 
     def head_columns(self, heads: Sequence[int]) -> HeadColumns:
         """The columns of W that these heads' outputs meet."""
         return self.projection.head_columns(heads, self.head_dim)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module, adapters: bool = False) -> nn.Module:
     """The model itself, out of `torch.compile`'s wrapper.
+
+    Args:
+        model: a transformers model.
+        adapters: whether it may be PEFT's: then, the model that this is around.
 
     Raises:
         UnsupportedError: it is not a transformers model, or it is wrapped otherwise, or it carries adapters.
@@ -72,6 +86,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     from transformers import PreTrainedModel
 
     inner = getattr(model, "_orig_mod", model)
+    if adapters and is_peft_model(inner):
+        inner = cast(Any, inner).get_base_model()
+        if (refused := next((kind for kind in _kinds_of(model) if kind in _REFUSED_KINDS), None)) is not None:
+            raise UnsupportedError(
+                f"{type(model).__name__} carries an adapter of the method {refused}, which acts in more places than "
+                "its layers. Merge it if PEFT can (merge_and_unload), then relock."
+            )
     if not isinstance(inner, PreTrainedModel):  # a wrapper may have a `config`, too
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model (a PreTrainedModel with a config). "
@@ -88,6 +109,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "without the lock. Pass the whole model (AutoModelForCausalLM loads it)."
         )
     return inner
+
+
+def is_peft_model(model: object) -> bool:
+    """Whether a model is PEFT's, around one of transformers'."""
+    from transformers import PreTrainedModel
+
+    return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+
+
+# They run a second network, or a second attention, whose outputs no displacement of the base's heads reaches.
+_REFUSED_KINDS = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
+
+
+def _kinds_of(model: Any) -> list[str]:
+    """The methods of a PeftModel's adapters, by PEFT's `peft_type`."""
+    configs = getattr(model, "_orig_mod", model).peft_config.values()
+    return [str(getattr(config.peft_type, "value", config.peft_type)) for config in configs]
 
 
 def _held_by(wrapper: object) -> str:
@@ -121,14 +159,22 @@ def sites(model: nn.Module) -> list[Site]:
         UnsupportedError: the family is refused or unknown, or the model does not look like its family.
         FastlockError: it is only the inner part of a model.
     """
-    model = unwrapped(model)
+    model = unwrapped(model, adapters=True)
     family, config = family_of(model), text_config(model)
     num_heads, head_dim = head_geometry(config)
     path, layers = _layers(model, family, config)
     return [
-        Site(index, f"{path}.{index}.{family.projection}", layer.get_submodule(family.projection), num_heads, head_dim)
+        _site(index, f"{path}.{index}.{family.projection}", layer.get_submodule(family.projection), num_heads, head_dim)
         for index, layer in enumerate(layers)
     ]
+
+
+def _site(layer: int, name: str, outer: nn.Module, num_heads: int, head_dim: int) -> Site:
+    """The site at which this module stands: what is in it, where it is PEFT's."""
+    inside = base_of(outer)
+    if inside is None:
+        return Site(layer, name, outer, num_heads, head_dim)
+    return Site(layer, name, inside, num_heads, head_dim, outer)
 
 
 def _layers(model: nn.Module, family: Family, config: Any) -> tuple[str, nn.ModuleList]:
@@ -178,7 +224,7 @@ def sites_for(model: nn.Module, lock: Lock) -> list[Site]:
         FastlockError: a projection has locks per request.
     """
     all_sites = sites(model)
-    inner = unwrapped(model)
+    inner = unwrapped(model, adapters=True)
     check_lock_fits(lock, len(all_sites), text_config(inner), type(inner).__name__)
     layers = set(lock.layers.tolist())
     _check_not_shared(all_sites, layers)
@@ -277,7 +323,7 @@ def check_foldable(site: Site) -> None:
 
 
 def _check_width(site: Site) -> None:
-    shape, width = list(site.weight.shape), site.num_heads * site.head_dim
+    shape, width = list(site.projection.shape), site.num_heads * site.head_dim
     if len(shape) != 2 or shape[1] != width:
         raise DamagedError(
             f"{site.name}.weight is {shape}, but its config says {site.num_heads} heads of {site.head_dim}: {width} "
@@ -287,10 +333,10 @@ def _check_width(site: Site) -> None:
 
 
 def _check_bias(site: Site) -> None:
-    weight, bias = site.weight, site.bias
+    weight, bias = site.projection, site.bias
     if bias is None:
         return
-    if bias.shape != weight.shape[:1]:
+    if tuple(bias.shape) != weight.shape[:1]:
         raise DamagedError(
             f"{site.name}: bias is {list(bias.shape)}, but the weight has {weight.shape[0]} rows. They do not belong "
             "together. Check the model, or download the checkpoint again."

@@ -61,6 +61,13 @@ def forget(module: nn.Module) -> None:
             delattr(module, name)
 
 
+def remove_bias(module: Any) -> None:
+    """Leave a module without a bias."""
+    if type(module._parameters) is not dict and module.bias is not None:
+        del module.bias  # what compressed-tensors keeps parameters in takes no None in the place of a tensor
+    module.bias = None
+
+
 def set_receipt(model: nn.Module, receipt: Receipt | None) -> None:
     """Note on the model what was done, and nothing else; None removes the note."""
     if receipt is None:
@@ -124,9 +131,7 @@ class SiteDigests:
 
     def __init__(self, locked: Sequence[LockedSite], sites: Sequence[Site]) -> None:
         self._locked = locked
-        self._sites = [
-            (weakref.ref(site.module), site.layer, site.name, site.num_heads, site.head_dim) for site in sites
-        ]
+        self._sites = [(_references(site), site.layer, site.name, site.num_heads, site.head_dim) for site in sites]
         self._versions = _versions(sites)
 
     @cached_property
@@ -144,11 +149,11 @@ class SiteDigests:
 
     def _unchanged(self) -> list[Site]:
         sites = []
-        for reference, layer, name, num_heads, head_dim in self._sites:
-            module = reference()
+        for references, layer, name, num_heads, head_dim in self._sites:
+            module, adapter = (reference and reference() for reference in references)
             if module is None:
                 raise FastlockError("the model of this receipt is gone. Call to_dict() before you drop the model.")
-            sites.append(Site(layer, name, module, num_heads, head_dim))
+            sites.append(Site(layer, name, module, num_heads, head_dim, adapter))
         if _versions(sites) != self._versions:
             raise FastlockError(
                 "the model was changed since this receipt was made: digests taken now would not be its own. Relock "
@@ -163,8 +168,14 @@ class SiteDigests:
 
 
 def with_digests_of(receipt: Receipt, sites: Sequence[Site]) -> Receipt:
-    """The same receipt, with digests of these sites, taken when they are asked for."""
-    return replace(receipt, digests=SiteDigests(receipt.sites, sites))
+    """The same receipt, with digests of these sites, taken when they are asked for.
+
+    Those of quantised sites are taken now: their modules put other tensors in the place of the weights.
+    """
+    digests = SiteDigests(receipt.sites, sites)
+    if all(site.projection.in_place for site in sites):
+        return replace(receipt, digests=digests)
+    return replace(receipt, digests=KnownDigests(digests.weights, digests.biases))
 
 
 def _side_by_side(site: Site, heads: Sequence[int]) -> torch.Tensor:
@@ -173,8 +184,13 @@ def _side_by_side(site: Site, heads: Sequence[int]) -> torch.Tensor:
     return torch.cat([columns.matrix[:, start : start + site.head_dim] for start in columns.starts], dim=1)
 
 
+def _references(site: Site) -> list[Any]:
+    """Weak references to a site's module, and to the adapter around it; None where there is none."""
+    return [module and weakref.ref(module) for module in (site.module, site.adapter)]
+
+
 def _versions(sites: Iterable[Site]) -> list[tuple[int, int]]:
-    tensors = [tensor for site in sites for tensor in (site.module.weight, site.module.bias)]
+    tensors = [tensor for site in sites for tensor in (getattr(site.module, "weight", None), site.module.bias)]
     return [(id(tensor), version_of(tensor)) for tensor in tensors]
 
 

@@ -49,5 +49,5 @@ def displaced(shifts: Iterable[tuple[Site, torch.Tensor]]) -> Iterator[None]:
             def shift(_module: nn.Module, args: tuple[torch.Tensor, ...], d: torch.Tensor = d) -> tuple[Any, ...]:
                 return (args[0] + d.to(args[0]), *args[1:])
 
-            hooks.callback(site.module.register_forward_pre_hook(shift).remove)
+            hooks.callback(site.outer.register_forward_pre_hook(shift).remove)
         yield

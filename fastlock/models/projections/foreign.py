@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.models.projections.plain import Plain
+from fastlock.models.projections.quantised import ON_DISK, packed_for_a_kernel
 from fastlock.models.projections.stand_in import StandIn
 
 
@@ -14,8 +15,10 @@ class Foreign(Plain):
         """As of `Projection`: it never passes."""
         if isinstance(self.module, StandIn):
             raise FastlockError(f"{name} has locks per request. Remove them first: RequestLocks.remove().")
+        if (packed := packed_for_a_kernel(self.module)) is not None:
+            raise UnsupportedError(f"{name} is a {packed}. {ON_DISK}")
         cls = type(self.module)
         raise UnsupportedError(
-            f"{name} is a {cls.__module__}.{cls.__name__}, not a plain linear layer. Quantised models and adapters "
-            "cannot be relocked yet: load the checkpoint unquantised, or merge its adapters first."
+            f"{name} is a {cls.__module__}.{cls.__name__}, not a plain linear layer, nor one of a quantised kind "
+            "that fastlock knows. Load the checkpoint unquantised, relock it on disk, or merge its adapters first."
         )

@@ -31,6 +31,8 @@ class Bare:
 class Plain:
     """A module whose `weight` is W, and whose `bias` is c or None."""
 
+    in_place = True
+
     def __init__(self, module: Any) -> None:
         self.module = module
 
@@ -39,6 +41,21 @@ class Plain:
         """As of `Projection`: the weight itself, not a copy."""
         weight: torch.Tensor = self.module.weight
         return weight.detach()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of `Projection`."""
+        return tuple(self.matrix.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of `Projection`."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As of `Projection`."""
+        return self.matrix.device
 
     @property
     def bias(self) -> torch.Tensor | None:

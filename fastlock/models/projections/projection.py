@@ -13,9 +13,24 @@ from fastlock.kernels.fold.reference import HeadColumns
 class Projection(Protocol):
     """One output projection. Each kind is a file beside this one, and a line in `table.py`."""
 
+    # Whether `matrix` is the module's own memory, so that whoever holds it sees later writes to the weight.
+    in_place: bool
+
     @property
     def matrix(self) -> torch.Tensor:
         """W, [hidden, num_heads * head_dim], detached."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `matrix`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of a bias that is put in; of a plain projection that of `matrix`, too."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where `matrix` is, and a bias must be."""
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -21,10 +21,10 @@ LAYERS, LOCKED = 3, (0, 2)
 
 
 def checkpoint(
-    tmp_path: Path, write, kind: str = "llama", **changes
+    tmp_path: Path, write, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes
 ) -> tuple[Path, fastlock.Lock, dict[int, torch.Tensor]]:
     """A checkpoint whose output projections are quantised; the lock, and W of each layer in float64."""
-    model = tiny_model(kind, torch.bfloat16, **changes)
+    model = tiny_model(kind, dtype, **changes)
     lock = random_lock(model)
     directory = tmp_path / "source"
     model.save_pretrained(directory)
