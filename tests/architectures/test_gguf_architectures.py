@@ -1,5 +1,8 @@
 """The table of GGUF architectures."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 import fastlock
@@ -43,3 +46,12 @@ def test_all_others_are_refused_with_the_reason(architecture: str, reason: str) 
 def test_those_in_the_table_pass() -> None:
     for architecture in ACT:
         check_gguf_architecture(architecture, "m.gguf")
+
+
+def test_the_documentation_has_the_same_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    section = page.partition("## GGUF\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([\w-]+) \| ([\w, ]+) \|$", section, re.MULTILINE)[1:])
+    assert rows == {architecture: ", ".join(families) for architecture, families in ACT.items()}
+    for architecture in REFUSED_DESPITE_PLACE:
+        assert re.search(rf"(?<![\w-]){architecture}(?![\w-])", section), architecture
