@@ -241,6 +241,15 @@ BENCHMARKS = (
         report=Report(printed_section("Zoos on disk")),
     ),
     Benchmark(
+        "adapters-on-disk",
+        "relock_adapter over a base that is open, and adapters a second of relock_zoo, and its memory",
+        ("bench/disk/adapters.py",),
+        cpu=HOUR,
+        cuda=HOUR,
+        script=True,
+        report=Report(printed_section("Adapters on disk")),
+    ),
+    Benchmark(
         "extract",
         "what extraction takes, and how much of it the probes; needs what `make demo` sets up",
         ("bench/efficacy/extract.py",),

@@ -12,6 +12,7 @@ from torch import nn
 from fastlock.architectures.serving_stacks import named_architecture, why_lost
 from fastlock.checkpoints import gguf
 from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
+from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.evidence import AdapterEvidence, gather_evidence
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
@@ -115,6 +116,11 @@ def verify(
     if isinstance(model_or_directory, nn.Module):
         return _verify_model(unwrapped(model_or_directory), lock)
     return _verify_gguf(model_or_directory, lock)
+
+
+def verify_over(directory: str | os.PathLike[str], lock: Lock, base: OpenedBase) -> Verification:
+    """`verify` of an adapter over its base, which is opened at strength 1, once for all of its adapters."""
+    return _verify_adapter(gather_evidence(files_in(as_place(directory)), str(directory), lock, base), lock)
 
 
 def _verify_directory(directory: str | os.PathLike[str], lock: Lock, base: Any) -> Verification:

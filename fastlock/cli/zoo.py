@@ -6,7 +6,8 @@ Exit codes: 0 all are relocked, done already or skipped (`verify`: locked); 1 so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastlock.cli.commands import DONE, NOT_LOCKED, STOPPED, ArgumentsError, Command, Group, option
@@ -28,8 +29,10 @@ def _relock(
     out: str,
     strength: float | None,
     stacks: list[str] | None,
-    base: str | None,
+    bases: list[str] | None,
     copy: bool,
+    carrier: str | None,
+    gap: float | None,
     workers: int | None,
     ray: str | None,
     rank: int | None,
@@ -49,12 +52,14 @@ def _relock(
             out,
             strength,
             stacks=stack_names(stacks),
-            base=base,
+            base=_bases(bases),
             workers=workers,
             rank=rank,
             world_size=world_size,
             ray=ray,
             copy=copy,
+            carrier=carrier,
+            gap=gap,
             on_result=on_result,
         )
 
@@ -64,6 +69,7 @@ def _relock(
 def _verify(
     sources: list[str],
     lock: Path,
+    bases: list[str] | None,
     workers: int | None,
     ray: str | None,
     rank: int | None,
@@ -78,10 +84,29 @@ def _verify(
 
     def work(on_result: OnResult) -> Summary:
         return verify_zoo(
-            sources, loaded, workers=workers, rank=rank, world_size=world_size, ray=ray, on_result=on_result
+            sources,
+            loaded,
+            base=_bases(bases),
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+            ray=ray,
+            on_result=on_result,
         )
 
     return _run("verifying", as_json, work)
+
+
+def _bases(values: list[str] | None) -> str | Sequence[str] | Mapping[str, str] | None:
+    """The bases as `relock_zoo` takes them: by names, if they were given by these."""
+    values = values or []
+    pairs = [value.partition("=") if "=" in value and not os.path.exists(value) else (value,) for value in values]
+    named = {pair[0]: pair[2] for pair in pairs if len(pair) == 3}
+    if not named:
+        return values[0] if len(values) == 1 else values or None
+    if len(named) < len(values) or not all(map(all, named.items())):
+        raise ArgumentsError("give every --base as a directory, or every one as NAME=DIR, each name once.")
+    return named
 
 
 def _check_share(rank: int | None, world_size: int | None) -> None:
@@ -124,18 +149,25 @@ _SOURCES = option(
     "sources",
     nargs="+",
     metavar="SOURCE",
-    help="A checkpoint, a directory to search, a quoted pattern, a Hugging Face cache, a URL, or a .txt list of them.",
+    help="A checkpoint or an adapter, a directory to search, a quoted pattern, a Hugging Face cache, a URL, or a .txt "
+    "list of them.",
 )
-_WORKERS = option(
-    "--workers", type=at_least(1), metavar="N", help="How many checkpoints at once. Default: one for each CPU."
-)
+_WORKERS = option("--workers", type=at_least(1), metavar="N", help="How many at once. Default: one for each CPU.")
 _RAY = option("--ray", metavar="ADDRESS", help="A Ray cluster to use: auto, local or host:port.")
 _RANK = option("--rank", type=at_least(0), metavar="N", help="Which share of the zoo to do, counted from 0.")
 _WORLD_SIZE = option("--world-size", type=at_least(1), metavar="N", help="How many shares the zoo is divided into.")
 
+_VERIFIED_OVER = option(
+    "--base",
+    dest="bases",
+    metavar="DIR",
+    action="append",
+    help="The base of adapters, where the one that their receipts name is not there. May be repeated, as NAME=DIR too.",
+)
+
 RELOCK = Command(
     "relock",
-    "Relock many checkpoints into one directory. If stopped, the same command resumes.",
+    "Relock many checkpoints and adapters into one directory. If stopped, the same command resumes.",
     (
         _SOURCES,
         LOCK,
@@ -147,8 +179,17 @@ RELOCK = Command(
         ),
         STRENGTH,
         FOR,
-        option("--base", help="The lock's base or its config.json: checkpoints of another geometry are skipped."),
+        option(
+            "--base",
+            dest="bases",
+            metavar="DIR",
+            action="append",
+            help="The base of the zoo: adapters of it are relocked over it, and checkpoints of another geometry are "
+            "skipped (for these, its config.json will do). May be repeated. NAME=DIR if adapters name it otherwise.",
+        ),
         COPY,
+        option("--carrier", metavar="NAME", help="How adapters get their lock; see fastlock relock."),
+        option("--gap", type=float, metavar="G", help="How far a relocked base may be off; see fastlock relock."),
         _WORKERS,
         _RAY,
         _RANK,
@@ -159,8 +200,8 @@ RELOCK = Command(
 )
 VERIFY = Command(
     "verify",
-    "Check that the lock is in place in many checkpoints, and print where it is not.",
-    (_SOURCES, LOCK, _WORKERS, _RAY, _RANK, _WORLD_SIZE, JSON),
+    "Check that the lock is in place in many checkpoints and adapters, and print where it is not.",
+    (_SOURCES, LOCK, _VERIFIED_OVER, _WORKERS, _RAY, _RANK, _WORLD_SIZE, JSON),
     _verify,
 )
-COMMAND = Group("zoo", "Relock or verify many checkpoints at once.", (RELOCK, VERIFY))
+COMMAND = Group("zoo", "Relock or verify many checkpoints and adapters at once.", (RELOCK, VERIFY))

@@ -1,4 +1,4 @@
-"""Finding the checkpoints of a zoo, their names, and the files that several of them share."""
+"""Finding the checkpoints and adapters of a zoo, their names, and the files that several of them share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG
+from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
 from fastlock.errors import FastlockError
 from fastlock.storage.files import CONFIG, read_bounded
 from fastlock.storage.places import Place, as_place
@@ -19,35 +21,38 @@ HUB_PREFIX = "models--"
 MAX_LIST_BYTES = 64 * 1024 * 1024
 
 FileId = tuple[int, int]
+CHECKPOINT, ADAPTER = "checkpoint", "adapter"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was found.
+    """A checkpoint or an adapter that was found.
 
     Attributes:
         directory: where it is; its URL, if it is on another machine.
         name: what it is called beside the other ones, and in the directory of the results.
+        kind: CHECKPOINT or ADAPTER.
     """
 
     directory: str
     name: str
+    kind: str = CHECKPOINT
 
 
 def find_sources(places: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> list[Source]:
-    """The checkpoints at these places, sorted by name.
+    """The checkpoints and adapters at these places, sorted by name.
 
-    A place is a checkpoint's directory (one with a config.json; its name is its last path component), a directory to
-    search (names are relative to it), a Hugging Face cache (names are `org--model`), a pattern like `runs/*/final`, or
-    a .txt file with one of these per line, relative to that file; `#` begins a comment. Directories and patterns may be
-    URLs ("s3://bucket/runs/*/final").
+    A place is a checkpoint's directory (one with a config.json; its name is its last path component), an adapter's (one
+    with an adapter_config.json and no model), a directory to search (names are relative to it), a Hugging Face cache
+    (names are `org--model`), a pattern like `runs/*/final`, or a .txt file with one of these per line, relative to that
+    file; `#` begins a comment. Directories and patterns may be URLs ("s3://bucket/runs/*/final").
 
     Args:
         places: where to look.
         out: the directory that the results go to; every search leaves it out.
 
     Raises:
-        FastlockError: no checkpoint is at one of the places, or it is `out`.
+        FastlockError: neither is at one of the places, or it is `out`.
     """
     left_out = _identity(out) if out is not None else None
     sources: dict[tuple[str, FileId | str | None], Source] = {}
@@ -92,12 +97,13 @@ def check_names(sources: list[Source]) -> None:
 def shared_files(sources: list[Source]) -> list[list[FileId]]:
     """For each checkpoint, the safetensors files that others of these have too, by hard or symbolic links.
 
-    Files are only looked at, and those that cannot be shared are not even followed.
+    Of adapters none are named: what is folded of their files is not shared. Files are only looked at, and those that
+    cannot be shared are not even followed.
     """
     directories = [_identity(source.directory) for source in sources]
     times = Counter(directories)
     linked = [
-        _linked_files(source.directory, times[directory] > 1)
+        _linked_files(source.directory, times[directory] > 1) if source.kind == CHECKPOINT else set[FileId]()
         for source, directory in zip(sources, directories, strict=True)
     ]
     users = Counter(file for files in linked for file in files)
@@ -168,26 +174,32 @@ def _at_url(url: str, left_out: FileId | str | None) -> list[Source]:
         tops = sorted(fs.glob(root)) if glob.has_magic(root) else [root]
         sources = [source for top in tops for source in _below_url(fs, top.rstrip("/"), left_out)]
     if not sources:
-        raise FastlockError(f"{url}: no checkpoint is there (no {CONFIG}), nor below it. Check the address.")
+        raise FastlockError(
+            f"{url}: no checkpoint is there (no {CONFIG}), no adapter, and none below it. Check the address."
+        )
     return sources
 
 
 def _below_url(fs: Any, top: str, left_out: FileId | str | None) -> list[Source]:
-    """The checkpoints below a path of a remote file system, found in one listing; none inside another."""
+    """What lies below a path of a remote file system, found in one listing; none inside another."""
     url: str = fs.unstrip_protocol(top)
-    if fs.isfile(f"{top}/{CONFIG}"):
-        return [Source(url, top.rpartition("/")[2])]
-    listed = set(fs.find(top))
-    directories = {path.removesuffix(f"/{CONFIG}") for path in listed if path.endswith(f"/{CONFIG}")}
+    if any(fs.isfile(f"{top}/{name}") for name in (CONFIG, ADAPTER_CONFIG)):
+        kind = _kind([path.rpartition("/")[2] for path in fs.ls(top, detail=False)])
+        return [Source(url, top.rpartition("/")[2], kind or CHECKPOINT)]
+    names: dict[str, list[str]] = {}
+    for path in fs.find(top):
+        directory, _, file = path.rpartition("/")
+        names.setdefault(directory, []).append(file)
+    directories = {directory: kind for directory, files in names.items() if (kind := _kind(files))}
     sources = []
-    for directory in sorted(directories):
+    for directory, kind in sorted(directories.items()):
         name = directory.removeprefix(f"{top}/")
         parts = name.split("/")
         is_inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
         is_result = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
         is_hidden = any(part in ("", "..") or part.startswith(".") for part in parts)
         if not is_inside and not is_result and not is_hidden:
-            sources.append(Source(f"{url}/{name}", name))
+            sources.append(Source(f"{url}/{name}", name, kind))
     return sources
 
 
@@ -195,15 +207,17 @@ def _at_path(path: str, left_out: FileId | str | None) -> list[Source]:
     try:
         if os.path.lexists(path):
             sources = _in_or_below(path, left_out)
-            problem = "no checkpoint is in it (no config.json), nor below it"
+            problem = "no checkpoint is in it (no config.json), no adapter, and none below it"
         else:
             matches = _expanded(path) if glob.has_magic(path) else []
             sources = [source for match in matches for source in _in_or_below(match, left_out)]
-            problem = "no checkpoint is there" if matches else "does not exist"
+            problem = "no checkpoint and no adapter is there" if matches else "does not exist"
     except (OSError, ValueError) as error:
         raise FastlockError(f"{path}: cannot be searched ({error}). Check the path and its permissions.") from None
     if not sources:
-        raise FastlockError(f"{path}: {problem}. Give a checkpoint's directory, one to search, a pattern, or a list.")
+        raise FastlockError(
+            f"{path}: {problem}. Give the directory of a checkpoint or an adapter, one to search, a pattern, or a list."
+        )
     return sources
 
 
@@ -219,17 +233,28 @@ def _in_or_below(path: str, left_out: FileId | str | None) -> list[Source]:
     path = os.path.abspath(path)
     if not os.path.isdir(path):
         return []
-    if _is_checkpoint(path):
-        return [Source(path, os.path.basename(path))]
+    if kind := _kind_of(path):
+        return [Source(path, os.path.basename(path), kind)]
     return list(_below(path, left_out))
 
 
-def _is_checkpoint(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, CONFIG))
+def _kind_of(path: str) -> str | None:
+    """What a directory is: of one without either of two files, nothing else is looked at."""
+    if os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
+        return _kind(os.listdir(path))
+    return CHECKPOINT if os.path.isfile(os.path.join(path, CONFIG)) else None
+
+
+def _kind(files: Iterable[str]) -> str | None:
+    """What a directory with these files is: an adapter beside a model's weights or its config belongs to a model."""
+    names = dict.fromkeys(files)
+    if holds_adapter_only(names):
+        return ADAPTER
+    return CHECKPOINT if CONFIG in names else None
 
 
 def _below(top: str, left_out: FileId | str | None) -> Iterator[Source]:
-    """The checkpoints below a directory. What lies inside a checkpoint is a part of it, and not searched.
+    """What lies below a directory. What lies inside a checkpoint or an adapter is a part of it, and not searched.
 
     Every directory is searched once, whatever links lead to it: a loop of links ends there.
     """
@@ -240,8 +265,8 @@ def _below(top: str, left_out: FileId | str | None) -> Iterator[Source]:
         identity = _identity(directory)
         if identity in searched:
             continue
-        if directory != top and _is_checkpoint(directory):
-            yield Source(directory, os.path.relpath(directory, top))
+        if directory != top and (kind := _kind_of(directory)):
+            yield Source(directory, os.path.relpath(directory, top), kind)
             continue
         searched.add(identity)
         if _is_hub_repository(directory):
@@ -263,16 +288,15 @@ def _is_hub_repository(directory: str) -> bool:
 
 
 def _in_hub(repository: str) -> list[Source]:
-    """What a model's directory of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
+    """What a repository's directory of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
     name = os.path.basename(repository).removeprefix(HUB_PREFIX)
     snapshots = os.path.join(repository, "snapshots")
-    revisions = sorted(entry for entry in os.listdir(snapshots) if _is_checkpoint(os.path.join(snapshots, entry)))
-    main = _main_revision(repository)
+    kinds = {entry: kind for entry in os.listdir(snapshots) if (kind := _kind_of(os.path.join(snapshots, entry)))}
+    revisions, main = sorted(kinds), _main_revision(repository)
     if main in revisions:
         revisions = [main]
-    if len(revisions) == 1:
-        return [Source(os.path.join(snapshots, revisions[0]), name)]
-    return [Source(os.path.join(snapshots, revision), f"{name}@{revision[:8]}") for revision in revisions]
+    names = {revision: name if len(revisions) == 1 else f"{name}@{revision[:8]}" for revision in revisions}
+    return [Source(os.path.join(snapshots, entry), named, kinds[entry]) for entry, named in names.items()]
 
 
 def _main_revision(repository: str) -> str:

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 
 from fastlock.html_page import Axis, facts_list, figure, group, head, html_text, label, mark, svg, y_axis
 from fastlock.version import __version__
+from fastlock.zoo.find import ADAPTER
 from fastlock.zoo.tasks import DONE_ALREADY, FAILED, RELOCKED, SKIPPED, Result
 
 MAX_ROWS = 2000
@@ -27,17 +28,18 @@ def report_page(results: Sequence[Result], total: int, seconds: float, facts: di
     """
     failed = [result for result in results if result.status == FAILED]
     left = total - len(results)
-    stopped = f"<p class=warning>Stopped early: {left:,} of {total:,} checkpoints are not done. Run it again.</p>"
+    what = "checkpoints and adapters" if any(result.kind == ADAPTER for result in results) else "checkpoints"
+    stopped = f"<p class=warning>Stopped early: {left:,} of {total:,} {what} are not done. Run it again.</p>"
     return "\n".join(
         [
-            head(f"fastlock zoo: {len(results):,} checkpoints"),
-            f"<h1>fastlock zoo: {total:,} checkpoints</h1>",
+            head(f"fastlock zoo: {len(results):,} {what}"),
+            f"<h1>fastlock zoo: {total:,} {what}</h1>",
             stopped if left else "",
             _facts(results, seconds, facts),
             _tiles(results, seconds),
             _throughput(results) if any(result.status == RELOCKED for result in results) else "",
             _table("Failures", failed) if failed else "",
-            _table("All checkpoints", sorted(results, key=lambda result: result.name)),
+            _table(f"All {what}", sorted(results, key=lambda result: result.name)),
             "</body></html>",
         ]
     )
@@ -100,7 +102,7 @@ def _table(title: str, results: Sequence[Result]) -> str:
     kept = results[:MAX_ROWS]
     note = f"<p class=soft>The first {MAX_ROWS:,} of {len(results):,}; the log beside this page has all.</p>"
     return (
-        f"<h2>{title}</h2>{note if len(kept) < len(results) else ''}<div class=scroll><table><thead><tr><th>checkpoint"
+        f"<h2>{title}</h2>{note if len(kept) < len(results) else ''}<div class=scroll><table><thead><tr><th>name"
         "<th>status<th class=number>seconds<th class=number>read<th class=number>written<th>reason</thead><tbody>"
         + "\n".join(map(_row, kept))
         + "</tbody></table></div>"
@@ -109,10 +111,10 @@ def _table(title: str, results: Sequence[Result]) -> str:
 
 def _row(result: Result) -> str:
     read, written = ("" if moved is None else _bytes(moved) for moved in (result.bytes_read, result.bytes_written))
-    kind = result.status.replace(" ", "-")
+    kind, status = result.status.replace(" ", "-"), result.status + (f" ({result.carrier})" if result.carrier else "")
     return (
         f'<tr><td class=name title="{html_text(result.source)}">{html_text(result.name)}'
-        f'<td class="status {html_text(kind)}">{html_text(result.status)}<td class=number>{result.seconds:.3f}'
+        f'<td class="status {html_text(kind)}">{html_text(status)}<td class=number>{result.seconds:.3f}'
         f"<td class=number>{read}<td class=number>{written}<td class=reason>{html_text(result.error)}"
     )
 

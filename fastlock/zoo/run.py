@@ -1,4 +1,4 @@
-"""A whole zoo of checkpoints: relocked or verified by many workers, on one machine or many."""
+"""A whole zoo of checkpoints and adapters: relocked or verified by many workers, on one machine or many."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
+from fastlock.checkpoints.adapters.carriers.table import CARRIERS_OF_ADAPTERS
+from fastlock.checkpoints.adapters.relocking import checked_gap
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.storage.files import CONFIG, write_atomic
 from fastlock.storage.places import Place, as_place, below, file_at
 from fastlock.storage.remote import write_remote
+from fastlock.zoo.bases import Bases, adapter_bases, places_of
 from fastlock.zoo.find import check_names, find_sources, shared_files
 from fastlock.zoo.pools import LocalPool, Pool, RayPool
 from fastlock.zoo.report import report_page
@@ -79,42 +82,50 @@ def relock_zoo(
     strength: float | None = None,
     *,
     stacks: Sequence[str] = DEFAULT_STACKS,
-    base: str | os.PathLike[str] | None = None,
+    base: Bases | None = None,
     workers: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     ray: str | None = None,
     copy: bool = False,
+    carrier: str | None = None,
+    gap: float | None = None,
     on_result: OnResult | None = None,
 ) -> Summary:
-    """Relock many checkpoints, each into a directory of its name below `out`.
+    """Relock many checkpoints and adapters, each into a directory of its name below `out`.
+
+    Each worker opens a base once for all adapters of it. An adapter whose base is not among `base` is a failure, with a
+    sentence. A base that adapters need with the lock in its biases is relocked once, below `out`, as NAME-locked.
 
     If it was stopped, at whatever moment, the same call resumes: a checkpoint is in `out` whole or not at all. One that
     is broken, or whose worker dies, stops no other. Worker processes import the calling script, which must therefore
     call this under `if __name__ == "__main__":`.
 
     Args:
-        sources: where the checkpoints are: directories, patterns, list files, Hugging Face caches; docs/zoo.md lists
+        sources: where they are: directories, patterns, list files, Hugging Face caches; docs/zoo.md lists
             what each stands for.
         lock: the lock of their aligned base.
         out: the directory to fill, or its URL; a log (JSON lines) and a report (HTML) are written there too (at a
             URL: when the run ends).
         strength: the paper's α; by default as for `fastlock.relock`.
         stacks: the serving stacks in which the lock must act; see `relock_checkpoint`.
-        base: a checkpoint or a config.json: checkpoints of another geometry are skipped.
+        base: the base of the zoo, or several, as a list or by the names that adapters call them. Adapters are relocked
+            over the one that they name, by its name or path; checkpoints of a geometry that none of them has are
+            skipped, for which a config.json will do.
         workers: how many at once; by default one for each CPU, or all that Ray has.
         rank: which share of the zoo this call does, from 0; all ranks together do the whole zoo.
         world_size: how many shares the zoo is divided into.
         ray: the address of a Ray cluster whose workers to use: "auto", "local" or host:port.
         copy: copy the files that could be linked; see `relock_checkpoint`.
+        carrier, gap: of adapters; see `relock_adapter`.
         on_result: called with each result, and the number of checkpoints in all.
 
     Returns:
         What became of each checkpoint.
 
     Raises:
-        FastlockError: nothing can be started: a source has no checkpoint, two have the same name, there are no workers,
-            or `out` is a checkpoint or a source itself.
+        FastlockError: nothing can be started: a source stands for nothing, two have the same name, there are no
+            workers, no base is at one of these places, or `out` is a checkpoint or a source itself.
     """
     check_lock(lock)
     strength, root = strength_for(lock, strength), _root(out)
@@ -127,7 +138,10 @@ def relock_zoo(
         strength=strength,
         stacks=check_stacks(stacks),
         copy=copy,
-        base=None if base is None else geometry(base),
+        geometries=tuple(geometry(place) for _, place in places_of(base)),
+        bases=adapter_bases(base, root),
+        carrier=_checked_carrier(carrier),
+        gap=checked_gap(gap),
     )
     name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
     summary = Summary(log=below(root, f"{name}.jsonl"), report=below(root, f"{name}.html"))
@@ -147,28 +161,39 @@ def verify_zoo(
     sources: Iterable[str | os.PathLike[str]],
     lock: Lock,
     *,
+    base: Bases | None = None,
     workers: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     ray: str | None = None,
     on_result: OnResult | None = None,
 ) -> Summary:
-    """Verify many checkpoints, as `verify` does each; the arguments are those of `relock_zoo`.
+    """Verify many checkpoints and adapters, as `verify` does each; the arguments are those of `relock_zoo`.
+
+    An adapter is verified over the base that its receipt names; where that is not there, over one of `base`.
 
     Raises:
-        FastlockError: nothing can be started: a source has no checkpoint, or there are no workers.
+        FastlockError: nothing can be started: a source stands for nothing, there are no workers, or no base is at one
+            of these places.
     """
     check_lock(lock)
     share = share_of(find_sources(sources), rank, world_size)
     summary = Summary()
     schedule = Schedule(share, [[] for _ in share])
     start = time.perf_counter()
-    pool = _pool(Job(work=verify_one, lock=pickle.dumps(lock)), workers, ray, len(share))
+    job = Job(work=verify_one, lock=pickle.dumps(lock), bases=adapter_bases(base))
+    pool = _pool(job, workers, ray, len(share))
     try:
         _run(pool, schedule, summary, start, on_result)
     finally:
         pool.stop()
     return summary
+
+
+def _checked_carrier(carrier: str | None) -> str | None:
+    if carrier is not None and carrier not in CARRIERS_OF_ADAPTERS:
+        raise FastlockError(f"carrier {carrier!r}: there is none; choose one of {', '.join(CARRIERS_OF_ADAPTERS)}.")
+    return carrier
 
 
 def _root(out: str | os.PathLike[str]) -> Place:
@@ -269,7 +294,7 @@ def _results(pool: Pool, schedule: Schedule) -> Iterator[Result]:
         task, done = pool.next()
         running -= 1
         if isinstance(done, str):
-            done = Result(task.source, task.name, task.out, FAILED, done), None
+            done = Result(task.source, task.name, task.out, FAILED, done, kind=task.kind), None
         result, folds = done
         schedule.finished(task.index, folds)
         yield result

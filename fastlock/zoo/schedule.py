@@ -52,6 +52,7 @@ class Schedule:
             str(below(self._out, source.name)) if self._out else "",
             tuple({id(folds): folds for folds in known.values()}.values()),
             returns_folds=len(known) < len(files),
+            kind=source.kind,
         )
 
     def finished(self, index: int, folds: bytes | None) -> None:

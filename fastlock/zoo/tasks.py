@@ -1,4 +1,4 @@
-"""What a worker does with one checkpoint of a zoo, and what becomes of it."""
+"""What a worker does with one checkpoint or adapter of a zoo, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
 from fastlock.architectures.families import head_geometry
+from fastlock.checkpoints.adapters.carriers.merge import ADAPTER_MERGE
+from fastlock.checkpoints.adapters.relocking import AdapterSettings
 from fastlock.checkpoints.config import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.folding import Folds
 from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
+from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.storage.files import CONFIG, parse_object, read_all
 from fastlock.storage.places import as_place, below, file_at, is_there
 from fastlock.storage.traffic import TRAFFIC
 from fastlock.verification import verify
+from fastlock.zoo.adapters import is_adapter_there, relock_adapter_over, verify_adapter_over, why_adapter_is_not_done
+from fastlock.zoo.bases import ZooBase
+from fastlock.zoo.find import ADAPTER, CHECKPOINT
 
 RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
 LOCKED = "locked"
@@ -41,7 +47,9 @@ class Job:
         strength: the strength to relock at.
         stacks: the serving stacks in which the lock must act.
         copy: copy the files that could be linked.
-        base: the geometry that checkpoints must have, None for any.
+        geometries: those that checkpoints may have; none for any.
+        bases: those that adapters may be of.
+        carrier, gap: of adapters; see `relock_adapter`.
     """
 
     work: Callable[[Job, Task], Done]
@@ -49,12 +57,20 @@ class Job:
     strength: float = 0.0
     stacks: tuple[str, ...] = ()
     copy: bool = False
-    base: dict[str, Any] | None = None
+    geometries: tuple[dict[str, Any], ...] = ()
+    bases: tuple[ZooBase, ...] = ()
+    carrier: str | None = None
+    gap: float | None = None
+
+    @property
+    def of_adapters(self) -> AdapterSettings:
+        """What adapters are relocked by."""
+        return AdapterSettings(self.stacks, self.carrier, self.gap)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One checkpoint.
+    """One checkpoint or adapter.
 
     Attributes:
         index: which one of the zoo's it is.
@@ -63,6 +79,7 @@ class Task:
         out: where it goes, "" if nothing is written.
         folds: the pickled folds of files that it shares with earlier ones.
         returns_folds: whether later ones wait for folds of its files.
+        kind: CHECKPOINT or ADAPTER.
     """
 
     index: int
@@ -71,11 +88,12 @@ class Task:
     out: str = ""
     folds: tuple[bytes, ...] = ()
     returns_folds: bool = False
+    kind: str = CHECKPOINT
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one checkpoint.
+    """What became of one checkpoint or adapter.
 
     Attributes:
         source: its directory.
@@ -88,6 +106,9 @@ class Result:
         bytes_read: what its worker read, whole projections included; None where the system does not say.
         bytes_written: what its worker wrote.
         time: when it was finished, in seconds since 1970.
+        kind: "checkpoint" or "adapter".
+        carrier: how an adapter got its lock, see `relock_adapter`; "" for a checkpoint, and where nothing was made.
+        base: what such an adapter is to be served over; "" otherwise, as for one that was merged into its base.
     """
 
     source: str
@@ -99,10 +120,13 @@ class Result:
     bytes_read: int | None = None
     bytes_written: int | None = None
     time: float = field(default_factory=time.time)
+    kind: str = CHECKPOINT
+    carrier: str = ""
+    base: str = ""
 
     @property
     def is_right(self) -> bool:
-        """Whether there is nothing to do about this checkpoint."""
+        """Whether there is nothing to do about it."""
         return self.status in RIGHT
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +140,9 @@ Done = tuple[Result, bytes | None]
 
 
 def relock_one(job: Job, task: Task) -> Done:
-    """Relock one checkpoint of a zoo; whatever goes wrong is in the result."""
+    """Relock one checkpoint or adapter of a zoo; whatever goes wrong is in the result."""
+    if task.kind == ADAPTER:
+        return _relock_adapter(job, task), None
     known: Folds = {}
     for pickled in task.folds:
         known |= pickle.loads(pickled)  # as this run's own workers made them
@@ -127,10 +153,12 @@ def relock_one(job: Job, task: Task) -> Done:
 
 
 def verify_one(job: Job, task: Task) -> Done:
-    """Verify one checkpoint of a zoo; whatever goes wrong is in the result."""
+    """Verify one checkpoint or adapter of a zoo; whatever goes wrong is in the result."""
 
     def check() -> tuple[str, str]:
-        verification = verify(task.source, _lock(job.lock))
+        lock = _lock(job.lock)
+        of_adapter = task.kind == ADAPTER
+        verification = verify_adapter_over(task.source, lock, job.bases) if of_adapter else verify(task.source, lock)
         return verification.state, "" if verification else verification.reason
 
     return _measured(task, check), None
@@ -167,11 +195,36 @@ def _raw_config(config: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
 def _relock(job: Job, task: Task, folds: Folds) -> tuple[str, str]:
     if is_there(as_place(task.out)):
         return _already_there(job, task.out)
-    if job.base is not None and (differs := _differs(task.source, job.base)):
-        return SKIPPED, differs
+    if job.geometries and all(differences := [_differs(task.source, geometry) for geometry in job.geometries]):
+        return SKIPPED, "; ".join(dict.fromkeys(differences))
     lock = _lock(job.lock)
     relock_checkpoint(task.source, lock, task.out, job.strength, stacks=job.stacks, copy=job.copy, folds=folds)
     return RELOCKED, ""
+
+
+def _relock_adapter(job: Job, task: Task) -> Result:
+    receipts: list[AdapterReceipt] = []
+
+    def work() -> tuple[str, str]:
+        if is_there(as_place(task.out)):
+            return _adapter_already_there(job, task.out)
+        lock = _lock(job.lock)
+        receipts.append(relock_adapter_over(task.source, task.out, lock, job.strength, job.bases, job.of_adapters))
+        return RELOCKED, ""
+
+    result = _measured(task, work)
+    for receipt in receipts:
+        result = replace(
+            result, carrier=receipt.carrier, base="" if receipt.carrier == ADAPTER_MERGE.name else receipt.base.name
+        )
+    return result
+
+
+def _adapter_already_there(job: Job, out: str) -> tuple[str, str]:
+    if not is_adapter_there(out):  # it was merged into its base, and is a checkpoint now
+        return _already_there(job, out)
+    state = why_adapter_is_not_done(out, _lock(job.lock), job.strength, job.of_adapters)
+    return (DONE_ALREADY, "") if state is None else (FAILED, _in_the_way(out, state))
 
 
 def _already_there(job: Job, out: str) -> tuple[str, str]:
@@ -186,7 +239,11 @@ def _already_there(job: Job, out: str) -> tuple[str, str]:
         state = f"in a form that {' and '.join(idle)} would drop"
     else:
         return DONE_ALREADY, ""
-    return FAILED, f"{out}: already exists, {state}. Remove it first, or choose another directory for all of them."
+    return FAILED, _in_the_way(out, state)
+
+
+def _in_the_way(out: str, state: str) -> str:
+    return f"{out}: already exists, {state}. Remove it first, or choose another directory for all of them."
 
 
 def _differs(source: str, base: dict[str, Any]) -> str:
@@ -210,7 +267,7 @@ def _measured(task: Task, work: Callable[[], tuple[str, str]]) -> Result:
     after = _transferred()
     moved = [b - a for a, b in zip(before, after, strict=True)] if before and after else [None, None]
     seconds = time.perf_counter() - start
-    return Result(task.source, task.name, task.out, status, error, seconds, moved[0], moved[1])
+    return Result(task.source, task.name, task.out, status, error, seconds, moved[0], moved[1], kind=task.kind)
 
 
 def _transferred() -> tuple[int, int] | None:

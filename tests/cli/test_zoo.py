@@ -50,9 +50,29 @@ def test_the_options_reach_the_function(files, tunes, monkeypatch) -> None:
     for keywords in calls:
         del keywords["on_result"]
     default = {"base": None, "workers": None, "ray": None, "rank": None, "world_size": None, "copy": False}
+    default |= {"carrier": None, "gap": None}
     assert calls[0] == {**default, "stacks": ("transformers", "vllm")}
     stated = {"base": "x", "ray": "auto", "rank": 1, "world_size": 3, "copy": True}
     assert calls[1] == {**default, **stated, "stacks": ("vllm", "a", "b")}
     for wrong in (["--rank", "1"], ["--world-size", "2"], ["--rank", "2", "--world-size", "2"], ["--workers", "0"]):
         run(*command, *wrong, code=2)
     assert len(calls) == 2
+
+
+def test_bases_and_what_is_said_of_adapters_reach_the_function(files, tunes, monkeypatch) -> None:
+    calls = []
+    for name in ("relock_zoo", "verify_zoo"):
+        monkeypatch.setattr(f"fastlock.zoo.run.{name}", lambda *_, **keywords: calls.append(keywords) or Summary())
+    lock = ["--lock", files / "lock.safetensors"]
+    command = ["relock", tunes, *lock, "--out", files / "out"]
+    (files / "a=b").mkdir()
+    for bases in (["x", "y"], ["org/x=x", "org/y=y=z"], [str(files / "a=b")]):
+        options = [word for base in bases for word in ("--base", base)]
+        run(*command, *options, "--carrier", "merge", "--gap", "0.02")
+        run("verify", tunes, *lock, *options)
+    assert [(one["carrier"], one["gap"]) for one in calls[::2]] == [("merge", 0.02)] * 3
+    assert [one["base"] for one in calls[::2]] == [one["base"] for one in calls[1::2]]
+    assert [one["base"] for one in calls[::2]] == [["x", "y"], {"org/x": "x", "org/y": "y=z"}, str(files / "a=b")]
+    for wrong in (["--base", "x", "--base", "org/y=y"], ["--base", "n=x", "--base", "n=y"], ["--base", "=x"]):
+        assert "NAME=DIR" in run(*command, *wrong, code=2).err
+    assert len(calls) == 6
