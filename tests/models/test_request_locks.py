@@ -878,7 +878,7 @@ def test_freezing_does_not_freeze_the_locks() -> None:
         torch.no_grad(),
     ):
         compiled = torch.compile(model, fullgraph=True)
-        for locks in ([0, 1], [-1, 0], [1, -1]):
+        for locks in ([0, 1], [-1, 0]):  # inductor compiles anew for each, which takes long
             request_locks.assign(locks)
             torch.testing.assert_close(logits(compiled, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
