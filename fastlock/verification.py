@@ -17,7 +17,13 @@ from fastlock.checkpoints.adapters.evidence import AdapterEvidence, gather_evide
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.layout import bypass
-from fastlock.checkpoints.relocked import change_since, original_biases_on_disk, receipt_in
+from fastlock.checkpoints.relocked import (
+    change_since,
+    original_biases_on_disk,
+    original_files,
+    receipt_in,
+    was_relocked_here,
+)
 from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import FastlockError
 from fastlock.judgement import SiteEvidence, Verification, evidence_of, judge, not_this_lock
@@ -34,6 +40,9 @@ from fastlock.threads import in_threads
 class BandVerification:
     """What was found of a band; true exactly when every tensor of it is the base's, byte for byte.
 
+    In a relocked directory these are the tensors as they were before; the lock, which must be given, is verified too,
+    and has to be in place.
+
     Attributes:
         state: "unchanged" or "changed".
         layers: those of the band.
@@ -41,6 +50,7 @@ class BandVerification:
         digest: SHA-256 (hex) over them.
         differences: each tensor that is not the base's, and how it differs.
         reason: one sentence for people.
+        lock: what was found of the lock; None if none was given.
     """
 
     state: str
@@ -49,6 +59,7 @@ class BandVerification:
     digest: str
     differences: tuple[TensorDifference, ...]
     reason: str
+    lock: Verification | None = None
 
     def __bool__(self) -> bool:
         return self.state == "unchanged"
@@ -66,7 +77,7 @@ def verify(
 
 @overload
 def verify(
-    model_or_directory: str | os.PathLike[str], *, base: str | os.PathLike[str], band: Band
+    model_or_directory: str | os.PathLike[str], lock: Lock | None = None, *, base: str | os.PathLike[str], band: Band
 ) -> BandVerification: ...
 
 
@@ -87,6 +98,8 @@ def verify(
 
     Given a base and a band instead of a lock: whether the band's tensors in a directory are the base's, byte for byte,
     as they are after training with the band frozen. Headers are read and the band's bytes digested; no model is loaded.
+    Of a directory that was relocked since, give the lock as well: then the band's own tensors must be the base's, and
+    the biases beside them the lock's.
 
     Args:
         model_or_directory: a model in memory, a checkpoint's directory or URL, or a GGUF file; with a band, the second.
@@ -135,24 +148,45 @@ def _verify_directory(directory: str | os.PathLike[str], lock: Lock, base: Any) 
 def _verify_band(
     directory: nn.Module | str | os.PathLike[str], lock: Lock | None, base: Any, band: Any
 ) -> BandVerification:
-    if lock is not None:
-        raise FastlockError("a lock and a band are verified one at a time. Give the lock alone, or a base and a band.")
     if base is None or band is None:
         raise FastlockError("a band is verified against the base that it was frozen in. Give both, base= and band=.")
     if isinstance(directory, nn.Module):
         raise FastlockError("a band is verified on disk. Save the model (save_pretrained), and give the directory.")
-    checked = check_band(band)
-    tuned_files = files_in(as_place(directory))
-    tuned = StoredBand(tuned_files, str(directory), checked)
-    found = compared(tuned, StoredBand(files_in(as_place(base)), str(base), checked))
-    layers = tuple(checked.layers)
-    if not found.differences:
-        reason = f"all {found.tensors} tensors of layers {checked.first} to {checked.last} are the base's"
-        return BandVerification("unchanged", layers, found.tensors, found.digest, (), reason)
-    reason = f"{len(found.differences)} tensors of layers {checked.first} to {checked.last} are not the base's"
-    if receipt_in(tuned_files, str(directory)) is not None:
-        reason += "; it carries a lock, whose biases are its own: verify it without the lock (fastlock unlock)"
-    return BandVerification("changed", layers, found.tensors, found.digest, found.differences, reason)
+    checked, where = check_band(band), str(directory)
+    files = files_in(as_place(directory))
+    of_lock = None
+    if lock is not None:
+        check_lock(lock)
+        of_lock = _verify_checkpoint(directory, lock)
+    in_place = of_lock is not None and of_lock.state == "locked"
+    before = original_files(files, where) if in_place else files
+    found = compared(StoredBand(before, where, checked), StoredBand(files_in(as_place(base)), str(base), checked))
+    told = f"of layers {checked.first} to {checked.last}"
+    if found.differences:
+        reason = f"{len(found.differences)} tensors {told} are not the base's"
+    else:
+        reason = f"all {found.tensors} tensors {told} are the base's"
+    if of_lock is not None:
+        reason += f"; {_beside(of_lock, checked)}"
+        if found.differences and in_place and not was_relocked_here(files):
+            reason += "; transformers saved it with the lock: verify what fastlock unlock makes of it"
+    elif found.differences and receipt_in(files, where) is not None:
+        reason += (
+            "; it carries a lock, whose biases are its own: give the lock too, or verify it without (fastlock unlock)"
+        )
+    state = "changed" if found.differences or (of_lock is not None and not in_place) else "unchanged"
+    return BandVerification(
+        state, tuple(checked.layers), found.tensors, found.digest, found.differences, reason, of_lock
+    )
+
+
+def _beside(of_lock: Verification, band: Band) -> str:
+    """What is to be said of a lock in a directory whose band is verified."""
+    if not of_lock:
+        return f"the lock is not in place: {of_lock.reason}"
+    within = [str(layer) for layer in of_lock.layers if layer in band.layers]
+    which = f"those of layers {', '.join(within)} lie in the band" if within else "none lies in the band"
+    return f"the biases that were added at strength {of_lock.strength:g} are the lock's ({which})"
 
 
 def _verify_model(model: nn.Module, lock: Lock) -> Verification:

@@ -13,16 +13,20 @@ if TYPE_CHECKING:
 
 
 def _verify(checkpoint: str, lock: Path | None, base: str | None, band: Path | None, as_json: bool) -> int:
-    if (lock is None) == (band is None) or (lock is None and base is None):
-        raise ArgumentsError("give either --lock FILE, or --base DIR and --band FILE.")
-    return _verify_lock(checkpoint, lock, base, as_json) if lock else _verify_band(checkpoint, str(base), band, as_json)
+    if (lock is None and band is None) or (band is not None and base is None):
+        raise ArgumentsError(
+            "give either --lock FILE, or --base DIR and --band FILE; of a relocked checkpoint, --lock FILE with them."
+        )
+    if band is not None:
+        return _verify_band(checkpoint, lock, str(base), band, as_json)
+    return _verify_lock(checkpoint, lock, base, as_json)
 
 
-def _verify_lock(checkpoint: str, lock: Path, base: str | None, as_json: bool) -> int:
+def _verify_lock(checkpoint: str, lock: Path | None, base: str | None, as_json: bool) -> int:
     from fastlock.locks.lock import Lock
     from fastlock.verification import verify
 
-    loaded = Lock.load(lock)
+    loaded = Lock.load(str(lock))
     with spinner(f"verifying {checkpoint}", as_json):
         verification = verify(checkpoint, loaded, base=base)
     if as_json:
@@ -35,13 +39,15 @@ def _verify_lock(checkpoint: str, lock: Path, base: str | None, as_json: bool) -
     return DONE if verification else NOT_LOCKED
 
 
-def _verify_band(checkpoint: str, base: str, band: Path | None, as_json: bool) -> int:
+def _verify_band(checkpoint: str, lock: Path | None, base: str, band: Path, as_json: bool) -> int:
     from fastlock.locks.band import Band
+    from fastlock.locks.lock import Lock
     from fastlock.verification import verify
 
-    loaded = Band.load(str(band))
+    loaded = Band.load(band)
+    of_lock = None if lock is None else Lock.load(lock)
     with spinner(f"verifying {checkpoint}", as_json):
-        verification = verify(checkpoint, base=base, band=loaded)
+        verification = verify(checkpoint, of_lock, base=base, band=loaded)
     if as_json:
         print_json(verification.to_dict())
     else:

@@ -7,7 +7,7 @@ import torch
 
 import fastlock
 from fastlock.locks.band import Band
-from tests.helpers.families import tiny_model, word_tokenizer
+from tests.helpers.families import random_lock, tiny_model, word_tokenizer
 
 
 @pytest.fixture
@@ -92,6 +92,20 @@ def test_verify_a_band(base, run) -> None:
     assert data["differences"] == [{"name": "model.layers.0.mlp.up_proj.weight", "what": "has other bytes"}]
 
 
+def test_verify_a_band_of_a_relocked_checkpoint(base, run) -> None:
+    """Both are checked: the band's own tensors against the base, and the biases against the lock."""
+    lock = random_lock(tiny_model("llama", vocab_size=4096), [(1, 0)])
+    lock.save(base / "lock.safetensors")
+    fastlock.relock_checkpoint(base / "base", lock, base / "relocked")
+    Band(1, 2).save(base / "band.json")
+    arguments = ("verify", base / "relocked", "--base", base / "base", "--band", base / "band.json")
+    assert "give the lock too" in run(*arguments, code=1)
+    said = run(*arguments, "--lock", base / "lock.safetensors")
+    assert "all 18 tensors of layers 1 to 2 are the base's; the biases that were added" in said
+    data = json.loads(run(*arguments, "--lock", base / "lock.safetensors", "--json"))
+    assert data["lock"]["state"] == "locked"
+
+
 def test_verify_needs_a_lock_or_a_base_and_a_band(run) -> None:
-    for arguments in ((), ("--base", "b"), ("--band", "b"), ("--lock", "l", "--base", "b", "--band", "b")):
+    for arguments in ((), ("--base", "b"), ("--band", "b"), ("--lock", "l", "--band", "b")):
         assert "either --lock FILE, or --base DIR and --band FILE" in run("verify", "x", *arguments, code=2)

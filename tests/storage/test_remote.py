@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import fastlock
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.relocked import NEW_SHARD, read_receipt
+from fastlock.errors import FastlockError
 from fastlock.storage.files import with_patches
 from fastlock.storage.remote import MARKER
 from fastlock.zoo.find import find_sources
@@ -155,6 +156,37 @@ def test_verify_and_doctor_there(s3, tmp_path) -> None:
     biases["model.layers.0.self_attn.o_proj.bias"][5] += 1
     bucket.put(f"out/m/{NEW_SHARD}", safetensors.torch.save(biases))
     assert fastlock.verify(f"{S3}/out/m", lock).state == "altered"
+
+
+def test_a_band_there(s3, tmp_path) -> None:
+    """Against its base, whichever of them lies there, relocked or not; only the band's bytes are read."""
+    server, bucket = s3
+    lock, source, _ = prepared(tmp_path)
+    bucket.upload(source, "in/m")
+    bucket.upload(tmp_path / "locked", "out/m")
+    band, there, here = fastlock.Band(1, 1), f"{S3}/in/m", tmp_path / "locked"
+    plain = fastlock.verify(source, base=source, band=band)
+    for directory, base in ((there, source), (source, there), (there, there)):
+        assert fastlock.verify(directory, base=base, band=band) == plain
+    for directory, base in ((f"{S3}/out/m", there), (f"{S3}/out/m", source), (here, there)):
+        found = fastlock.verify(directory, lock, base=base, band=band)
+        assert (found.state, found.digest, found.lock.state) == ("unchanged", plain.digest, "locked")
+        assert not fastlock.verify(directory, base=base, band=band)
+    server.requests.clear()
+    fastlock.verify(there, base=source, band=band)
+    of_tensors = [r for r in server.requests if r.method == "GET" and r.key.endswith(".safetensors")]
+    tensors = safetensors.torch.load((source / "model.safetensors").read_bytes())
+    of_band = sum(x.numel() * x.element_size() for name, x in tensors.items() if ".layers.1." in name)
+    header = 8 + int.from_bytes((source / "model.safetensors").read_bytes()[:8], "little")
+    assert all(request.ranged for request in of_tensors)
+    assert sum(r.sent for r in of_tensors) == header + of_band
+    with torch.no_grad():
+        tensors["model.layers.1.mlp.up_proj.weight"][2, 2] += 1
+    bucket.put("in/m/model.safetensors", safetensors.torch.save(tensors))
+    found = fastlock.verify(there, base=source, band=band)
+    assert [one.what for one in found.differences] == ["has other bytes"]
+    with pytest.raises(FastlockError):
+        fastlock.verify(there, base=f"{S3}/in/nothing", band=band)
 
 
 def test_the_command_takes_urls(s3, tmp_path) -> None:
