@@ -2,7 +2,8 @@
 
 On a sparse checkpoint of Llama-3 8B's shape with the released lock, the page cache warm, both of two threads. The plain
 script writes the same shard of biases, an index and a config, and syncs them. It links no weights, keeps nothing aside,
-checks nothing, takes no digest and writes no receipt. The two take turns; who begins changes from round to round.
+checks nothing, takes no digest and writes no receipt. The two take turns; who begins changes from round to round. CPU
+time is that of all threads of the process: on busy cores, it changes less than the time that passes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ THREADS = 2
 SHARD, INDEX, CONFIG = "model-fastlock.safetensors", "model.safetensors.index.json", "config.json"
 # bfloat16 has 8 bits: a sum in float32 may come out on the other side of a middle.
 CLOSE = 2**-7
+COLUMNS = (
+    "relock_checkpoint (95 %)",
+    "plain script (95 %)",
+    "relock over plain (95 %)",
+    "its CPU time (95 %)",
+    "plain CPU time (95 %)",
+    "CPU over CPU (95 %)",
+)
 
 
 def main() -> int:
@@ -61,56 +71,60 @@ def main() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Took:
+    """How long something took: seconds that passed, and seconds of all of the process's threads."""
+
+    seconds: float
+    cpu: float
+
+
 def warm(disk: Disk, rounds: int) -> None:
     """Both in one process, in turns."""
-    columns = ["page cache", "relock_checkpoint (95 %)", "plain script (95 %)", "relock over plain (95 %)"]
-    times = PrintedTable([*columns, "rounds"])
+    times = PrintedTable(["page cache", *COLUMNS, "rounds"])
     for pages in ("large", "small"):
         fill_cache(disk, pages)
-        ours, theirs = in_turns(lambda: ours_on(disk), lambda: plain_on(disk), rounds)
-        times.row(pages, span_text(interval(ours)), span_text(interval(theirs)), over(ours, theirs), str(rounds))
+        times.row(pages, *cells(*in_turns(lambda: ours_on(disk), lambda: plain_on(disk), rounds)), str(rounds))
     say(load_text())
 
 
 def fresh(disk: Disk, processes: int) -> None:
     """The first relock of a process, everything imported before, and the second one."""
-    seconds: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+    runs: dict[str, list[dict[str, Took]]] = {"ours": [], "plain": []}
     for _ in range(processes):
-        for who, runs in seconds.items():
-            runs.append(
-                json.loads(run_module("bench.disk.against_plain", "--first", who, "--directory", str(disk.folder)))
-            )
-    times = PrintedTable(["in a fresh process", "relock_checkpoint (95 %)", "plain script (95 %)", "relock over plain"])
+        for who, of_process in runs.items():
+            printed = run_module("bench.disk.against_plain", "--first", who, "--directory", str(disk.folder))
+            of_process.append({which: Took(**took) for which, took in json.loads(printed).items()})
+    times = PrintedTable(["in a fresh process", *COLUMNS])
     for which in ("first", "second"):
-        ours, theirs = ([run[which] for run in seconds[who]] for who in ("ours", "plain"))
-        times.row(which, span_text(interval(ours)), span_text(interval(theirs)), over(ours, theirs))
+        times.row(which, *cells(*([run[which] for run in runs[who]] for who in ("ours", "plain"))))
     say(load_text())
 
 
-def first(who: str, folder: Path) -> dict[str, float]:
-    """Seconds of the first and of the second relock of this process."""
+def first(who: str, folder: Path) -> dict[str, Any]:
+    """What the first and the second relock of this process took."""
     disk = Disk("", folder, Lock.load(folder / "lock.safetensors"), "", itertools.count(os.getpid() * 10))
     run = {"ours": ours_on, "plain": plain_on}[who]
-    return {which: timed(lambda: run(disk)) for which in ("first", "second")}
+    return {which: asdict(timed(lambda: run(disk))) for which in ("first", "second")}
 
 
-def in_turns(ours: Callable[[], Path], theirs: Callable[[], Path], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each in each round; one round before them is not counted, but what came out is compared."""
+def in_turns(ours: Callable[[], Path], theirs: Callable[[], Path], rounds: int) -> tuple[list[Took], list[Took]]:
+    """What each took in each round; one round before them is not counted, but what came out is compared."""
     check(ours(), theirs())
-    seconds: tuple[list[float], list[float]] = ([], [])
+    took: tuple[list[Took], list[Took]] = ([], [])
     for number in range(rounds):
         for who in (0, 1) if number % 2 else (1, 0):
-            seconds[who].append(timed((ours, theirs)[who]))
-    return seconds
+            took[who].append(timed((ours, theirs)[who]))
+    return took
 
 
-def timed(run: Callable[[], Path]) -> float:
-    """Seconds until all is on disk; what was written is removed, untimed."""
-    start = time.perf_counter()
+def timed(run: Callable[[], Path]) -> Took:
+    """How long it is until all is on disk; what was written is removed, untimed."""
+    start, cpu = time.perf_counter(), time.process_time()
     out = run()
-    seconds = time.perf_counter() - start
+    took = Took(time.perf_counter() - start, time.process_time() - cpu)
     shutil.rmtree(out)
-    return seconds
+    return took
 
 
 def check(ours: Path, theirs: Path) -> None:
@@ -178,6 +192,22 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def cells(ours: list[Took], theirs: list[Took]) -> list[str]:
+    """Of `COLUMNS`."""
+    spans = [span([took.seconds for took in each]) for each in (ours, theirs)]
+    cpu = [span([took.cpu for took in each]) for each in (ours, theirs)]
+    return [
+        *spans,
+        over([took.seconds for took in ours], [took.seconds for took in theirs]),
+        *cpu,
+        over([took.cpu for took in ours], [took.cpu for took in theirs]),
+    ]
+
+
+def span(seconds: list[float]) -> str:
+    return span_text(interval(seconds))
 
 
 def interval(seconds: list[float]) -> list[float]:

@@ -20,7 +20,7 @@ from fastlock.basis import check_likeness
 from fastlock.checkpoints.base import base_of, warn_unless_known
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
-from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites
+from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites, helpers
 from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, Placement, is_small, linked_name, needs_name, placements_of
 from fastlock.checkpoints.model_card import CARD, with_section
 from fastlock.checkpoints.relocked import Target, carry, config_digest, digest_of, json_digest, original_files
@@ -120,13 +120,14 @@ def relock_checkpoint(
         _check_switched_off(checkpoint, carrier)
         known = {} if folds is None else folds
         of_base = base_of(lock, base, checkpoint)
-        folded = fold_sites(checkpoint, sites, lock, strength, known, of_base)
-        check_likeness([f.likeness for f in folded.sites], checkpoint.where)
-        receipt = _receipt(checkpoint, lock, strength, folded)
-        with create_directory(out, source, in_place) as new:
-            _write(new, _Relocked(checkpoint, carrier, receipt, folded.sites, stacks, copy, in_place))
-            checkpoint.check_unchanged()
-        known |= folded.known()
+        with helpers() as threads:
+            folded = fold_sites(checkpoint, sites, lock, strength, known, threads, of_base)
+            check_likeness([f.likeness for f in folded.sites], checkpoint.where)
+            receipt = _receipt(checkpoint, lock, strength, folded)
+            with create_directory(out, source, in_place) as new:
+                _write(new, _Relocked(checkpoint, carrier, receipt, folded.sites, stacks, copy, in_place))
+                checkpoint.check_unchanged()
+            known |= folded.known()
         warn_unless_known(of_base, checkpoint)
         return replace(receipt, digests=KnownDigests(receipt.weights_digest, receipt.biases_digest))
 

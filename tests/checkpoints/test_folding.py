@@ -1,12 +1,14 @@
 """What a checkpoint on disk is folded from, in however many threads, and the digest of it."""
 
 import hashlib
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
 import fastlock
+from fastlock.checkpoints import folding
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredColumns
 from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.tensor_index import shard_with
@@ -35,11 +37,13 @@ def written(directory) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_files_are_the_same_however_many_threads(source, threads, tmp_path):
+@pytest.mark.parametrize("batch_bytes", [1, 2**25])
+def test_the_files_are_the_same_however_many_threads_and_batches(source, threads, batch_bytes, tmp_path, monkeypatch):
     directory, _, lock = source
     torch.set_num_threads(1)
     fastlock.relock_checkpoint(directory, lock, tmp_path / "alone")
     torch.set_num_threads(threads)
+    monkeypatch.setattr(folding, "_BATCH_BYTES", batch_bytes)
     fastlock.relock_checkpoint(directory, lock, tmp_path / "shared")
     assert written(tmp_path / "shared") == written(tmp_path / "alone")
 
@@ -59,24 +63,65 @@ def test_the_digest_is_of_the_locked_columns_by_layer(source, threads, tmp_path)
     assert read_receipt(tmp_path / "out").to_dict() == receipt.to_dict()
 
 
-def test_each_thread_keeps_the_columns_of_one_site(source, threads, tmp_path, monkeypatch) -> None:
-    """Each begins where its last one was: what it read is still in the cache, and no memory is asked for anew."""
+def test_the_columns_of_one_batch_are_kept_at_a_time(source, tmp_path, monkeypatch) -> None:
+    """Before another batch is read, the digests of the earlier one are taken."""
     directory, _, lock = source
-    places: list[tuple[int, int]] = []
-    read = Checkpoint.read_columns
+    kept, most, guard = 0, 0, threading.Lock()
+    read, digest = Checkpoint.read_columns, StoredColumns
 
-    def noted(self, site, heads, room=None):
+    def counted_read(self, site, heads, room=None):
+        nonlocal kept, most
+        with guard:
+            kept += 1
+            most = max(most, kept)
         columns = read(self, site, heads, room)
-        places.append((columns.columns.matrix.data_ptr(), columns.columns.matrix.nbytes))
-        return columns
 
-    monkeypatch.setattr(Checkpoint, "read_columns", noted)
-    fastlock.relock_checkpoint(directory, lock, tmp_path / "out")
-    assert len(places) == 6
-    assert len({begin for begin, _ in places}) <= threads
-    sizes = [size for _, size in places]
-    assert max(sizes) == 2 * min(sizes)
-    assert threads > 1 or sizes == sorted(sizes, reverse=True)  # no thread ends with the longest, alone
+        def counted_digest() -> bytes:
+            nonlocal kept
+            with guard:
+                kept -= 1
+            return columns.digest()
+
+        return digest(columns.columns, counted_digest)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(Checkpoint, "read_columns", counted_read)
+    monkeypatch.setattr(folding, "_BATCH_BYTES", 1)
+    try:
+        fastlock.relock_checkpoint(directory, lock, tmp_path / "out")
+    finally:
+        torch.set_num_threads(before)
+    assert (kept, most) == (0, 1)
+
+
+def test_the_longest_are_begun_first_and_no_fold_waits_for_a_digest(source, tmp_path, monkeypatch) -> None:
+    """No thread ends with the longest site, alone."""
+    directory, _, lock = source
+    begun, done = list[int](), list[str]()
+    read, begin = Checkpoint.read_columns, folding._Folding.begin
+
+    def noted_begin(self, function, *arguments):
+        if arguments:
+            begun.append(len(self.displacements[arguments[0].layer].heads))
+        return begin(self, function, *arguments)
+
+    def noted_read(self, site, heads, room=None):
+        columns = read(self, site, heads, room)
+        done.append("read")
+        return StoredColumns(columns.columns, lambda: done.append("digest") or columns.digest())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(Checkpoint, "read_columns", noted_read)
+    monkeypatch.setattr(folding._Folding, "begin", noted_begin)
+    try:
+        fastlock.relock_checkpoint(directory, lock, tmp_path / "out")
+    finally:
+        torch.set_num_threads(before)
+    assert begun == [2, 2, 2, 1, 1, 1]
+    assert done[:5] == ["read"] * 5  # the other thread may be at the sixth
+    assert sorted(done) == ["digest"] * 6 + ["read"] * 6
 
 
 @pytest.mark.parametrize("where", ["read_columns", "digest"])
