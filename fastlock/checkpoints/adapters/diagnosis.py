@@ -205,10 +205,12 @@ def _served_otherwise(adapter: Adapter, stack: str) -> Iterator[str]:
         if (a := parameters.get("lora_A.weight")) is None or not a.shape or not a.shape[0]:
             continue
         alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
-        rank, whole, known = a.shape[0], config.get("r"), config.get("lora_alpha")
-        if not all(type(number) in (int, float) and number for number in (alpha, whole, known)):
+        numbers = (alpha, config.get("r"), config.get("lora_alpha"))
+        if not all(type(number) in (int, float) and number for number in numbers):
             return
-        of_peft = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        own, whole, known = map(float, numbers)
+        rank = a.shape[0]
+        of_peft = own / (math.sqrt(rank) if config.get("use_rslora") else rank)
         of_stack = known / (whole if scaling == "sglang" else rank)
         if of_peft != of_stack:
             yield (

@@ -162,8 +162,10 @@ def checked_gap(gap: Any) -> float | None:
     Raises:
         FastlockError: it is not a number above 0.
     """
-    if gap is None or (type(gap) in (int, float) and math.isfinite(gap) and gap > 0):
-        return gap
+    if gap is None:
+        return None
+    if type(gap) in (int, float) and math.isfinite(gap) and gap > 0:
+        return float(gap)
     raise FastlockError(f"gap is {gap!r}; it must be a number above 0, such as 0.02.")
 
 
