@@ -127,7 +127,7 @@ def verify(
     if base is not None:
         raise FastlockError("a base is given with an adapter's directory, or with a band. Leave it out.")
     if isinstance(model_or_directory, nn.Module):
-        return _verify_model(unwrapped(model_or_directory), lock)
+        return _verify_model(unwrapped(model_or_directory, adapters=True), lock)
     return _verify_gguf(model_or_directory, lock)
 
 
@@ -317,7 +317,9 @@ def _rounding(written: str | None, loaded: torch.dtype) -> float:
 
 def _evidence_in_memory(site: Site, unit: Displacement) -> SiteEvidence:
     columns = site.head_columns(unit.heads)
-    return evidence_of(site.layer, columns, unit.values, site.bias, columns.matrix.dtype)
+    dtypes = [columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype]
+    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)  # bitsandbytes brings its biases to other dtypes
+    return evidence_of(site.layer, columns, unit.values, site.bias, coarser)
 
 
 def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> SiteEvidence:

@@ -200,7 +200,7 @@ def _inputs_of(
             def keep(_module: nn.Module, args: tuple[torch.Tensor, ...], layer: int = site.layer) -> None:
                 inputs[layer] = args[0][rows.to(args[0].device), positions.to(args[0].device)]
 
-            hooks.callback(site.module.register_forward_pre_hook(keep).remove)
+            hooks.callback(site.outer.register_forward_pre_hook(keep).remove)
         yield inputs
 
 
