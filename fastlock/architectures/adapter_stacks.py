@@ -33,7 +33,8 @@ class AdapterStack:
 
 
 def _other_modules(value: Any) -> bool:
-    return bool(set(value or ()) - {"classifier", "score"})
+    names = value if isinstance(value, list) else [value] if value else []
+    return any(name not in ("classifier", "score") for name in names)
 
 
 def _other_start(value: Any) -> bool:

@@ -15,16 +15,17 @@ from fastlock.checkpoints.adapters.adapter import Adapter, open_adapter
 from fastlock.checkpoints.adapters.carriers.base_bias import largest_gap
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterJob, OpenedBase
 from fastlock.checkpoints.adapters.carriers.table import CARRIERS_OF_ADAPTERS, fitting_stacks
+from fastlock.checkpoints.adapters.merging import MAX_NUMBER
 from fastlock.checkpoints.adapters.methods.patterns import value_for
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in
-from fastlock.checkpoints.adapters.relocked_base import open_base
+from fastlock.checkpoints.adapters.relocked_base import base_of_adapter, open_base
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.finding import Finding
 from fastlock.checkpoints.relocked import receipt_in
 from fastlock.errors import shown
 from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
-from fastlock.storage.places import Place, as_place, files_in, is_there
+from fastlock.storage.places import Place, files_in
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def examine_adapter(
         FastlockError: the base cannot be read.
     """
     adapter, receipt = open_adapter(files, where), adapter_receipt_in(files, where)
-    place = _base_of(adapter, receipt, base)
+    place = base_of_adapter(adapter, receipt, base)
     if place is None:
         reason = "its base is not known: give it (--base BASE) to learn more"
         return [
@@ -104,13 +105,6 @@ def _as_if_known(base: OpenedBase) -> OpenedBase:
         return base
     receipt = replace(base.saved.receipt, lock_digest=base.part.lock.digest, strength=base.part.strength)
     return replace(base, saved=replace(base.saved, receipt=receipt))
-
-
-def _base_of(adapter: Adapter, receipt: AdapterReceipt | None, base: Any) -> Place | None:
-    if base is not None:
-        return as_place(base)
-    names = [receipt.base.name if receipt is not None else None, adapter.base]
-    return next((as_place(name) for name in names if name and is_there(as_place(name))), None)
 
 
 def _probe(place: Place) -> Lock:
@@ -206,7 +200,7 @@ def _served_otherwise(adapter: Adapter, stack: str) -> Iterator[str]:
             continue
         alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
         numbers = (alpha, config.get("r"), config.get("lora_alpha"))
-        if not all(type(number) in (int, float) and number for number in numbers):
+        if not all(type(number) in (int, float) and 0 < abs(number) < MAX_NUMBER for number in numbers):
             return
         own, whole, known = map(float, numbers)
         rank = a.shape[0]

@@ -15,14 +15,13 @@ from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, fold_adapter
 from fastlock.checkpoints.adapters.methods.method import Scaling
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in, rewritten_since
-from fastlock.checkpoints.adapters.relocked_base import open_base
+from fastlock.checkpoints.adapters.relocked_base import base_of_adapter, open_base
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.tensor_index import read_header
 from fastlock.errors import FastlockError, UnsupportedError, shown
 from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import weights_digest
-from fastlock.storage.places import Place, as_place, is_there
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
         FastlockError: the base is not known, or cannot be read.
     """
     receipt, adapter = adapter_receipt_in(files, where), open_adapter(files, where)
-    opened = base if isinstance(base, OpenedBase) else open_base(_base_of(adapter, receipt, base), lock, 1.0)
+    opened = base if isinstance(base, OpenedBase) else _opened(adapter, receipt, base, lock)
     scaling = "peft" if receipt is None or receipt.scaling is None else receipt.scaling
     folds = fold_adapter(adapter, opened.part.checkpoint, lock, 1.0, _scaling(scaling, where), part=opened.part)
     biases: tuple[BiasAtLayer, ...] = ()
@@ -100,15 +99,11 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
     )
 
 
-def _base_of(adapter: Adapter, receipt: AdapterReceipt | None, base: Any) -> Place:
-    if base is not None:
-        return as_place(base)
-    names = [receipt.base.name] if receipt is not None else []
-    names += [adapter.base] if adapter.base else []
-    for name in names:
-        if is_there(as_place(name)):
-            return as_place(name)
-    raise FastlockError(f"{adapter.where}: is an adapter, which is verified over its base. Give that (--base BASE).")
+def _opened(adapter: Adapter, receipt: AdapterReceipt | None, base: Any, lock: Lock) -> OpenedBase:
+    place = base_of_adapter(adapter, receipt, base)
+    if place is None:
+        raise FastlockError(f"{adapter.where}: is an adapter, and is verified over its base. Give that (--base BASE).")
+    return open_base(place, lock, 1.0)
 
 
 def _scaling(name: str, where: str) -> Scaling:

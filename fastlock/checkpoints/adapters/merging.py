@@ -24,6 +24,9 @@ from fastlock.kernels.fold.reference import rounded
 from fastlock.storage.new_directory import create_local_directory
 from fastlock.storage.places import Place
 
+# No config has a larger one.
+MAX_NUMBER = 2**53
+
 _A, _B, _WEIGHT, _BIAS = "lora_A.weight", "lora_B.weight", "weight", "bias"
 _MERGED = ({_A, _B}, {_WEIGHT}, {_WEIGHT, _BIAS})
 # The keys of a config with which PEFT computes something else than W + s B A.
@@ -114,8 +117,8 @@ def _of_lora(adapter: Adapter, path: str, parameters: Mapping[str, StoredTensor]
     a, b, config = parameters[_A], parameters[_B], adapter.config
     rank = value_for(config.get("rank_pattern"), path, config.get("r"), "rank_pattern", adapter.where)
     alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
-    sound = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and rank > 0
-    if not sound or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    sound = type(rank) is int and len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank > 0
+    if not sound or type(alpha) not in (int, float) or not abs(alpha) < MAX_NUMBER:
         raise DamagedError(f"{adapter.where}: {shown(path)[:200]} has an A and a B that do not go together.")
     transposed = bool(config.get("fan_in_fan_out"))
     shape = (b.shape[0], a.shape[1])

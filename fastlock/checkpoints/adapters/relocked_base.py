@@ -14,6 +14,7 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import original_files, receipt_in, was_relocked_here
 from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError, MismatchError, UnsupportedError, shown
+from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import weights_digest
 from fastlock.storage.files import CONFIG, MAX_JSON_BYTES, parse_object, read_bounded
@@ -88,14 +89,33 @@ def _locked_at(base: OpenedBase, stacks: tuple[str, ...], place: Place) -> Opene
     return found
 
 
+def base_of_adapter(adapter: Adapter, receipt: AdapterReceipt | None, given: Any) -> Place | None:
+    """The base of an adapter: the one that was given, else the one that its receipt or its config names, if it is here.
+
+    A stranger's files name a place on this machine at most: no other is asked for what they say.
+    """
+    if given is not None:
+        return as_place(given)
+    names = [None if receipt is None else receipt.base.name, adapter.base]
+    return next((path for name in names if name and (path := _named(name)) is not None), None)
+
+
+def _named(name: str) -> Path | None:
+    """The checkpoint of this machine that a file names, None where there is none."""
+    try:
+        return Path(name) if "://" not in name and (Path(name) / CONFIG).is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
 def check_quantisation(adapter: Adapter, base: OpenedBase) -> None:
     """Refuse a base that is quantised otherwise than the one that an adapter names, where that can be looked at.
 
     Raises:
         MismatchError: it is.
     """
-    named = None if not adapter.base or "://" in adapter.base else Path(adapter.base)
-    if named is None or not (named / CONFIG).is_file():
+    named = _named(adapter.base) if adapter.base else None
+    if named is None:
         return
     raw = parse_object(read_bounded(named / CONFIG, MAX_JSON_BYTES), str(named / CONFIG))
     of_named, of_base = _method_of(raw.get("quantization_config")), _method_of(base.part.checkpoint.quantisation)

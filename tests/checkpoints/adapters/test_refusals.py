@@ -199,3 +199,38 @@ def test_a_tensor_that_is_not_finite_or_too_large_for_its_dtype(
         "not finite in torch.float16: the strength is too large",
         lambda: fastlock.relock_adapter(source, base, part.lock, tmp_path / "out", 1e9, **HERE),
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("lora", {"lora_alpha": 10**400}),
+        ("elsewhere", {"rank_pattern": [1], "carrier": "adapter bias"}),
+        ("elsewhere", {"modules_to_save": 5}),
+        ("elsewhere", {"modules_to_save": [{}]}),
+        ("elsewhere", {"base_model_name_or_path": "x" * 5000}),
+        ("elsewhere", {"base_model_name_or_path": "a\0b"}),
+        ("elsewhere", {"base_model_name_or_path": "http://127.0.0.1:9/never/asked"}),
+        ("elsewhere", {"target_modules": 7, "layers_to_transform": "no"}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_hostile_config_makes_no_more_than_a_fastlock_error(
+    kind: str, changes: dict[str, Any], base: Path, part: BasePart, tmp_path: Path
+) -> None:
+    source = rewrite_config(save_adapter(config_of(kind), tmp_path / "adapter"), **changes)
+    calls = [
+        lambda: fastlock.relock_adapter(source, base, part.lock, tmp_path / "out"),
+        lambda: fastlock.relock_adapter(source, base, part.lock, tmp_path / "in", carrier="adapter bias", **HERE),
+        lambda: fastlock.doctor(source, ["transformers", "vllm", "sglang", "llama.cpp"], base=base, lock=part.lock),
+        lambda: fastlock.doctor(source, ["sglang"]),
+        lambda: fastlock.verify(source, part.lock),
+    ]
+    outcomes = []
+    for call in calls:
+        try:
+            call()
+            outcomes.append("done")
+        except fastlock.FastlockError:
+            outcomes.append("refused")
+    assert outcomes[-1] == "refused"  # no base is named that is here

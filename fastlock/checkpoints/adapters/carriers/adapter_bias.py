@@ -22,6 +22,7 @@ from fastlock.errors import UnsupportedError, shown
 
 _A, _B, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _PREFIX = "base_model.model."
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 # The keys of a config with which PEFT computes something else than B A x, or loads no bias.
 _OTHERWISE = (
     "use_dora use_qalora use_bdlora alora_invocation_tokens velora_config monteclora_config target_parameters "
@@ -48,6 +49,8 @@ def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
         yield f"PEFT has no such bias with init_lora_weights = {str(start)[:40]!a}"
     if any(name.startswith("lora_embedding_") for parameters in adapter.modules.values() for name in parameters):
         yield "PEFT has no such bias where an adapter touches embeddings"
+    if any(adapter.config.get(key) and not isinstance(adapter.config[key], dict) for key in _PATTERNS):
+        yield f"its {' or '.join(_PATTERNS)} is not an object"
     folds = job.folds()
     if any(fold.touched and _B not in fold.parameters for fold in folds):
         yield "the adapter has output projections, or biases, of its own in place of the base's"
@@ -139,8 +142,8 @@ def _config(config: dict[str, Any], targets: list[str], new_paths: list[str]) ->
             if key in config:
                 changed[key] = None
         ones = dict.fromkeys(new_paths, 1)
-        changed["rank_pattern"] = ones | (config.get("rank_pattern") or {})
-        changed["alpha_pattern"] = ones | (config.get("alpha_pattern") or {})
+        for key in _PATTERNS:
+            changed[key] = ones | (config.get(key) or {})
     return changed
 
 
