@@ -140,7 +140,8 @@ def _no_safetensors(files: Collection[str], where: str) -> FastlockError:
         )
     if any(name.endswith(".gguf") for name in files):
         return UnsupportedError(
-            f"{where}: holds GGUF. Relock the safetensors that it was made from, and convert the result."
+            f"{where}: holds GGUF. Give the path of the GGUF file itself (in Python, fastlock.relock_gguf), or relock "
+            "the safetensors that it was made from, and convert the result."
         )
     if "adapter_config.json" in files:
         return UnsupportedError(

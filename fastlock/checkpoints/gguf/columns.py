@@ -101,7 +101,8 @@ def _wanted(heads: Sequence[int], head_dim: int, block: int, runs: list[tuple[in
     """Where in the numbers of these blocks the columns of the heads are."""
     columns = np.concatenate([np.arange(first * block, last * block) for first, last in runs])
     locked = np.concatenate([np.arange(head * head_dim, (head + 1) * head_dim) for head in heads])
-    return np.searchsorted(columns, locked)
+    wanted: npt.NDArray[np.intp] = np.searchsorted(columns, locked)
+    return wanted
 
 
 def _dequantised(blocks: Bytes, of_type: TensorType) -> Numbers:

@@ -101,7 +101,7 @@ class GgufHeader:
     @property
     def data_end(self) -> int:
         """Where the data of the last tensor ends, from the beginning of all data."""
-        last = next(reversed(self.tensors.values()), None)
+        last = next(reversed(list(self.tensors.values())), None)
         return 0 if last is None else last.offset + last.length
 
     def text(self, key: str) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from fastlock.errors import FastlockError
 from fastlock.storage.files import Patches, already_exists
 from fastlock.storage.local import LocalFile
+from fastlock.storage.new_directory import check_absent
 
 FICLONERANGE = 0x4020940D  # ioctl of linux/fs.h: share a range of another file's blocks
 # File systems with shared blocks share them whole: such a block, or a divisor of it, is what theirs have.
@@ -65,7 +66,7 @@ def created(files: Sequence[NewFile], share: bool) -> Iterator[None]:
             written. Then none of them is there.
     """
     for file in files:
-        _check_absent(file.path)
+        check_absent(file.path)
     placed: list[Path] = []
     done = False
     with contextlib.ExitStack() as opened:
@@ -217,15 +218,10 @@ def _put(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise already_exists(path) from None
     except OSError:  # no hard links
-        _check_absent(path)
+        check_absent(path)
         temporary.rename(path)
     else:
         temporary.unlink()
-
-
-def _check_absent(path: Path) -> None:
-    if os.path.lexists(path):
-        raise already_exists(path)
 
 
 def _sync_directory(directory: Path) -> None:

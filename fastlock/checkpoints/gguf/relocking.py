@@ -38,6 +38,7 @@ from fastlock.locks.receipt import (
     raw_bytes,
     weights_digest,
 )
+from fastlock.storage.new_directory import check_absent
 from fastlock.threads import in_threads
 
 _STACKS = ("llama.cpp",)
@@ -123,11 +124,15 @@ def places_for(out: Path, count: int) -> list[Path]:
     """Where the files of a model go.
 
     Raises:
-        FastlockError: the name is not one by which a GGUF, or the parts of a split one, would be found.
+        FastlockError: the name is not one by which a GGUF, or the parts of a split one, would be found; or there is
+            something already.
     """
     if out.suffix.lower() != SUFFIX:
         raise FastlockError(f"{out}: a GGUF is a file whose name ends in {SUFFIX}. Name it {out.name}{SUFFIX}.")
-    return [out] if count == 1 else part_paths(out, count)
+    places = [out] if count == 1 else part_paths(out, count)
+    for place in places:
+        check_absent(place)
+    return places
 
 
 def _folded(model: GgufModel, site: GgufSite, displacement: Displacement, norms: torch.Tensor | None) -> _FoldedSite:

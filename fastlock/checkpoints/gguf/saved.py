@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class GgufReceipt:
         return json.dumps(self.saved.to_dict() | {_FILES: [file.to_dict() for file in self.files]})
 
 
-def receipt_of_parts(parts: list[GgufPart], where: str) -> GgufReceipt | None:
+def receipt_of_parts(parts: Sequence[GgufPart], where: str) -> GgufReceipt | None:
     """The receipt in a model's first file, None where it has none.
 
     Raises:
