@@ -120,6 +120,31 @@ def check_arguments(trainer: Any) -> None:
         )
 
 
+def check_sharding(trainer: Any) -> None:
+    """Refuse ways to divide a training in which each rank would have an anchor and a drift of its own.
+
+    Raises:
+        UnsupportedError: it is DeepSpeed, FSDP1, or FSDP on XLA.
+    """
+    instead = (
+        "Use DDP or FSDP2 (fsdp_version 2, in fsdp_config or in accelerate's config); or ProximalAdamW and Alternation "
+        "in a loop of your own."
+    )
+    if trainer.is_deepspeed_enabled:
+        raise UnsupportedError(
+            "this training is by DeepSpeed, whose optimizer keeps flat pieces of the weights on each rank: Lisa's "
+            f"anchor would not be saved with them, nor its drift be summed. {instead}"
+        )
+    if trainer.is_fsdp_xla_enabled:
+        raise UnsupportedError(f"this training is by FSDP on XLA, where Lisa was never run. {instead}")
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UnsupportedError(
+            f"this training is by FSDP{plugin.fsdp_version}, which keeps flat pieces of the weights on each rank: "
+            f"Lisa's drift would be of one piece, and its clipping too. {instead}"
+        )
+
+
 def check_sampling(trainer: Any) -> None:
     """Refuse arguments that decide which row comes when, as Lisa does.
 

@@ -14,6 +14,7 @@ from fastlock.finetuning.lisa_arguments import (
     check_datasets,
     check_same_form,
     check_sampling,
+    check_sharding,
     check_trainer,
     prepared,
     shuffled,
@@ -53,7 +54,7 @@ def lisa(trainer: type[Trainer]) -> type[Any]:
         FastlockError: it is not such a class. The new class raises one, before anything is trained, for a schedule, a
             dataset or an argument that does not fit.
         UnsupportedError: it prepares its datasets in a way we do not know; or, from the new class, datasets are streams
-            or are sampled otherwise.
+            or are sampled otherwise, or the training is by DeepSpeed or by FSDP other than FSDP2.
     """
     check_trainer(trainer)
     if issubclass(trainer, LisaTraining):
@@ -72,6 +73,7 @@ class LisaTraining(_Base):
         self.lisa = schedule
         self._alternation: Alternation | None = None
         self._begin_run()
+        check_sharding(self)
         check_arguments(self)
         if schedule.alignment_steps:
             check_sampling(self)
@@ -122,6 +124,12 @@ class LisaTraining(_Base):
         epoch = rows.epoch_of(self.state.global_step)
         skipped = self.state.global_step - rows.start(epoch)
         return epoch, skipped * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a sharded optimizer loads what it has room for, so it gets an anchor first."""
+        if checkpoint is not None and self.is_fsdp_enabled and self.lisa.pull:
+            self._proximal_optimizer().anchor()
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         rows = self._alternation

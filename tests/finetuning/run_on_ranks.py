@@ -1,4 +1,4 @@
-"""What `test_lisa_ranks` runs in each of two processes: DDP through the Trainer, and FSDP2 in a loop of one's own.
+"""What `test_lisa_ranks` runs in each of two processes: DDP and FSDP2 through the Trainer, and FSDP2 in a loop.
 
 python -m tests.finetuning.run_on_ranks OUT, with the variables that torchrun sets. Each rank writes OUT/rank-N.pt.
 """
@@ -21,6 +21,7 @@ def main(out: Path) -> None:
     results: dict[str, Any] = {"ddp": ddp(out), "even": even(out)}
     rank = dist.get_rank()
     results["fsdp"] = fsdp(out)
+    results["trainer's fsdp"] = trainers_fsdp(out)  # the last: it changes what accelerate takes the processes for
     torch.save(results, out / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -61,6 +62,56 @@ def even(out: Path) -> dict[str, Any]:
     )
     trainer.train()
     return {"weights": state(trainer.model), "losses": [e.get("loss") for e in trainer.state.log_history]}
+
+
+def trainers_fsdp(out: Path) -> dict[str, Any]:
+    """The Trainer's own FSDP2: as in `even`, twice the epochs; and resumed from either kind of checkpoint."""
+    let_accelerate_shard_on_a_cpu()
+
+    def run(name: str, kind: str, resume: Path | None = None) -> Any:
+        sharding = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": kind}
+        options = {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": sharding}
+        saving = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
+        trainer = LisaRecording(
+            tiny_model("llama"),
+            arguments(out / name, **options, **saving),
+            train_dataset=USER_ROWS[:16],
+            alignment_dataset=SAFE_ROWS,
+            lisa=SCHEDULE,
+        )
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return trainer
+
+    results: dict[str, Any] = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        whole = run(kind, kind)
+        resumed = run(f"{kind} resumed", kind, out / kind / "checkpoint-3")
+        results[kind] = {
+            "sharded": {type(p).__name__ for p in whole.model.parameters()},
+            "anchors": {type(s["anchor"]).__name__ for s in whole._proximal_optimizer().state.values()},
+            "weights": full(whole.model),
+            "resumed": full(resumed.model),
+            "drift": [entry["drift"] for entry in whole.state.log_history if "drift" in entry],
+            "resumed drift": [entry["drift"] for entry in resumed.state.log_history if "drift" in entry],
+            "losses": [entry["loss"] for entry in whole.state.log_history if "loss" in entry],
+        }
+    return results
+
+
+def let_accelerate_shard_on_a_cpu() -> None:
+    """Accelerate asks for accelerators before it shards, though what it then calls works on a CPU too."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin  # type: ignore[method-assign]
 
 
 def fsdp(out: Path) -> dict[str, Any]:

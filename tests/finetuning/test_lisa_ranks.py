@@ -1,4 +1,4 @@
-"""Lisa on two ranks, in processes of their own: DDP through the Trainer, and FSDP2."""
+"""Lisa on two ranks, in processes of their own: DDP and FSDP2 through the Trainer, and FSDP2 in a loop."""
 
 import socket
 from collections import Counter
@@ -117,3 +117,26 @@ def test_fsdp2_trains_as_a_single_process(ranks):
 def test_fsdp2_resumes_from_a_distributed_checkpoint_as_if_never_stopped(ranks):
     for rank in ranks:
         assert same_state(rank["fsdp"]["resumed"], rank["fsdp"]["weights"])
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_the_trainers_fsdp2_trains_as_a_single_process_and_resumes(kind, ranks, tmp_path):
+    trainer = LisaRecording(
+        tiny_model("llama"),
+        arguments(tmp_path, num_train_epochs=2, gradient_accumulation_steps=4),
+        train_dataset=USER_ROWS[:16],
+        alignment_dataset=SAFE_ROWS,
+        lisa=SCHEDULE,
+    )
+    trainer.train()
+    expected = state(trainer.model)
+    drifts, losses = ([e[name] for e in trainer.state.log_history if name in e] for name in ("drift", "loss"))
+    for rank in ranks:
+        found = rank["trainer's fsdp"][kind]
+        assert found["sharded"] == found["anchors"] == {"DTensor"}
+        assert found["drift"] == pytest.approx(drifts, rel=1e-3)
+        assert found["losses"] == pytest.approx(losses, rel=1e-3)
+        for name, got in found["weights"].items():
+            torch.testing.assert_close(got, expected[name], rtol=0, atol=5e-5, msg=name)
+        assert same_state(found["resumed"], found["weights"])
+        assert found["resumed drift"] == found["drift"]

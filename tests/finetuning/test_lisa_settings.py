@@ -1,11 +1,24 @@
-"""Lisa's trainer with adapters, in bfloat16, compiled, and with workers that read ahead."""
+"""Lisa's trainer with adapters, in bfloat16, compiled, with workers that read ahead; and how it may not be sharded."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from fastlock.errors import UnsupportedError
 from fastlock.finetuning.lisa_schedule import Lisa
-from tests.finetuning.lisa_runs import USER, Weights, lisa_trainer, same_optimizer
+from fastlock.finetuning.lisa_trainer import lisa
+from tests.finetuning.lisa_runs import (
+    SAFE_ROWS,
+    USER,
+    USER_ROWS,
+    Recording,
+    Weights,
+    arguments,
+    lisa_trainer,
+    same_optimizer,
+)
 from tests.helpers.families import same_state, state, tiny_model
 
 SCHEDULE = Lisa(2, 3, 0.5)
@@ -115,3 +128,33 @@ def test_the_seed_of_the_data_decides_their_order(tmp_path):
     assert read(data_seed=1) == read(data_seed=1, seed=5)
     assert read(data_seed=1) != read(data_seed=2)
     assert read(seed=1) != read(seed=2)
+
+
+class Sharded(Recording):
+    """A Trainer that takes itself for one by DeepSpeed, by FSDP1, by FSDP on XLA, or by none of them."""
+
+    by = ""
+    is_fsdp_xla_enabled = property(lambda self: self.by == "FSDP on XLA", lambda self, value: None)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = self.by == "DeepSpeed"
+        if self.by == "FSDP1":
+            self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+
+
+@pytest.mark.parametrize("by", ["DeepSpeed", "FSDP1", "FSDP on XLA"])
+def test_sharding_that_would_divide_the_anchor_is_refused_before_training(by, tmp_path, monkeypatch):
+    def made():
+        return lisa(Sharded)(
+            tiny_model("llama"),
+            arguments(tmp_path),
+            train_dataset=USER_ROWS,
+            alignment_dataset=SAFE_ROWS,
+            lisa=SCHEDULE,
+        )
+
+    assert made().train_dataset is not None
+    monkeypatch.setattr(Sharded, "by", by)
+    with pytest.raises(UnsupportedError, match=f"this training is by {by}.* Use DDP or FSDP2"):
+        made()
