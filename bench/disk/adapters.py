@@ -71,14 +71,14 @@ def alone(folder: Path, base: Path, lock: Lock) -> None:
     for name, (targets, carrier, stacks) in KINDS.items():
         source = make(folder / "one" / name, targets, 0)
         settings = AdapterSettings(stacks, carrier, None, folder / "out" / "base-locked")
-        times, used, moved = [], [], (0, 0)
+        times, used, moved = [], [], [0, 0]
         for number in range(ROUNDS + 1):  # the first relocks the base, if that is needed
             out = folder / "out" / str(number)
             before, cpu, start = transferred(), time.process_time(), time.perf_counter()
             receipt = relock_over(opened, source, out, settings)
             times.append(time.perf_counter() - start)
             used.append(time.process_time() - cpu)
-            moved = tuple(after - earlier for after, earlier in zip(transferred(), before, strict=True))
+            moved = [after - earlier for after, earlier in zip(transferred(), before, strict=True)]
             shutil.rmtree(out)
         biases = len(receipt.sites) * SHAPES[SHAPE].hidden * 2
         seconds = [f"{statistics.median(of) * 1e3:.1f} ms" for of in (times[1:], used[1:])]

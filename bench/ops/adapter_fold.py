@@ -26,6 +26,7 @@ from fastlock.kernels.adapter_fold.reference import LowRankSite, adapter_error_b
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold.reference import HeadColumns, exact_fold
 from fastlock.locks.lock import Displacement
+from fastlock.models.sites import BareProjections
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ON_GPU = machine.device().type == "cuda"
@@ -161,7 +162,7 @@ def by_call(resident: Resident) -> dict[int, torch.Tensor]:
         {number: (layer.down[i], layer.up[i], SCALE) for number, layer in resident.layers.items()}
         for i in range(ADAPTERS)
     ]
-    base = {number: layer.weight for number, layer in resident.layers.items()}
+    base: BareProjections = {number: layer.weight for number, layer in resident.layers.items()}
     return fastlock.fold_adapters(base, adapters, resident.lock, STRENGTH)
 
 

@@ -27,10 +27,11 @@ def test_ranks_and_layers_of_all_kinds_in_one_launch(dtype) -> None:
         other.adapter(8, dtype, bias=True, seed=2),
         one.adapter(40, dtype, bias=True, pad=8, seed=3),
         Layer(1, 32, (), num_heads=2, seed=2).adapter(8, dtype, bias=True, seed=4),
+        Layer(30, 32, (0, 2), seed=5).adapter(8, dtype, seed=5),
     )
-    assert (table.variant.aligned, table.grid) == (True, (2, 4, 1))
-    assert table.heads.tolist() == [0, 64, 160, 32, 64], "each layer once"
-    assert table.flags.tolist() == [0] * 5
+    assert (table.variant.aligned, table.grid) == (True, (2, 5, 1))
+    assert table.heads.tolist() == [0, 64, 160, 32, 64, 0, 64], "each layer once, also of the same heads"
+    assert table.flags.tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,6 +67,8 @@ def test_wide_loads_where_every_address_allows_them(rank, dtype, options, aligne
     made = Layer(24, 16, (0, 2)).adapter(rank, dtype, **options)
     assert kernels.variant_of(made.site, made.out.dtype).aligned is aligned
     assert not kernels.variant_of(Layer(24, 18, (1,)).adapter(8).site, made.out.dtype).aligned, "a head of 36 bytes"
+    between = change(made, columns=HeadColumns(made.site.columns.matrix, (2, 34)))
+    assert not kernels.variant_of(between.site, made.out.dtype).aligned, "heads that begin between 16 bytes"
 
 
 def test_an_adapter_that_is_there_twice_is_folded_twice_and_alike() -> None:
