@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from bench.efficacy import finetuning_cells, tuned_models
 from bench.efficacy import tuned_prompts as made
 from bench.efficacy.benign_task import Lessons
 from bench.efficacy.finetuning_cells import Method, Settings
-from bench.efficacy.finetuning_table import COLUMNS, PLAIN, rate, seeds_of, table_rows
+from bench.efficacy.finetuning_table import COLUMNS, PLAIN, RATES, comparable, rate, table_rows
 from bench.lib.journal import Journal, Record, read_journal
 from bench.lib.machine import describe
 from bench.lib.printed import PrintedTable, say
@@ -66,7 +66,7 @@ def main() -> int:
         if not any("base" in record for record in journal.records):
             journal.add({"base": made_ready.measured(made_ready.base)})
         fill(journal, options.seeds, made_ready.cell)
-    report(*read_journal(options.journal), options.seeds)
+    report(options.journal, options.seeds)
     return 0
 
 
@@ -160,24 +160,35 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def report(head: Record, records: Sequence[Record], seeds: int) -> None:
+def report(journal: Path, seeds: int) -> None:
     """The table, and what it was made of."""
+    head, records = read_journal(journal)
     base = next((record["base"] for record in records if "base" in record), None)
     cells = [record for record in records if "seed" in record and record["seed"] < seeds]
     missing = seeds * len(SHARES) * len(METHODS) - len(cells)
-    say(f"Journal {head['digest'][:16]}: {len(cells)} cells of seeds {', '.join(map(str, seeds_of(cells)))}.")
     if missing:
-        say(f"**{missing} cells of {seeds} seeds are missing**; the command below goes on with them.")
-    say("Begun with: " + "; ".join(f"{key}: {value}" for key, value in head["facts"].items()))
-    say("Settings: " + "; ".join(f"{key}: {value}" for key, value in head["settings"].items()))
-    if base is not None:
-        rates = ", ".join(
-            f"{name.replace('_', '-')} {rate([base], name)}" for name in ("refused", "over_refused", "right")
+        say(
+            f"**Not finished: {missing} of {missing + len(cells)} cells of {seeds} seeds are missing.** "
+            f"`python -m bench.efficacy.finetuning --journal {journal}` goes on with them."
         )
-        say(f"The aligned base: {rates}, perplexity {base['perplexity']:.1f}.")
+    say("The journal was begun on:")
+    facts = PrintedTable(["", ""])
+    for key, value in head["facts"].items():
+        facts.row(key, str(value))
+    say("Settings: " + "; ".join(f"{key} {value}" for key, value in head["settings"].items() if key != "methods"))
+    if base is not None:
+        refused, over_refused, right = (rate([base], name) for name in RATES)
+        say(
+            f"The aligned base refuses {refused} of the harmful requests and {over_refused} of the harmless ones, has "
+            f"{right} of the task right, and a perplexity of {base['perplexity']:.1f}."
+        )
     table = PrintedTable(COLUMNS)
-    for row in table_rows(cells):
+    shown = comparable(cells, len(METHODS))
+    for row in table_rows(shown):
         table.row(*row)
+    rest = [f"seed {cell['seed']}, {cell['share']:.0%}, {cell['method']}" for cell in cells if cell not in shown]
+    if rest:
+        say("In the journal, and not in the table, as others of their seed and share are missing: " + "; ".join(rest))
 
 
 if __name__ == "__main__":

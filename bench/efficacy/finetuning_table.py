@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from bench.lib.journal import Record
 
 COLUMNS = (
     "harmful rows",
+    "seeds",
     "method",
     "lock's strength",
     "refuses harmful",
@@ -24,9 +26,10 @@ RATES = ("refused", "over_refused", "right")
 PLAIN = "plain"
 
 
-def seeds_of(records: Sequence[Record]) -> list[int]:
-    """The seeds that have at least one cell."""
-    return sorted({record["seed"] for record in records})
+def comparable(records: Sequence[Record], methods: int) -> list[Record]:
+    """The cells of those seeds and shares that have all methods: the rows of a share are then of the same seeds."""
+    counts = collections.Counter((record["seed"], record["share"]) for record in records)
+    return [record for record in records if counts[record["seed"], record["share"]] == methods]
 
 
 def table_rows(records: Sequence[Record]) -> list[list[str]]:
@@ -38,9 +41,10 @@ def table_rows(records: Sequence[Record]) -> list[list[str]]:
     for (share, method), cells in groups.items():
         plain = {record["seed"]: record for record in groups.get((share, PLAIN), [])}
         pairs = [(cell, plain[cell["seed"]]) for cell in cells if cell["seed"] in plain]
-        rows.append([f"{share:.0%}", method, "none", *_measured([cell["without"] for cell in cells]), *_costs(pairs)])
+        begin = [f"{share:.0%}", str(len(cells)), method]
+        rows.append([*begin, "none", *_measured([cell["without"] for cell in cells]), *_costs(pairs)])
         strengths = ", ".join(f"{cell['strength']:g}" for cell in cells)
-        rows.append([f"{share:.0%}", method, strengths, *_measured([cell["with"] for cell in cells]), "", ""])
+        rows.append([*begin, strengths, *_measured([cell["with"] for cell in cells]), "", ""])
     return rows
 
 

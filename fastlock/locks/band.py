@@ -54,7 +54,7 @@ class Band:
         for name in ("model_type", "base_model", "source"):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and 0 < len(text) <= MAX_LETTERS):
-                raise FastlockError(f"a band's {name} is {text!r:.80}; it give text of at most {MAX_LETTERS} letters.")
+                raise FastlockError(f"a band's {name} is {text!r:.80}; give text of at most {MAX_LETTERS} letters.")
         if self.evidence is not None and not isinstance(self.evidence, BandEvidence):
             raise FastlockError("a band's evidence is what `fastlock.locate` measured: a BandEvidence, or None.")
 

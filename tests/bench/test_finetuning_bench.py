@@ -99,7 +99,8 @@ def test_the_table_says_counts_and_intervals_over_seeds(tmp_path: Path) -> None:
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in table_rows(records)]
     assert len(rows) == 2 * len(finetuning.SHARES) * len(finetuning.METHODS)
     without, locked = rows[2:4]
-    assert (without["harmful rows"], without["method"], without["lock's strength"]) == ("0%", "SPPFT", "none")
+    names = ("harmful rows", "seeds", "method", "lock's strength")
+    assert [without[name] for name in names] == ["0%", "3", "SPPFT", "none"]
     rates = [100.0, 87.5, 75.0]  # 8, 7 and 6 of 8
     half = 4.303 * statistics.stdev(rates) / math.sqrt(3)
     assert without["refuses harmful"] == f"21 of 24: 87.5 ± {half:.1f} %"
@@ -116,17 +117,27 @@ def test_the_table_says_counts_and_intervals_over_seeds(tmp_path: Path) -> None:
 def test_a_table_of_one_seed_has_no_intervals(tmp_path: Path) -> None:
     records, _ = filled(tmp_path / "journal.jsonl", seeds=1, most=2)
     rows = table_rows(records)
-    assert [row[1] for row in rows] == ["plain", "plain", "SPPFT", "SPPFT"]
+    assert [row[2] for row in rows] == ["plain", "plain", "SPPFT", "SPPFT"]
     assert not any("±" in cell or "nan" in cell for row in rows for cell in row)
 
 
 def test_the_report_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "journal.jsonl"
     filled(path, seeds=2, most=23)
-    finetuning.report(*read_journal(path), seeds=2)
+    finetuning.report(path, seeds=2)
     said = capsys.readouterr().out
-    assert "**17 cells of 2 seeds are missing**" in said
-    assert "23 cells of seeds 0, 1" in said
+    assert "**Not finished: 17 of 40 cells of 2 seeds are missing.** `python -m bench.efficacy.finetuning" in said
+    assert said.count("| 1 | plain |") == 2 * len(finetuning.SHARES)
+    assert "others of their seed and share are missing: seed 1, 0%, plain; seed 1, 0%, SPPFT; seed 1, 0%, Lisa" in said
+    filled(path, seeds=2, most=2)
+    finetuning.report(path, seeds=2)
+    said = capsys.readouterr().out
+    assert said.count("| 2 | plain |") == 2
+    assert "| 2 | Lisa" in said
+    assert "others of their seed" not in said
+    filled(path, seeds=2)
+    finetuning.report(path, seeds=2)
+    assert "Not finished" not in capsys.readouterr().out
 
 
 def test_the_task_tests_what_it_did_not_teach() -> None:
