@@ -27,7 +27,7 @@ def read_columns(part: GgufPart, weight: GgufTensor, heads: Sequence[int], head_
 
     Args:
         part: the file.
-        weight: W, whose shape is (num_heads * head_dim, hidden).
+        weight: W, whose shape is (num_heads * head_dim, hidden), of a type that `check_type` lets pass.
         heads: ascending.
         head_dim: how many columns a head has.
 
@@ -35,14 +35,9 @@ def read_columns(part: GgufPart, weight: GgufTensor, heads: Sequence[int], head_
         The columns side by side, [hidden, len(heads) * head_dim] float32: of F32, F16, BF16, Q4_0, Q5_0 and Q8_0 these
         are the numbers of the file, of all others those numbers rounded to float32, as llama.cpp's own dequantisation
         gives them; and the SHA-256 of the blocks read, row by row.
-
-    Raises:
-        UnsupportedError: fastlock does not read this type.
-        FastlockError: the library that does is not installed.
     """
     width, hidden = weight.shape
     of_type = weight.type
-    check_type(weight.name, of_type, part.header.where)
     row = width // of_type.block * of_type.block_bytes
     runs = _runs(heads, head_dim, of_type.block)
     taken = sum(last - first for first, last in runs)

@@ -124,18 +124,20 @@ class GgufModel:
 
         Raises:
             MismatchError: the lock is of another geometry.
-            UnsupportedError: a weight is of a type that cannot be read.
+            UnsupportedError: a weight is of a type that cannot be read, or a bias is not in F32.
             DamagedError: a tensor is missing, or is not as the metadata says.
         """
         check_lock_fits(lock, self.geometry.num_hidden_layers, self.geometry, self.where)
-        return [self.site(layer) for layer in sorted(set(lock.layers.tolist()))]
+        sites = [self.site(layer) for layer in sorted(set(lock.layers.tolist()))]
+        for site in sites:
+            check_type(site.weight.name, site.weight.type, self.where)
+        return sites
 
     def site(self, layer: int) -> GgufSite:
-        """The site of a layer. Raises as `sites_for` does."""
+        """The site of a layer, whatever the type of its weight. Raises as `sites_for` does."""
         geometry, name = self.geometry, f"blk.{layer}.attn_output"
         width = geometry.num_attention_heads * geometry.head_dim
         part, weight = self._tensor(f"{name}.weight", (width, geometry.hidden_size))
-        check_type(weight.name, weight.type, self.where)
         if f"{name}.bias" not in self._places:
             return GgufSite(layer, name, part, weight, None, None)
         bias_part, bias = self._tensor(f"{name}.bias", (geometry.hidden_size,))
