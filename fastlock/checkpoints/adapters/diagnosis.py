@@ -94,7 +94,7 @@ def examine_adapter(
         ]
     saved = receipt_in(files_in(place), str(place))
     strength = 1.0 if saved is None else saved.receipt.strength or 1.0
-    opened = open_base(place, lock if lock is not None else _probe(place), strength)
+    opened = open_base(place, lock if lock is not None else _probe(place), strength, compared=False)
     job = AdapterJob(adapter, opened if lock is not None else _as_if_known(opened))
     return [_of_stack(job, opened, receipt, stack, lock is not None) for stack in stacks]
 

@@ -103,7 +103,7 @@ def _opened(adapter: Adapter, receipt: AdapterReceipt | None, base: Any, lock: L
     place = base_of_adapter(adapter, receipt, base)
     if place is None:
         raise FastlockError(f"{adapter.where}: is an adapter, and is verified over its base. Give that (--base BASE).")
-    return open_base(place, lock, 1.0)
+    return open_base(place, lock, 1.0, compared=False)
 
 
 def _scaling(name: str, where: str) -> Scaling:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastlock.basis import check_likeness
 from fastlock.checkpoints.adapters.adapter import Adapter
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
-from fastlock.checkpoints.adapters.folding import base_part
+from fastlock.checkpoints.adapters.folding import BasePart, base_part
+from fastlock.checkpoints.base import base_of, warn_unless_known
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import original_files, receipt_in, was_relocked_here
 from fastlock.checkpoints.relocking import relock_checkpoint
@@ -21,20 +23,21 @@ from fastlock.storage.files import CONFIG, MAX_JSON_BYTES, parse_object, read_bo
 from fastlock.storage.places import Place, as_place, files_in, is_there
 
 
-def open_base(base: str | os.PathLike[str], lock: Lock, strength: float | None = None) -> OpenedBase:
+def open_base(
+    base: str | os.PathLike[str], lock: Lock, strength: float | None = None, compared: bool = True
+) -> OpenedBase:
     """Open the base of adapters, and compute W d at every locked layer.
 
     Args:
         base: its directory or URL. It may be relocked: its weights are read as they are, and its biases as they were.
         lock, strength: as for `fastlock.relock_checkpoint`.
+        compared: whether its heads are compared with those that the lock was found in, as relocking does.
 
     Raises:
         UnsupportedError: transformers saved it from a relocked model, or it is as `fastlock.relock_checkpoint` refuses.
         FastlockError, and its other kinds: as for `fastlock.relock_checkpoint`.
     """
-    place = as_place(base)
-    if isinstance(place, Path):
-        place = place.absolute()
+    place = _absolute(as_place(base))
     files, where = files_in(place), str(base)
     saved = receipt_in(files, where)
     if saved is not None and not was_relocked_here(files):
@@ -43,7 +46,20 @@ def open_base(base: str | os.PathLike[str], lock: Lock, strength: float | None =
             "unlock` it, and give the result. Nothing was written."
         )
     checkpoint = Checkpoint(original_files(files, where), where)
-    return OpenedBase(place, base_part(checkpoint, lock, strength), saved)
+    part = base_part(checkpoint, lock, strength)
+    if compared:
+        _check_basis(part)
+    return OpenedBase(place, part, saved)
+
+
+def _check_basis(part: BasePart) -> None:
+    """Refuse a base whose heads are not in the basis that the lock was found in, as relocking it would."""
+    known = base_of(part.lock, None, part.checkpoint)
+    heads = {layer: displacement.heads for layer, displacement in part.displacements.items()}
+    if known.is_known:
+        likenesses = [known.likeness(site, heads[site.layer], part.columns(site)) for site in part.sites]
+        check_likeness(likenesses, part.checkpoint.where)
+    warn_unless_known(known, part.checkpoint)
 
 
 def relocked_base(
@@ -62,7 +78,7 @@ def relocked_base(
         FastlockError: there is something else at that place, or it cannot be written.
     """
     if base.carries_lock:
-        if given is not None and as_place(given) != base.place:
+        if given is not None and _absolute(as_place(given)) != base.place:
             raise FastlockError(f"{base.place}: is relocked already. Leave out --relocked-base.")
         return base
     place: Place = out.parent / f"{Path(str(base.place)).name}-locked" if given is None else as_place(given)
@@ -78,7 +94,7 @@ def _locked_at(base: OpenedBase, stacks: tuple[str, ...], place: Place) -> Opene
     if not is_there(place):
         relock_checkpoint(base.place, part.lock, place, part.strength, stacks=stacks)
         return replace(base, place=place, saved=receipt_in(files_in(place), str(place)))
-    found = open_base(place, part.lock, part.strength)
+    found = open_base(place, part.lock, part.strength, compared=False)
     digests = [weights_digest(of.part.digests[site.layer] for site in part.sites) for of in (base, found)]
     carried = () if found.saved is None else found.saved.carrier.stacks or ()
     if not found.carries_lock or digests[0] != digests[1] or not set(stacks) <= set(carried):
@@ -87,6 +103,10 @@ def _locked_at(base: OpenedBase, stacks: tuple[str, ...], place: Place) -> Opene
             f"{' and '.join(stacks)}. Name another place for the relocked base (--relocked-base DIR)."
         )
     return found
+
+
+def _absolute(place: Place) -> Place:
+    return place if isinstance(place, str) else place.absolute()
 
 
 def base_of_adapter(adapter: Adapter, receipt: AdapterReceipt | None, given: Any) -> Place | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import fastlock
@@ -234,3 +236,26 @@ def test_a_hostile_config_makes_no_more_than_a_fastlock_error(
         except fastlock.FastlockError:
             outcomes.append("refused")
     assert outcomes[-1] == "refused"  # no base is named that is here
+
+
+def test_a_base_whose_heads_are_in_another_basis(base: Path, lora: Path, part: BasePart, tmp_path: Path) -> None:
+    """As relocking the base itself would refuse it: the lock knows its own base's columns."""
+    sites = {site.layer: part.whole_weight(site) for site in part.sites}
+    rows = zip(part.lock.layers.tolist(), part.lock.heads.tolist(), strict=True)
+    norms = torch.stack([sites[layer][:, 32 * head : 32 * (head + 1)].norm(dim=0) for layer, head in rows])
+    lock = replace(part.lock, column_norms=norms.float())
+    fastlock.relock_adapter(lora, base, lock, tmp_path / "fits", **HERE)
+    smoothed = base_model(tmp_path / "smoothed")
+    factors = torch.linspace(0.5, 2, 128)
+    path = smoothed / "model.safetensors"
+    tensors = {
+        name: tensor * factors if name.endswith("o_proj.weight") else tensor
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    refused(
+        tmp_path,
+        "a lock would pull|pull by another",
+        lambda: fastlock.relock_adapter(lora, smoothed, lock, tmp_path / "out", **HERE),
+        fastlock.UnsupportedError,
+    )
