@@ -91,7 +91,7 @@ def sparse_checkpoint(
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(sum, map(_sizes, shards)))}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (directory / "config.json").write_text(json.dumps(_config(s), indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(model_config(s), indent=2) + "\n")
     return directory
 
 
@@ -109,7 +109,7 @@ def locked_ranges(directory: Path, lock: Lock) -> list[tuple[Path, int, int]]:
     return ranges
 
 
-def _tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def model_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     yield "model.embed_tokens.weight", (s.vocab, s.hidden)
     for layer in range(s.layers):
@@ -130,7 +130,7 @@ def _tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _shards(s: Shape) -> list[dict[str, tuple[int, ...]]]:
     """The tensors of each file, in order, cut where equal parts would be."""
-    tensors = dict(_tensors(s))
+    tensors = dict(model_tensors(s))
     whole = sum(_sizes(tensors))
     shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(s.shards)]
     start = 0
@@ -172,7 +172,7 @@ def _write_shard(
         file.truncate(data + ends[-1])
 
 
-def _config(s: Shape) -> dict[str, object]:
+def model_config(s: Shape) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,

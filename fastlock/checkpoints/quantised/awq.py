@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, in_groups
 from fastlock.errors import UnsupportedError
 
 # Column 8 n + _ORDER[i] is in bits 4 i to 4 i + 3 of word n.
@@ -52,14 +52,21 @@ class Awq:
     def columns(self, first: int, count: int) -> torch.Tensor:
         """As of `Quantised`."""
         groups = range(first // self._size, -(-(first + count) // self._size))
-        q = _in_order(self._tensors.rows("qweight", first, count))  # [count, hidden]
-        zeros = _in_order(self._tensors.rows("qzeros", groups.start, len(groups)))
-        scales = self._tensors.rows("scales", groups.start, len(groups)).double()
-        which = torch.arange(first, first + count) // self._size - groups.start
-        return ((q - zeros[which]).double() * scales[which]).t().contiguous()
+        q = _in_order(self._tensors.rows("qweight", first, count))  # [hidden, count]
+        zeros = _in_order(self._tensors.rows("qzeros", groups.start, len(groups)))  # [hidden, groups]
+        scales = self._tensors.rows("scales", groups.start, len(groups)).double().t()
+        first -= groups.start * self._size
+        whole, of_groups = in_groups(q, zeros, first, self._size)
+        whole.sub_(of_groups)
+        whole, of_groups = in_groups(q, scales, first, self._size)
+        whole.mul_(of_groups)
+        return q
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """The 4-bit numbers of words in the order of their columns, [rows, 8 * words] int32."""
-    place = torch.tensor(_ORDER).argsort()
-    return unpack(words, _BITS).view(len(words), -1, 8)[:, :, place].flatten(1)
+    """The 4-bit numbers of words, [rows, n] int32, in the order of their columns: [8 n, rows] float64."""
+    transposed = words.t().contiguous()
+    numbers = torch.empty(words.shape[1], 8, len(words), dtype=torch.float64)
+    for place, column in enumerate(_ORDER):
+        numbers[:, column] = (transposed >> (_BITS * place)) & ((1 << _BITS) - 1)
+    return numbers.flatten(0, 1)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, paired
 from fastlock.errors import DamagedError
 from fastlock.storage.files import json_object
 
@@ -70,22 +69,25 @@ class Bits4:
         left = first - first % 2
         right = first + count + (first + count) % 2
         packed = self._tensors.part_of_rows("weight", self._hidden, left // 2, (right - left) // 2)
-        codes = unpack(packed, 4).view(self._hidden, -1, 2).flip(-1).flatten(1)  # the upper half comes first
-        codes = codes[:, first - left :][:, :count]
-        values = self._tensors.whole("weight.quant_map").double()[codes.long()]
-        places = torch.arange(self._hidden)[:, None] * self._width + torch.arange(first, first + count)[None, :]
-        return values * self._absmax[places // self._block]
+        values = paired(packed, self._tensors.whole("weight.quant_map").double().tolist(), upper_first=True)
+        values = values[:, first - left :][:, :count]
+        rows, size = torch.arange(self._hidden)[:, None], self._block
+        if self._width % size == 0 and first % size == 0 and count % size == 0:  # each row has blocks of its own
+            of_row = torch.arange(first // size, (first + count) // size)[None, :]
+            absmax = self._absmax(rows * (self._width // size) + of_row)
+            values.view(self._hidden, -1, size).mul_(absmax[:, :, None])
+            return values
+        places = rows * self._width + torch.arange(first, first + count)[None, :]
+        return values.mul_(self._absmax(places // size))
 
-    @cached_property
-    def _absmax(self) -> torch.Tensor:
-        """Of each block, float64."""
-        absmax = self._tensors.whole("weight.absmax")
+    def _absmax(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Of these blocks, in their shape, float64."""
+        absmax = self._tensors.whole("weight.absmax")[blocks]
         if not self._nested:
             return absmax.double()
         of_blocks = self._tensors.whole("weight.nested_absmax").double()
         codes = self._tensors.whole("weight.nested_quant_map").double()
-        which = torch.arange(len(absmax)) // self._nested
-        return codes[absmax.long()] * of_blocks[which] + self._offset
+        return codes[absmax.long()] * of_blocks[blocks // self._nested] + self._offset
 
 
 class Int8:

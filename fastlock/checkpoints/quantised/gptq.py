@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, groups_of_inputs, unpack
+from fastlock.checkpoints.quantised.site_tensors import (
+    Settings,
+    SiteTensors,
+    by_group,
+    groups_of_inputs,
+    paired,
+    unpack,
+)
 from fastlock.errors import UnsupportedError
 
 _BITS = (2, 4, 8)
@@ -56,7 +63,7 @@ class Gptq:
         per_word = 32 // self._bits
         words = range(first // per_word, -(-(first + count) // per_word))
         packed = self._tensors.rows("qweight", words.start, len(words))  # [words, hidden]
-        q = unpack(packed.t(), self._bits).t()[first - words.start * per_word :][:count]  # [count, hidden]
+        q = self._unpacked(packed.t())[:, first - words.start * per_word :][:, :count]  # [hidden, count]
         group = self._group[first : first + count]
         used, which = group.unique(return_inverse=True)
         scales = self._of_groups("scales", used).double()
@@ -66,7 +73,16 @@ class Gptq:
                 f"a zero point is {1 << self._bits}, which does not fit into {self._bits} bits, and which engines read "
                 "in more than one way"
             )
-        return ((q - (zeros + self._offset)[which]).double() * scales[which]).t().contiguous()
+        q, of_columns = by_group(q, (zeros + self._offset).double().t(), which)
+        q, factors = by_group(q.sub_(of_columns), scales.t(), which)
+        return q.mul_(factors)
+
+    def _unpacked(self, words: torch.Tensor) -> torch.Tensor:
+        """The numbers in words, [hidden, words] int32, as float64."""
+        if self._bits == 4:
+            # One word a row counts as contiguous whatever its stride is, and cannot be seen as bytes then.
+            return paired(words.clone(memory_format=torch.contiguous_format).view(torch.uint8), range(16))
+        return unpack(words, self._bits).double()
 
     def _of_groups(self, suffix: str, used: torch.Tensor) -> torch.Tensor:
         first, last = int(used[0]), int(used[-1])

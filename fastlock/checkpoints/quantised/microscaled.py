@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, unpack
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, in_groups, paired
 
 # By code: a sign, two bits of exponent, one of mantissa.
-_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E8M0_BIAS, _E8M0_NAN = 127, 255
 
 
@@ -69,15 +69,15 @@ class Microscaled:
         """As of `Quantised`."""
         size = self._layout.size
         bytes_ = range(first // 2, -(-(first + count) // 2))
-        codes = unpack(self._tensors.part(self._layout.packed, bytes_.start, len(bytes_)), 4)
-        codes = codes[:, first - bytes_.start * 2 :][:, :count]
-        values = _E2M1[(codes & 7).long()] * torch.where(codes >= 8, -1.0, 1.0)
+        values = paired(self._tensors.part(self._layout.packed, bytes_.start, len(bytes_)), _E2M1)
+        values = values[:, first - bytes_.start * 2 :][:, :count]
         groups = range(first // size, -(-(first + count) // size))
-        scales = self._scales(groups)[:, torch.arange(first, first + count) // size - groups.start]
-        if not self._layout.overall:
-            return values * scales
-        overall = self._tensors.whole(self._layout.overall).double().reshape(())
-        return values * scales / overall if self._layout.divides else values * scales * overall
+        whole, scales = in_groups(values, self._scales(groups), first - groups.start * size, size)
+        whole.mul_(scales)
+        if self._layout.overall:
+            overall = self._tensors.whole(self._layout.overall).double().reshape(())
+            values = values.div_(overall) if self._layout.divides else values.mul_(overall)
+        return values
 
     def _scales(self, groups: range) -> torch.Tensor:
         scales = self._tensors.part("weight_scale", groups.start, len(groups))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, groups_of_inputs, unpack
+from fastlock.checkpoints.quantised.site_tensors import (
+    Settings,
+    SiteTensors,
+    by_group,
+    groups_of_inputs,
+    paired,
+    unpack,
+)
 
 _BITS = (2, 4, 8)
 
@@ -49,10 +56,17 @@ class PackQuantized:
         per_word = 32 // self._bits
         words = range(first // per_word, -(-(first + count) // per_word))
         packed = self._tensors.part("weight_packed", words.start, len(words))
-        q = unpack(packed, self._bits)[:, first - words.start * per_word :][:, :count]
-        group = self._group[first : first + count]
-        scale = self._tensors.whole("weight_scale").double()[:, group]
-        if "weight_zero_point" not in self._tensors:
-            return (q - (1 << (self._bits - 1))).double() * scale
-        zeros = unpack(self._tensors.whole("weight_zero_point").t(), self._bits).t()[: self._hidden]
-        return (q - zeros[:, group]).double() * scale
+        middle, group = 1 << (self._bits - 1), self._group[first : first + count]
+        q = self._less_middle(packed, middle)[:, first - words.start * per_word :][:, :count]
+        if "weight_zero_point" in self._tensors:
+            zeros = unpack(self._tensors.whole("weight_zero_point").t(), self._bits).t()[: self._hidden]
+            q, of_columns = by_group(q, (zeros - middle).double(), group)
+            q.sub_(of_columns)
+        q, scales = by_group(q, self._tensors.whole("weight_scale").double(), group)
+        return q.mul_(scales)
+
+    def _less_middle(self, packed: torch.Tensor, middle: int) -> torch.Tensor:
+        """The numbers in words, [hidden, words] int32, less what they are kept higher by, as float64."""
+        if self._bits == 4:
+            return paired(packed.view(torch.uint8), range(-middle, middle))
+        return (unpack(packed, self._bits) - middle).double()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors
+from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, in_groups
 from fastlock.errors import UnsupportedError
 
 _BLOCK = 128
@@ -55,17 +56,26 @@ class Scaled:
 
     def columns(self, first: int, count: int) -> torch.Tensor:
         """As of `Quantised`."""
-        q = self._tensors.part("weight", first, count).double() if count else torch.zeros(self._hidden, 0).double()
+        q = self._numbers(first, count) if count else torch.zeros(self._hidden, 0).double()
         if "weight_zero_point" in self._tensors:
-            q -= self._spread("weight_zero_point", first, count)
-        return q * self._spread(self._scale, first, count)
+            whole, zeros = in_groups(q, self._of_rows("weight_zero_point"), first, self._columns)
+            whole.sub_(zeros)
+        whole, scales = in_groups(q, self._of_rows(self._scale), first, self._columns)
+        whole.mul_(scales)
+        return q
 
-    def _spread(self, suffix: str, first: int, count: int) -> torch.Tensor:
-        """The numbers of a small tensor at every row and at these columns."""
+    def _numbers(self, first: int, count: int) -> torch.Tensor:
+        """The stored numbers of these columns, [hidden, count] float64; small floats are looked up."""
+        numbers = self._tensors.part("weight", first, count)
+        if numbers.dtype == torch.int8:
+            return numbers.double()
+        values = torch.arange(256).to(torch.uint8).view(numbers.dtype).double().numpy()
+        return torch.from_numpy(np.take(values, numbers.view(torch.uint8).numpy()))
+
+    def _of_rows(self, suffix: str) -> torch.Tensor:
+        """The numbers of a small tensor at every row, [hidden, blocks] float64."""
         numbers = self._tensors.whole(suffix).double().reshape(self._shape)
-        rows = torch.arange(self._hidden) // self._rows
-        columns = torch.arange(first, first + count) // self._columns
-        return numbers[rows][:, columns]
+        return numbers[torch.arange(self._hidden) // self._rows]
 
 
 def _block_of(settings: Settings) -> tuple[int, int] | None:

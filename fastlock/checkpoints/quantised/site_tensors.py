@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -189,6 +189,53 @@ def groups_of_inputs(
     if width % groups:
         raise tensors.damaged(f"{groups} groups do not divide {width} inputs")
     return torch.arange(width) // (width // groups)
+
+
+def paired(packed: torch.Tensor, values: Sequence[float], upper_first: bool = False) -> torch.Tensor:
+    """What the two halves of each byte stand for, side by side: both are looked up at once.
+
+    Args:
+        packed: [rows, n] uint8.
+        values: of the 16 codes.
+        upper_first: whether the upper half of a byte comes first.
+
+    Returns:
+        [rows, 2 n] float64.
+    """
+    table = np.array(values, np.float64)
+    lower, upper = np.tile(table, 16), np.repeat(table, 16)
+    pairs = np.stack((upper, lower) if upper_first else (lower, upper), axis=1)
+    found = np.take(pairs.view(np.complex128).reshape(256), packed.numpy())
+    return torch.from_numpy(found.view(np.float64))
+
+
+def by_group(x: torch.Tensor, of_groups: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix and what the group of each of its columns shares, in shapes that go together; x stays where it is.
+
+    Args:
+        x: [rows, count].
+        of_groups: [rows, groups].
+        group: that of each column, [count] int64.
+    """
+    if bool((group == group[:1]).all()):
+        return x, of_groups[:, group[:1]]
+    return x, of_groups.contiguous().index_select(1, group)
+
+
+def in_groups(x: torch.Tensor, of_groups: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `by_group`, where the groups are of `size` columns each, one after the other.
+
+    Args:
+        x: [rows, count], columns `first` and after of a wider matrix.
+        of_groups: [rows, groups] of all groups of that one.
+        first: the first column.
+        size: how many columns a group has.
+    """
+    count = x.shape[1]
+    if first % size == 0 and count % size == 0:
+        within = of_groups[:, first // size : (first + count) // size]
+        return x.view(len(x), -1, size), within[:, :, None]
+    return by_group(x, of_groups, torch.arange(first, first + count) // size)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
