@@ -24,12 +24,12 @@ from fastlock.kernels.fold.reference import HeadColumns
 SAMPLED_ROWS = 512
 # Beyond it a sample is not enough, and all rows count.
 _DOUBT = 0.045
-# How far logarithms of norm ratios may be spread within a head, in the median of the locked heads. Of all heads
-# of SmolLM2-135M it is 0.001 after full training at 20 times the usual rate, 0.003 in 4 bits and 0.009 in 3, 0.04 where a
+# How far logarithms of norm ratios may be spread within a head, in the median of the locked heads. Of all heads of
+# SmolLM2-135M it is 0.001 after full training at 20 times the usual rate, 0.003 in 4 bits and 0.009 in 3, 0.04 where a
 # LoRA's training diverged; 0.08 smoothed by a tenth of what AWQ may, 0.1 rotated.
 MAX_SPREAD = 0.06
-# By how much a whole head may be larger or smaller, in the median of the locked heads and in any: as a logarithm. Of the
-# same models 0.04 and 0.07; 0.04 and 0.65 where training diverged.
+# By how much a whole head may be larger or smaller, in the median of the locked heads and in any: as a logarithm. Of
+# the same models it is 0.04 and 0.07; 0.04 and 0.65 where training diverged.
 MAX_LEVEL, MAX_LEVEL_OF_ONE = math.log(1.25), math.log(2)
 # How alike the columns must be to the base's: 1 is the same. Rotated heads are below 0.15, fine-tunes at 3 bits above
 # 0.9.
