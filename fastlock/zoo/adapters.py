@@ -20,7 +20,7 @@ from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.storage.files import parse_object, read_all
 from fastlock.storage.new_directory import check_paths, place_of_making
-from fastlock.storage.places import as_path, as_place, files_in, is_there
+from fastlock.storage.places import as_path, as_place, files_in
 from fastlock.verification import verify_over
 from fastlock.zoo.bases import ZooBase, base_of
 
@@ -50,12 +50,14 @@ def relock_adapter_over(
 def verify_adapter_over(source: str, lock: Lock, bases: tuple[ZooBase, ...]) -> Verification:
     """Whether an adapter carries a lock: over the base that its receipt names, or else whichever of the bases it is of.
 
+    A URL in a receipt is not followed: nobody but the user says which machines to reach.
+
     Raises:
         FastlockError, and its kinds: it is of none of them; or as for `fastlock.verify`.
     """
     files = files_in(as_place(source))
     receipt = adapter_receipt_in(files, source)
-    if receipt is not None and is_there(as_place(receipt.base.name)):
+    if receipt is not None and os.path.isdir(receipt.base.name):
         place = receipt.base.name
     else:
         place = base_of(source, named_base(source), bases).place

@@ -321,6 +321,29 @@ def test_one_relocked_base_serves_all_adapters_that_are_near_enough(mixed, adapt
     assert zoo.verify_zoo([tmp_path / "out"], lock, workers=1).counts == {"locked": 2}
 
 
+def test_verify_takes_the_base_of_the_receipt_and_follows_no_url_in_it(
+    mixed, adapted, lock, tmp_path, monkeypatch
+) -> None:
+    out, opened = tmp_path / "out", []
+    zoo_adapters._opened.cache_clear()
+    assert do(job_for(lock, adapted / "base", out), mixed / "b", out).status == "relocked"
+    real = zoo_adapters._opened
+    monkeypatch.setattr(zoo_adapters, "_opened", lambda place, *rest: opened.append(place) or real(place, *rest))
+
+    def verified(*bases):
+        task = tasks.Task(0, str(out / "b"), "b", kind=ADAPTER)
+        return tasks.verify_one(job_for(lock, list(bases), out), task)[0].status
+
+    assert verified() == "locked"
+    receipt = out / "b" / "fastlock.json"
+    data = json.loads(receipt.read_text())
+    data["base"]["name"] = "http://localhost:9/base"
+    receipt.write_text(json.dumps(data))
+    assert verified() == "failed"
+    assert verified(adapted / "base") == "locked"
+    assert opened == [str(adapted / "base")] * 2
+
+
 @pytest.mark.parametrize("spoil", ["config", "weights", "pickle", "names"])
 def test_a_broken_adapter_stops_no_other(spoil, mixed, adapted, lock, tmp_path) -> None:
     broken = mixed / "b"
