@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -21,7 +22,7 @@ def check_basis(sites: Sequence[Site], displacements: Mapping[int, Displacement]
     """
     norms = lock.norms_by_layer()
     if norms:
-        columns = ((site, site.head_columns(displacements[site.layer].heads)) for site in sites)
+        columns = ((site, _without_adapters(site).head_columns(displacements[site.layer].heads)) for site in sites)
         check_likeness([likeness(found, norms[site.layer]) for site, found in columns], where)
 
 
@@ -33,7 +34,7 @@ def check_against(model: nn.Module, lock: Lock, base: nn.Module) -> None:
         UnsupportedError: the model's heads look rotated, smoothed or scaled; or it, or the base, cannot be folded.
     """
     own, of_base = sites_for(model, lock), {site.layer: site for site in every_site(unwrapped(base))}
-    name, found = type(unwrapped(model)).__name__, []
+    name, found = type(unwrapped(model, adapters=True)).__name__, []
     for site in own:
         heads = lock.heads[lock.layers == site.layer].sort().values.tolist()
         theirs = of_base.get(site.layer)
@@ -41,5 +42,11 @@ def check_against(model: nn.Module, lock: Lock, base: nn.Module) -> None:
             raise MismatchError(f"{name}: the given base has another shape. Give the base that the lock was found in.")
         check_foldable(theirs)
         columns = theirs.head_columns(heads)
-        found.append(likeness(site.head_columns(heads), column_norms(columns, site.head_dim), columns))
+        own_columns = _without_adapters(site).head_columns(heads)
+        found.append(likeness(own_columns, column_norms(columns, site.head_dim), columns))
     check_likeness(found, name)
+
+
+def _without_adapters(site: Site) -> Site:
+    """The projection that adapters stand around: they change its columns, and not the basis of the heads before it."""
+    return replace(site, adapter=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,20 @@ def test_methods_that_act_elsewhere_too_are_refused(kind: str) -> None:
     model.peft_config["default"].peft_type = kind
     with pytest.raises(fastlock.UnsupportedError, match=f"method {kind}"):
         fastlock.relock(model, lock_of(model))
+
+
+def test_what_an_adapter_does_to_columns_is_no_other_basis() -> None:
+    model = model_with("bone")
+    lock = lock_of(model)
+    weights = {layer: layer_of(model, layer).get_base_layer().weight.detach().view(64, 4, 32) for layer in (0, 2)}
+    rows = zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)
+    norms = torch.stack([weights[layer][:, head].norm(dim=0) for layer, head in rows]).float()
+    inner = model.get_base_model()
+    fastlock.relock(model, replace(lock, column_norms=norms))
+    fastlock.unlock(model)
+    of_head = torch.exp(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(fastlock.UnsupportedError):
+        fastlock.relock(inner, replace(lock, column_norms=norms * of_head))
 
 
 def test_locks_per_request_and_plans_are_refused() -> None:

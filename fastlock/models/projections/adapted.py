@@ -177,7 +177,7 @@ class Adapted:
             units = plain.new_zeros(len(columns) + 1, self.shape[1])
             units[range(len(columns)), columns] = 1
             outputs = copied(units[None])[0]
-            found = (outputs[:-1] - outputs[-1]).t()
+            found: torch.Tensor = (outputs[:-1] - outputs[-1]).t()
             of_base, of_layer = plain.sum(dim=1), found.sum(dim=1)
             own = base.bias
             base.bias = nn.Parameter(of_base if own is None else own + of_base, requires_grad=False)

@@ -50,6 +50,7 @@ def test_folds_as_peft_computes(kind: str, base: Path, part: BasePart, tmp_path:
         expected = shift(layer, d)
         torch.testing.assert_close(fold.bias, expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
         assert fold.action == ACTIONS.get(kind, "added")
+        assert fold.shares_base == (kind in ("elsewhere", "ia3 of the output", "road"))
         _check_base_bias(layer, fold.base_bias, expected)
     assert len({fold.digest for fold in folds}) == (1 if kind == "elsewhere" else 2)
 

@@ -144,7 +144,8 @@ def _config(at: AdaptedSite) -> Any:
     if at.site.transposed:
         keys |= {"fan_in_fan_out": False}  # W is given as a plain linear layer has it
     targets = [at.path, _LARGEST] if at.adapter.method in _MEASURED else [at.path]
-    return PeftConfig.from_peft_type(peft_type=at.adapter.method, **keys | {"target_modules": targets})
+    configs: Any = PeftConfig
+    return configs.from_peft_type(peft_type=at.adapter.method, **keys | {"target_modules": targets})
 
 
 def _check_numbers(at: AdaptedSite, value: Any) -> None:
@@ -211,7 +212,7 @@ def _check_fits(at: AdaptedSite, model: nn.Module, stored: dict[str, torch.Tenso
 def _load(at: AdaptedSite, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
     from peft import set_peft_model_state_dict  # optional
 
-    result = set_peft_model_state_dict(model, dict(stored))
+    result: Any = set_peft_model_state_dict(model, dict(stored))
     if result.unexpected_keys:
         name = str(result.unexpected_keys[0]).rpartition(at.path)[2]
         raise UnsupportedError(
