@@ -189,11 +189,14 @@ def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch) -> None:
 def test_two_runs_at_once(source, tmp_path) -> None:
     out = tmp_path / "out.gguf"
     with place_of_writing(out).open("wb") as other:
+        other.write(bytes(3_000_000))
+        other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(fastlock.FastlockError, match="another process is making it right now"):
             fastlock.relock_gguf(source, LOCK, out)
     fastlock.relock_gguf(source, LOCK, out)
     assert names(tmp_path) == ["m.gguf", "out.gguf"], "what a killed run left is gone"
+    assert fastlock.verify(out, LOCK), "and no end of it is in the new file"
 
 
 def test_a_run_that_is_killed(source, tmp_path) -> None:
