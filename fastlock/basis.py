@@ -111,9 +111,10 @@ def _alike(columns: HeadColumns, base: HeadColumns, head_dim: int) -> torch.Tens
             torch.nn.functional.normalize(part.matrix[:, first : first + head_dim].cpu().double(), dim=0)
             for part, first in ((columns, start), (base, of_base))
         )
-        cosines = ((matrix.t() @ matrix)[between] for matrix in (own, theirs))
+        own_cosines, their_cosines = ((matrix.t() @ matrix)[between] for matrix in (own, theirs))
         one_by_one = (own * theirs).sum(dim=0).median()
-        alike.append(one_by_one.maximum(torch.nn.functional.cosine_similarity(*cosines, dim=0)))
+        between_columns = torch.nn.functional.cosine_similarity(own_cosines, their_cosines, dim=0)
+        alike.append(one_by_one.maximum(between_columns))
     return torch.stack(alike)
 
 

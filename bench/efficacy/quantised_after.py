@@ -18,8 +18,8 @@ from bench.lib.printed import PrintedTable, say
 from bench.lib.smollm2 import load_smollm2
 
 Weights = Iterator[tuple[torch.Tensor, int]]
-NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626)
-NF4 += (0.7230, 1.0)
+NF4_NEGATIVE = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911)
+NF4 = (*NF4_NEGATIVE, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -63,12 +63,14 @@ def whole_numbers(bits: int, group: int, symmetric: bool) -> Callable[[torch.Ten
         if symmetric:
             largest = 2 ** (bits - 1) - 1
             step = grouped.abs().amax(-1, keepdim=True) / (largest + 0.5)
-            return ((grouped / step).round().clamp(-largest - 1, largest) * step).view(weight.shape)
+            rounded: torch.Tensor = (grouped / step).round().clamp(-largest - 1, largest) * step
+            return rounded.view(weight.shape)
         low, high = (bound(grouped, -1, keepdim=True) for bound in (torch.amin, torch.amax))
         step = (high - low) / (2**bits - 1)
         zero = (-low / step).round()
         q = ((grouped / step).round() + zero).clamp(0, 2**bits - 1)
-        return ((q - zero) * step).view(weight.shape)
+        rounded = (q - zero) * step
+        return rounded.view(weight.shape)
 
     return rounding
 

@@ -67,7 +67,7 @@ def _gptq(h: int, w: int) -> Tensors:
 
 
 def _awq(h: int, w: int) -> Tensors:
-    packed = {"qweight": ("I32", (w, h // 8), _any), "qzeros": ("I32", (w // GROUP, h // 8), _any)}
+    packed: Tensors = {"qweight": ("I32", (w, h // 8), _any), "qzeros": ("I32", (w // GROUP, h // 8), _any)}
     return packed | {"scales": ("F16", (w // GROUP, h), _scales16)}
 
 

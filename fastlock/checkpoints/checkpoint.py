@@ -22,6 +22,7 @@ from fastlock.checkpoints.quantised import (
     Quantised,
     Settings,
     SiteTensors,
+    format_at,
     is_projection,
     is_quantised,
     quantised_at,
@@ -196,14 +197,24 @@ class Checkpoint:
             DamagedError: its tensors do not go together.
         """
         tensors = SiteTensors(self.files, self.shards.tensors, site.name, self.where)
-        width = site.num_heads * site.head_dim
-        projection = quantised_at(tensors, Settings(self.where, site.hidden_size, width, self.quantisation))
+        projection = quantised_at(tensors, self._settings(site))
         if projection is None:
             raise UnsupportedError(
                 f"{self.where}: {shown(site.name)} is quantised, and its tensors are of no format that fastlock knows. "
                 f"{_QUANTISED}"
             )
         return projection, tensors
+
+    def _settings(self, site: StoredSite) -> Settings:
+        return Settings(self.where, site.hidden_size, site.num_heads * site.head_dim, self.quantisation)
+
+    @property
+    def quantised_format(self) -> str | None:
+        """The name, in `quantised.table`, of the first quantised output projection's format; None if there is none."""
+        site = next((site for site in self.sites if site.quantised), None)
+        if site is None:
+            return None
+        return format_at(SiteTensors(self.files, self.shards.tensors, site.name, self.where), self._settings(site))
 
     def read_columns(self, site: StoredSite, heads: Sequence[int], room: Bytes | None = None) -> StoredColumns:
         """Read the locked columns of one site, and nothing else of it; of a quantised one in float64.

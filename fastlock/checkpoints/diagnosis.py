@@ -13,6 +13,7 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.finding import Finding
 from fastlock.checkpoints.gguf import gguf_state, is_gguf
 from fastlock.checkpoints.layout import bypass
+from fastlock.checkpoints.quantised.in_stacks import note_on
 from fastlock.checkpoints.relocked import receipt_in, stored_biases
 from fastlock.errors import FastlockError, UnsupportedError, shown
 from fastlock.locks.lock import Lock
@@ -79,7 +80,10 @@ def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
             f"the files hold biases that the config switches off ({shown(biases[0])}, {len(biases)} in all): if they "
             "are a lock's, it is lost. Save a relocked model with its own save_pretrained",
         )
-    return Finding(stack, False, f"not relocked; for {stack} the lock would be carried in {carrier.form} form")
+    of_format = _of_format(checkpoint, stack)
+    return Finding(
+        stack, False, f"not relocked; for {stack} the lock would be carried in {carrier.form} form{of_format}"
+    )
 
 
 def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
@@ -100,4 +104,11 @@ def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Findin
         return Finding(
             stack, False, f"the files lack {lacking[0]} ({len(lacking)} in all), which {stack} leaves undefined"
         )
-    return Finding(stack, True, f"{stack} uses the biases of all {len(receipt.layers)} locked layers")
+    of_format = _of_format(checkpoint, stack)
+    return Finding(stack, True, f"{stack} uses the biases of all {len(receipt.layers)} locked layers{of_format}")
+
+
+def _of_format(checkpoint: Checkpoint, stack: str) -> str:
+    """What is to be known of a quantised checkpoint in a stack, to go on with; "" of any other."""
+    layout = checkpoint.quantised_format
+    return "" if layout is None else f" ({layout}: {note_on(layout, stack)})"

@@ -50,3 +50,8 @@ def quantised_at(tensors: SiteTensors, settings: Settings) -> Quantised | None:
         DamagedError: they do not go together.
     """
     return next((kind for _, at in KINDS if (kind := at(tensors, settings)) is not None), None)
+
+
+def format_at(tensors: SiteTensors, settings: Settings) -> str | None:
+    """The name of the format of a quantised projection; raises as `quantised_at`."""
+    return next((name for name, at in KINDS if at(tensors, settings) is not None), None)

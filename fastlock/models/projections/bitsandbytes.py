@@ -70,7 +70,8 @@ class Linear8bit(Dequantised):
     def matrix(self) -> torch.Tensor:
         """As of `Projection`."""
         rows, scales = self._parts()
-        return rows.double() * (scales.double() / _INT8_LARGEST)[:, None]
+        found: torch.Tensor = rows.double() * (scales.double() / _INT8_LARGEST)[:, None]
+        return found
 
     @property
     def shape(self) -> tuple[int, ...]:

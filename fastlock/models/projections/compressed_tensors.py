@@ -53,7 +53,8 @@ class CompressedTensors(Dequantised):
     @property
     def device(self) -> torch.device:
         """As of `Projection`."""
-        return next(self.module.parameters(recurse=False)).device
+        device: torch.device = next(self.module.parameters(recurse=False)).device
+        return device
 
     def check_format(self, name: str) -> None:
         """As of `Dequantised`."""
