@@ -19,7 +19,10 @@ from tests.helpers.relocked_adapters import adapted_logits, contents, displaced_
 
 HERE = {"stacks": ["transformers"]}
 SOME_LAYERS = {"layers_to_transform": [0], "target_modules": ["o_proj", "q_proj"]}
-PATTERN = {"target_modules": r"model\.layers\.(0\.self_attn\.o_proj|\d\.mlp\.up_proj)", "exclude_modules": ["nothing"]}
+PATTERN = {
+    "target_modules": r"model\.layers\.(0\.self_attn\.o_proj|\d\.mlp\.up_proj)",
+    "exclude_modules": ["2.self_attn.o_proj"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -160,3 +163,40 @@ def test_a_shared_fold_needs_a_bound_and_tells_how_far_it_is_off(base: Path, loc
     assert 0 < max(gaps) < 0.02
     assert off < 10 * max(gaps)
     assert "off by at most" in fastlock.verify(out, lock).reason
+
+
+@pytest.mark.parametrize("kind", ["lora", "elsewhere"])
+def test_what_could_be_loaded_without_the_lock_is_set_aside(kind: str, base: Path, lock, tmp_path: Path) -> None:
+    source = save_adapter(config_of(kind), tmp_path / "adapter")
+    for name in (
+        "adapter_model.bin",
+        "checkpoint-5/adapter_model.safetensors",
+        "model.sig",
+        ".git/config",
+        "notes/a.txt",
+    ):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(name.encode())
+    out = tmp_path / "out"
+    fastlock.relock_adapter(source, base, lock, out, **HERE)
+    beside = {name for name in contents(out) if not name.startswith("fastlock")}
+    assert beside == {"README.md", "adapter_config.json", "adapter_model.safetensors", "notes/a.txt"}
+    assert fastlock.verify(out, lock)
+    fastlock.unlock_checkpoint(out, tmp_path / "back")
+    before = contents(source)
+    del before[".git/config"]
+    assert contents(tmp_path / "back") == before
+
+
+def test_a_relocked_base_is_for_the_stacks_that_it_was_relocked_for(base: Path, lock, tmp_path: Path) -> None:
+    source = save_adapter(config_of("elsewhere"), tmp_path / "adapter")
+    fastlock.relock_adapter(source, base, lock, tmp_path / "first", stacks=["vllm"])
+    with pytest.raises(fastlock.FastlockError, match="for vllm and llama.cpp. Name another place"):
+        fastlock.relock_adapter(source, base, lock, tmp_path / "out", stacks=["vllm", "llama.cpp"])
+    with pytest.raises(fastlock.UnsupportedError, match="the base is not relocked for llama.cpp"):
+        fastlock.relock_adapter(source, tmp_path / "base-locked", lock, tmp_path / "out", stacks=["llama.cpp"])
+    with pytest.raises(fastlock.FastlockError, match="is relocked already. Leave out"):
+        fastlock.relock_adapter(
+            source, tmp_path / "base-locked", lock, tmp_path / "out", stacks=["vllm"], relocked_base=tmp_path / "else"
+        )
+    assert not (tmp_path / "out").exists()

@@ -43,6 +43,7 @@ def refused(directory: Path, match: str, call: Callable[[], Any], kind: Any = fa
         ("dora", {}, {}, r"nothing keeps the lock exactly.*no such bias with use_dora.*--carrier sidecar"),
         ("vera", {}, HERE, r"no such bias in the method VERA"),
         ("lora", {}, {"carrier": "adapter bias"}, r"vllm loads no biases of an adapter.*--for transformers \(adapter"),
+        ("elsewhere", {"bias": "all"}, {"carrier": "base bias"}, r"vllm loads no adapter with bias = 'all'"),
         ("lora", {}, {"carrier": "folklore"}, r"choose one of base bias, adapter bias"),
         ("lora", {}, {"gap": -1.0}, r"gap is -1.0"),
         ("lora", {}, {"stacks": ["tgi"]}, r"give a list of serving stacks"),

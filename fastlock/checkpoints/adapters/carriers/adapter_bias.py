@@ -136,11 +136,10 @@ def _config(config: dict[str, Any], targets: list[str], new_paths: list[str]) ->
     changed = config | {"lora_bias": True}
     if not isinstance(config.get("init_lora_weights", True), bool):
         changed["init_lora_weights"] = True  # PEFT wants it with biases, and replaces what it sets by what it loads
-    if new_paths:  # every module by its whole path, as patterns and lists of layers cannot be added to
+    if new_paths:  # every module by its whole path, which PEFT takes whatever patterns and lists of layers say
         changed["target_modules"] = [*targets, *new_paths]
-        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if key in config:
-                changed[key] = None
+        if "exclude_modules" in config:
+            changed["exclude_modules"] = None
         ones = dict.fromkeys(new_paths, 1)
         for key in _PATTERNS:
             changed[key] = ones | (config.get(key) or {})
