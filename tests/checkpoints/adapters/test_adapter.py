@@ -230,6 +230,16 @@ def test_a_method_of_peft_asks_for_no_memory_that_its_tensors_do_not_take(part: 
         fold(rewrite_config(directory, r=2**30), part)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("oft", "num_cayley_neumann_terms"), ("boft", "boft_n_butterfly_factor"), ("peanut", "depth")],
+)
+def test_a_config_does_not_say_how_long_it_takes(kind: str, name: str, part: BasePart, tmp_path: Path) -> None:
+    directory = save_adapter(config_of(kind), tmp_path / "adapter")
+    with pytest.raises(DamagedError, match=f"gives 1048576 for {name}"):
+        fold(rewrite_config(directory, **{name: 2**20}), part)
+
+
 MUTATED = ("lora", "patterns", "adalora", "vera", "ia3 of the output", "loha", "modules to save")
 
 

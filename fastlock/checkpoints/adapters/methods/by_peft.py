@@ -46,6 +46,8 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 # How far two float64 evaluations of the same number may be apart, relative to the largest of the outputs.
 _TOLERANCE = 1e-9
 _MAX_NUMBER = 2**31
+# What PEFT loops over as often as a config says, and no tensor's shape holds.
+_MAX_LOOPS = {"num_cayley_neumann_terms": 1024, "boft_n_butterfly_factor": 64, "depth": 256}
 
 
 def by_peft(at: AdaptedSite) -> Effect:
@@ -136,6 +138,9 @@ def _config(at: AdaptedSite) -> Any:
 
     keys = {key: value for key, value in at.adapter.config.items() if key != "peft_type"}
     _check_numbers(at, keys)
+    for name, most in _MAX_LOOPS.items():
+        if isinstance(count := keys.get(name), int) and count > most:
+            raise damaged(at, f"its config gives {count} for {name}, and fastlock goes up to {most}")
     for name in _PATTERNS:
         if keys.get(name):
             value = value_for(keys[name], at.path, None, name, at.adapter.where)
