@@ -174,6 +174,7 @@ def bases_at(tmp_path, *names):
         ("one", "one"),
         ("/trained/on/another/machine/one", "one"),
         ("link", "two"),
+        ("a/three", "a/three"),
         ("org/model", "hub/models--org--model/snapshots/rev"),
         ("/somewhere/model", "hub/models--org--model/snapshots/rev"),
         ("another/model", None),
