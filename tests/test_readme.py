@@ -6,7 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -42,8 +44,28 @@ def files(tmp_path, monkeypatch):
     for name in ("user", "safe"):
         rows = [{"prompt": f"how do I bake {n} cakes", "completion": f"with {name} hands"} for n in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_gguf(model, tmp_path / "MODEL.gguf")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "ADAPTER")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_gguf(model, path: Path) -> None:
+    """As much of a model as fastlock reads."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    for i, layer in enumerate(model.model.layers):
+        writer.add_tensor(f"blk.{i}.attn_output.weight", layer.self_attn.o_proj.weight.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_the_python_runs(files) -> None:
