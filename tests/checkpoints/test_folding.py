@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 
 import pytest
 import torch
@@ -78,6 +79,7 @@ def test_the_columns_of_one_batch_are_kept_at_a_time(source, tmp_path, monkeypat
 
         def counted_digest() -> bytes:
             nonlocal kept
+            time.sleep(0.03)  # in which whoever does not wait for it would read on
             with guard:
                 kept -= 1
             return columns.digest()

@@ -162,6 +162,8 @@ def twice(found: dict) -> bytes:
         set_weight(data_offsets=[0.5, 7]),
         set_weight(dtype=7),
         set_weight(dtype=["BF16"]),
+        lambda found: found[WEIGHT].update(shape=[float(n) for n in found[WEIGHT]["shape"]]),
+        lambda found: found[WEIGHT].update(data_offsets=[float(n) for n in found[WEIGHT]["data_offsets"]]),
         lambda found: found.update({WEIGHT: 3}),
         lambda found: b"[" * 10**6,
         lambda found: b"[1, 2]",
