@@ -173,17 +173,23 @@ def test_without_hard_links(source, tmp_path, monkeypatch) -> None:
     assert names(tmp_path) == ["m.gguf", "out.gguf"]
 
 
-def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch) -> None:
-    write = new_files._write
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_source_that_changes_meanwhile(undone: bool, source, tmp_path, monkeypatch) -> None:
+    fastlock.relock_gguf(source, LOCK, tmp_path / "out.gguf")
+    write, before = new_files._write, names(tmp_path)
+    changed = tmp_path / "out.gguf" if undone else source
 
     def changing(*arguments: object) -> None:
         write(*arguments)
-        os.utime(source, ns=(1, 1))
+        os.utime(changed, ns=(1, 1))
 
     monkeypatch.setattr(new_files, "_write", changing)
     with pytest.raises(fastlock.DamagedError, match="was changed while it was being read"):
-        fastlock.relock_gguf(source, LOCK, tmp_path / "out.gguf")
-    assert names(tmp_path) == ["m.gguf"]
+        if undone:
+            fastlock.unlock_gguf(changed, tmp_path / "new.gguf")
+        else:
+            fastlock.relock_gguf(changed, LOCK, tmp_path / "new.gguf")
+    assert names(tmp_path) == before
 
 
 def test_two_runs_at_once(source, tmp_path) -> None:
