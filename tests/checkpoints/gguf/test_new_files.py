@@ -184,10 +184,8 @@ def test_a_source_that_changes_meanwhile(undone: bool, source, tmp_path, monkeyp
         os.utime(changed, ns=(1, 1))
 
     monkeypatch.setattr(new_files, "_write", changing)
-    new = tmp_path / "new.gguf"
-    call = (
-        (lambda: fastlock.unlock_gguf(changed, new)) if undone else (lambda: fastlock.relock_gguf(changed, LOCK, new))
-    )
+    new, relock, unlock = tmp_path / "new.gguf", fastlock.relock_gguf, fastlock.unlock_gguf
+    call = (lambda: unlock(changed, new)) if undone else (lambda: relock(changed, LOCK, new))
     with pytest.raises(fastlock.DamagedError, match="was changed while it was being read"):
         call()
     assert names(tmp_path) == before
