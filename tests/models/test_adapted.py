@@ -23,7 +23,6 @@ STRENGTH = 6.0
 # The rest of PEFT's methods go the way of these: a copy of their layer is run.
 FOLDED = (
     "lora",
-    "lora bias",
     "rslora",
     "patterns",
     "dora",
@@ -32,16 +31,11 @@ FOLDED = (
     "modules to save",
     "vera",
     "loha",
-    "lokr",
     "oft",
-    "boft",
-    "hra",
     "ia3 of the output",
     "ia3 of the input",
     "road",
     "randlora",
-    "miss",
-    "fourierft",
     "adalora",
 )
 REFUSED_KINDS = {"ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA"}

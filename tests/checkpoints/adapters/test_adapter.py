@@ -247,8 +247,8 @@ MUTATED = ("lora", "patterns", "adalora", "vera", "ia3 of the output", "loha", "
 def test_bytes_changed_at_random(kind: str, part: BasePart, tmp_path: Path) -> None:
     """Whatever is changed, it is folded or refused by a fastlock error."""
     directory = save_adapter(config_of(kind), tmp_path / "adapter")
-    refused = sweep(directory, part, 60, seed=len(kind))
-    assert refused > 6
+    refused = sweep(directory, part, 40, seed=len(kind))
+    assert refused > 4
 
 
 def sweep(directory: Path, part: BasePart, count: int, seed: int) -> int:
