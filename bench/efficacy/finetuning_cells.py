@@ -153,7 +153,7 @@ def tuned(
 
 def _adapted(model: Any, method: Method, settings: Settings, seed: int) -> Any:
     torch.manual_seed(seed)
-    options = {"lora_alpha": 2 * settings.rank, "task_type": "CAUSAL_LM"}
+    options: dict[str, Any] = {"lora_alpha": 2 * settings.rank, "task_type": "CAUSAL_LM"}
     if method.frozen:
         how = fastlock.lora_outside(Band(*settings.band), settings.rank, model=model, **options)
     else:
