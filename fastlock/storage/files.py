@@ -221,6 +221,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"it gives {twice[:80]!a} twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"it gives {key[:80]!a} twice")
+            seen.add(key)
     return value

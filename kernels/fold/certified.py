@@ -79,7 +79,8 @@ def fold(
         c = bias.detach().double()
         sums, sizes = sums + c, sizes + c.abs()
     radius = sizes * ((2 * len(d) + 8) * _UNIT * _SLACK)
-    lowest, highest = rounded(torch.stack((sums - radius, sums + radius)), columns.matrix.dtype)
+    ends = rounded(torch.stack((sums - radius, sums + radius)), columns.matrix.dtype)
+    lowest, highest = ends[0], ends[1]
     # A zero has the sign of the sum. What is not a number equals nothing.
     doubtful = ((lowest != highest) | (lowest == 0)).nonzero().flatten()
     if len(doubtful) > _MANY * len(sums):
