@@ -199,10 +199,14 @@ def _served_otherwise(adapter: Adapter, stack: str) -> Iterator[str]:
         if (a := parameters.get("lora_A.weight")) is None or not a.shape or not a.shape[0]:
             continue
         alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
-        numbers = (alpha, config.get("r"), config.get("lora_alpha"))
-        if not all(type(number) in (int, float) and 0 < abs(number) < MAX_NUMBER for number in numbers):
+        numbers = [
+            float(number)
+            for number in (alpha, config.get("r"), config.get("lora_alpha"))
+            if type(number) in (int, float) and 0 < abs(number) < MAX_NUMBER
+        ]
+        if len(numbers) < 3:
             return
-        own, whole, known = map(float, numbers)
+        own, whole, known = numbers
         rank = a.shape[0]
         of_peft = own / (math.sqrt(rank) if config.get("use_rslora") else rank)
         of_stack = known / (whole if scaling == "sglang" else rank)
