@@ -78,8 +78,8 @@ def test_they_are_given_by_layer_with_heads_ascending() -> None:
         (NORMS[:, :5], r"`column_norms` is \[3, 5\]"),
         (NORMS[0], r"`column_norms` is \[6\]"),
         (-NORMS, "row 0 .* has a column norm that is negative, NaN or infinite"),
-        (np.where(NORMS == NORMS[1, 2], np.nan, NORMS), "row 1 .* has a column norm"),
-        (np.where(NORMS == NORMS[2, 2], np.inf, NORMS), "row 2 .* has a column norm"),
+        (np.where(np.equal(NORMS, NORMS[1, 2]), np.nan, NORMS), "row 1 .* has a column norm"),
+        (np.where(np.equal(NORMS, NORMS[2, 2]), np.inf, NORMS), "row 2 .* has a column norm"),
     ],
 )
 def test_norms_that_cannot_be_are_refused(norms: np.ndarray, message: str) -> None:
