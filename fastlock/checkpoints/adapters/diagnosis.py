@@ -199,11 +199,8 @@ def _served_otherwise(adapter: Adapter, stack: str) -> Iterator[str]:
         if (a := parameters.get("lora_A.weight")) is None or not a.shape or not a.shape[0]:
             continue
         alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
-        numbers = [
-            float(number)
-            for number in (alpha, config.get("r"), config.get("lora_alpha"))
-            if type(number) in (int, float) and 0 < abs(number) < MAX_NUMBER
-        ]
+        said: tuple[Any, ...] = (alpha, config.get("r"), config.get("lora_alpha"))
+        numbers = [float(number) for number in said if type(number) in (int, float) and 0 < abs(number) < MAX_NUMBER]
         if len(numbers) < 3:
             return
         own, whole, known = numbers
