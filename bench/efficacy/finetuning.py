@@ -54,7 +54,7 @@ ORDINARY = 80
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--journal", type=Path, default=KEPT)
+    parser.add_argument("--journal", type=Path, default=KEPT, help="relative to the repository")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--report", action="store_true", help="train nothing; tell what the journal has")
     options = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> int:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         made_ready = Bench()
-        journal = Journal(options.journal, made_ready.settings(), facts())
+        journal = Journal(tuned_models.ROOT / options.journal, made_ready.settings(), facts())
         if not any("base" in record for record in journal.records):
             journal.add({"base": made_ready.measured(made_ready.base)})
         fill(journal, options.seeds, made_ready.cell)
@@ -162,7 +162,7 @@ def digest(value: Any) -> str:
 
 def report(journal: Path, seeds: int) -> None:
     """The table, and what it was made of."""
-    head, records = read_journal(journal)
+    head, records = read_journal(tuned_models.ROOT / journal)
     base = next((record["base"] for record in records if "base" in record), None)
     cells = [record for record in records if "seed" in record and record["seed"] < seeds]
     missing = seeds * len(SHARES) * len(METHODS) - len(cells)
