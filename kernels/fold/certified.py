@@ -100,7 +100,7 @@ def _by_rows(columns: HeadColumns, d: torch.Tensor, room: Room) -> tuple[torch.T
     """W d, and what |W||d| is at most, [hidden] float64 each, of a matrix whose rows are in one piece each."""
     matrix, width = columns.matrix, len(d)
     block = len(room.wide) // width
-    sums, squares = torch.empty(len(matrix), dtype=torch.float64), list[torch.Tensor]()
+    sums, squares = torch.empty(len(matrix), dtype=torch.float64, device="cpu"), list[torch.Tensor]()
     for rows, out in zip(matrix.split(block), sums.split(block), strict=True):
         narrow = _gathered(rows, columns.starts, width, room)
         wide = _widened(narrow, room).view(len(rows), width)
@@ -114,7 +114,7 @@ def _by_columns(columns: HeadColumns, d: torch.Tensor, room: Room) -> tuple[torc
     """The same of a matrix whose columns are in one piece each."""
     matrix, head_dim = columns.matrix.t(), len(d) // len(columns.starts)
     block = len(room.wide) // matrix.shape[1]
-    sums, square = torch.zeros(matrix.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    sums, square = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in (matrix.shape[1], ()))
     for start, of_head in zip(columns.starts, d.split(head_dim), strict=True):
         for some, values in zip(matrix[start : start + head_dim].split(block), of_head.split(block), strict=True):
             wide = _widened(some, room).view(some.shape)
