@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Two test processes on two cores: more threads than that only get in each other's way.
+# Two test processes on two cores: more threads than that only get in each other's way. Tests that share what takes long
+# to make are an `xdist_group`, which one of the two runs.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SHARED := -n 2 --dist loadgroup
 # Further Triton versions for the kernels' tests: the oldest supported, and the newest.
 TRITONS := 3.6.0 3.9.0
 
@@ -26,12 +28,12 @@ demo-short: $(VENV)/demo.ready
 	$(BIN)/python examples/demo.py --short
 
 test: $(VENV)/ready
-	$(TEST) -n 2 tests --ignore tests/serving
+	$(TEST) $(SHARED) tests --ignore tests/serving
 
 # The kernels under the oldest and the newest Triton: the pinned one is in `make test`.
 test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 	set -e; for version in $(TRITONS); do \
-	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q -n 2 tests/kernels; \
+	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q $(SHARED) tests/kernels; \
 	done
 
 # Real engines on relocked checkpoints, and SGLang's source. Each has an environment of its own, which takes minutes and
