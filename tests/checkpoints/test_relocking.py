@@ -701,7 +701,7 @@ def test_a_broken_link_is_no_file(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("pytorch_model.bin", "save_pretrained"), ("model.gguf", "GGUF"), ("adapter_config.json", "Merge it first")],
+    [("pytorch_model.bin", "save_pretrained"), ("model.gguf", "GGUF"), ("adapter_config.json", "ADAPTER --base BASE")],
 )
 def test_other_formats_are_refused_with_the_way_out(name: str, message: str, tmp_path) -> None:
     _, lock, source = checkpoint(tmp_path)

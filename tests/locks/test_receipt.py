@@ -78,7 +78,8 @@ def test_the_example_of_the_documentation_is_as_it_is_written() -> None:
 
 
 def test_the_documentation_lists_every_key() -> None:
-    keys = re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)
+    of_checkpoints = DOCS.read_text().partition("## The receipt of an adapter")[0]
+    keys = re.findall(r"^\| `(\w+)` \|", of_checkpoints, re.MULTILINE)
     data = SAVED.to_dict()
     assert keys == [*(key for key in data if key != "carrier"), *data["sites"][0], *data["carrier"]]
 

@@ -131,6 +131,12 @@ def change(made, **changes):
     return dataclasses.replace(made, site=dataclasses.replace(made.site, **changes))
 
 
+def on_device(value, device):
+    if isinstance(value, HeadColumns):
+        return dataclasses.replace(value, matrix=value.matrix.to(device))
+    return value.to(device)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -149,7 +155,8 @@ def change(made, **changes):
 def test_refuses_what_it_would_misread(changes, message) -> None:
     layer = Layer(40, 16, (1,))
     good = layer.adapter(8, seed=1)
-    bad = change(layer.adapter(8, seed=2), **changes)
+    there = {name: on_device(value, good.site.up.device) for name, value in changes.items() if name != "values"}
+    bad = change(layer.adapter(8, seed=2), **changes | there)
     with pytest.raises(FastlockError, match=message):
         run(good, bad)
     assert good.guarded.isnan().all()
