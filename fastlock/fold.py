@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from fastlock.errors import DamagedError, FastlockError
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.ahead_of_time.ways import NoWayError
-from fastlock.kernels.fold import certified, reference
+from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.launch import build_table, launch  # this imports no Triton
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.threads import in_threads, threads_for
@@ -63,9 +63,9 @@ class FoldPlan:
 
     Only the locked head columns of W are read. On a CUDA device, all sites of one dtype, layout and head_dim take one
     kernel launch (so do a model, or a zoo). It accumulates in float32, in an order that does not change from run to
-    run. Elsewhere, and on a GPU where no kernel passed its check (`fastlock.kernels.ahead_of_time.ways`), the fold is
-    the reference's in float64, or the same bits by a quicker way. Both round once. Sites that read the same memory with
-    the same displacement are folded once, and share one result.
+    run. Elsewhere, and on a GPU where no kernel passed its check (`fastlock.kernels.ahead_of_time.ways`), the reference
+    folds in float64. Both round once. Sites that read the same memory with the same displacement are folded once, and
+    share one result.
 
     A plan holds addresses: it is valid while weights and biases stay where they are. Their numbers may change.
 
@@ -231,7 +231,7 @@ class _ByKernel:
 
 
 class _ByReference:
-    """The folds of one device, dtype, layout and head_dim, bit for bit the reference's: on a CPU in several threads."""
+    """The folds of one device, dtype, layout and head_dim, by the reference: on a CPU in several threads."""
 
     def __init__(self, folds: Sequence[Fold]) -> None:
         self._folds = list(folds)
@@ -254,20 +254,11 @@ class _ByReference:
 
     def _fold_part(self, part: int, parts: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            fold_rows = self._way_in_this_thread()
+            room = reference.Room.on(self.results[0].device, max(map(len, self.results)), self.head_dim)
             for f, b in zip(self._folds, self.results, strict=True):
                 rows = slice(part * len(b) // parts, (part + 1) * len(b) // parts)
                 columns = replace(f.columns, matrix=f.columns.matrix[rows])
-                b[rows].copy_(fold_rows(columns, f.values, None if f.bias is None else f.bias[rows]))
-
-    def _way_in_this_thread(self) -> Callable[[HeadColumns, torch.Tensor, torch.Tensor | None], torch.Tensor]:
-        """The reference, or what gives the same sooner, with room to work in."""
-        matrix = self._folds[0].columns.matrix
-        if certified.applies_to(matrix):
-            block = certified.Room.for_blocks(matrix.dtype, max(certified.least_room(f.columns) for f in self._folds))
-            return lambda columns, values, bias: certified.fold(columns, values, bias, block)
-        room = reference.Room.on(matrix.device, max(map(len, self.results)), self.head_dim)
-        return lambda columns, values, bias: reference.fold(columns, values, bias, room)
+                b[rows].copy_(reference.fold(columns, f.values, None if f.bias is None else f.bias[rows], room))
 
     def finish(self) -> FastlockError | None:
         """Give the error of the first fold that is not finite."""

@@ -8,7 +8,7 @@ import torch
 from fastlock import fold as fold_module
 from fastlock.errors import DamagedError
 from fastlock.fold import Fold, FoldPlan, fold
-from fastlock.kernels.fold import certified, reference
+from fastlock.kernels.fold import reference
 from fastlock.kernels.fold.reference import HeadColumns
 
 HIDDEN, HEAD_DIM, HEADS = 1031, 128, (0, 2, 5)
@@ -71,19 +71,6 @@ def test_each_thread_folds_a_part_of_every_site(threads: int, monkeypatch: pytes
         return _fold(columns, *rest)
 
     monkeypatch.setattr(reference, "fold", noted)
-    fold(sites(torch.float64))
-    assert len(rows) == 2 * threads
-    assert sum(rows) == 2 * HIDDEN
-
-
-def test_every_thread_takes_the_quicker_way(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-
-    def noted(columns: HeadColumns, *rest: object, _fold=certified.fold) -> torch.Tensor:
-        rows.append(len(columns.matrix))
-        return _fold(columns, *rest)
-
-    monkeypatch.setattr(certified, "fold", noted)
     fold(sites(torch.bfloat16))
     assert len(rows) == 2 * threads
     assert sum(rows) == 2 * HIDDEN
@@ -93,13 +80,13 @@ def test_an_error_in_a_thread_is_raised_and_a_later_run_folds(threads: int, monk
     folds = sites(torch.float32)
     plan = FoldPlan(folds)
 
-    def broken(*site: object, _fold=certified.fold) -> torch.Tensor:
+    def broken(*site: object, _fold=reference.fold) -> torch.Tensor:
         if threads == 1 or threading.current_thread() is not threading.main_thread():
             raise MemoryError("no memory here")
         return _fold(*site)
 
     with monkeypatch.context() as patched:
-        patched.setattr(certified, "fold", broken)
+        patched.setattr(reference, "fold", broken)
         with pytest.raises(MemoryError, match="no memory here"):
             plan.run()
     plan.run()
