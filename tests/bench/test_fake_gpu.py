@@ -10,8 +10,6 @@ import pytest
 from bench.lib.steps import environment_of
 from tests.helpers.fake_gpu import processes
 
-pytestmark = pytest.mark.xdist_group("fake GPU")
-
 # Each is a line that must hold, or a comment on those after it.
 HOLDS = """
 x, host = torch.randn(3, 4, device="cuda"), torch.randn(3, 4)

@@ -11,8 +11,6 @@ from bench.ops.fold_counters import counters
 from bench.ops.fold_counters_report import REPORT as COUNTERS
 from fastlock.kernels.fold.variants import KINDS
 
-pytestmark = pytest.mark.xdist_group("fold kinds")
-
 DOCS = Path(__file__).parents[2] / "docs" / "fold-kernel.md"
 # A round number for each, in seconds and bytes.
 GPU = Gpu(bandwidth=1e9, latency=1e-3, near=1e-4, start=1e-2, instructions=1e-5, multiprocessors=2)

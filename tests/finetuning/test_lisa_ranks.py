@@ -12,7 +12,7 @@ from tests.finetuning.test_lisa_loops import BATCHES, SCHEDULE, STEPS, begin, lo
 from tests.helpers.families import same_state, state, tiny_model
 from tests.helpers.ranks import run_on_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lisa ranks")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

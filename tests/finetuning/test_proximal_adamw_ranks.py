@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.ranks import run_on_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("optimizer ranks")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from tests.finetuning.planted import FIRST, LAST, LAYERS, Planted, planted_model
 from tests.helpers.families import same_state, state, tiny_model
 from tests.helpers.words import Words
 
-pytestmark = pytest.mark.xdist_group("safety layers")
-
 PROMPTS = planted_prompts(borderline=100)
 
 

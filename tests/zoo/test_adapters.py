@@ -18,8 +18,6 @@ from fastlock.zoo.find import ADAPTER, CHECKPOINT, find_sources, shared_files
 from tests.helpers.adapters import save_adapter
 from tests.helpers.families import tiny_model
 
-pytestmark = pytest.mark.xdist_group("zoo of adapters")
-
 LORA = {"r": 4, "lora_alpha": 12}
 
 

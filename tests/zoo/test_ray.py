@@ -16,8 +16,6 @@ from fastlock.zoo import pools, tasks
 from fastlock.zoo import run as zoo
 from tests.helpers.families import random_lock, tiny_model
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture
 def zoo_of(tmp_path):

@@ -15,8 +15,6 @@ from fastlock.kernels.ahead_of_time import compile
 from fastlock.kernels.ahead_of_time.manifest import ARGUMENTS, SOURCES, read_manifest
 from tests.helpers.built import build_sample, reports_in
 
-pytestmark = pytest.mark.xdist_group("adapter fold cubins")
-
 BY_NAME = {variant.name: variant for variant in adapter_variants()}
 
 

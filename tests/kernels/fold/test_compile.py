@@ -21,8 +21,6 @@ from fastlock.kernels.fold import compile as build
 from fastlock.kernels.fold import triton_kernel as jit
 from tests.helpers.built import build_sample, reports_in
 
-pytestmark = pytest.mark.xdist_group("fold cubins")
-
 BY_NAME = {variant.name: variant for variant in variants.variants()}
 BF16_ROWS = variants.default_variant(torch.bfloat16, torch.bfloat16, 128, transposed=False, aligned=True)
 

@@ -15,8 +15,6 @@ from fastlock.kernels.proximal_step import triton_kernel as jit
 from fastlock.kernels.proximal_step import variants
 from tests.helpers.built import build_sample, reports_in
 
-pytestmark = pytest.mark.xdist_group("proximal step cubins")
-
 BY_NAME = {variant.name: variant for variant in build.every(90)}
 
 
