@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Two test processes on two cores: more threads than that only get in each other's way. The tests of a
-# file stay together: some share what takes long to make.
+# Two test processes on two cores: more threads than that only get in each other's way. The tests of a file stay
+# together: some share what takes long to make.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 # Further Triton versions for the kernels' tests: the oldest supported, and the newest.
