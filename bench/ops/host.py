@@ -47,7 +47,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cubins.LOADER, "choose", lambda variant, index: cubins.Choice(kernel, "it does nothing"))
     monkeypatch.setattr(cubins, "current_stream", lambda index: 0)
     monkeypatch.setattr(WAYS, "is_good", lambda kernel, index, way: True)
-    monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(kernels, "cuda_index", lambda device: 0)
     monkeypatch.setattr(fold_module, "_way", lambda weight: fold_module._ByKernel)
 
 

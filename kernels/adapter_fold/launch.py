@@ -20,6 +20,7 @@ from fastlock.kernels.adapter_fold.reference import LowRankSite
 from fastlock.kernels.adapter_fold.self_check import check_adapters
 from fastlock.kernels.adapter_fold.variants import DTYPES, MAX_RANK, SITE_FIELDS, VECTOR_BYTES, AdapterVariant
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.launchers import by_cubin, cuda_index, on_host, ways_of
 from fastlock.kernels.ahead_of_time.ways import WAYS
 
 # The most programs that CUDA lets a grid have in y.
@@ -92,7 +93,7 @@ def build_table(sites: Sequence[LowRankSite], out: Sequence[torch.Tensor]) -> Ad
     """
     variant, device = _checked(sites, out)
     check = partial(_passes, variant, device)
-    launcher = WAYS.first(variant.name, _cuda_index(device), _ways(variant, device), check)
+    launcher = WAYS.first(variant.name, cuda_index(device), _ways(variant, device), check)
     return _table(sites, out, variant, launcher)
 
 
@@ -140,7 +141,7 @@ def _table(
     device = out[0].device
     in_z = -(-len(rows) // MOST_IN_Y)
     grid = -(-max(map(len, out)) // variant.block_rows), -(-len(rows) // in_z), in_z
-    flags = _on_host(1 + len(rows), torch.int32, device).zero_()
+    flags = on_host(1 + len(rows), torch.int32, device).zero_()
     rows += [[0] * SITE_FIELDS] * (grid[1] * grid[2] - len(rows))
     arguments = (*_packed(rows, heads, values, device), flags)
     return AdapterTable(*arguments, variant, grid, launcher(arguments, grid))
@@ -164,7 +165,7 @@ def _packed(
     of_sites = SITE_FIELDS * len(rows)
     of_heads = len(heads) + len(heads) % 2
     numbers = torch.cat([of_layer.flatten() for of_layer in values])
-    host = _on_host(of_sites + of_heads + (len(numbers) + 1) // 2, torch.int64, device)
+    host = on_host(of_sites + of_heads + (len(numbers) + 1) // 2, torch.int64, device)
     host[:of_sites] = torch.tensor(rows, dtype=torch.int64, device="cpu").flatten()
     host[of_sites : of_sites + len(heads)] = torch.tensor(heads, dtype=torch.int64, device="cpu")
     host[of_sites + of_heads :].view(torch.float32)[: len(numbers)] = numbers
@@ -178,18 +179,9 @@ def _packed(
 
 def _ways(variant: AdapterVariant, device: torch.device) -> dict[str, Launcher]:
     """How a variant may be launched, best first: by its cubin with arguments packed, or by Triton's JIT."""
-    ways: dict[str, Launcher] = {}
-    index = _cuda_index(device)
-    kernel = None if index is None else cubins.LOADER.choose(variant.name, index).kernel
-    if kernel is not None:
-        ways["cubin"] = partial(_by_cubin, kernel)
-    if importlib.util.find_spec("triton") is not None:
-        ways["jit"] = partial(_by_jit, variant)
-    return ways
-
-
-def _by_cubin(kernel: cubins.Kernel, arguments: Arguments, grid: tuple[int, int, int]) -> Callable[[], None]:
-    return kernel.launcher(grid, [argument.data_ptr() for argument in arguments])
+    has_triton = importlib.util.find_spec("triton") is not None
+    by_jit = partial(_by_jit, variant) if has_triton else None
+    return ways_of(variant.name, cuda_index(device), by_cubin, by_jit)
 
 
 def _by_jit(variant: AdapterVariant, arguments: Arguments, grid: tuple[int, int, int]) -> Callable[[], None]:
@@ -197,7 +189,7 @@ def _by_jit(variant: AdapterVariant, arguments: Arguments, grid: tuple[int, int,
 
 
 def _launch_jit(arguments: Arguments, variant: AdapterVariant, grid: tuple[int, int, int], process: int) -> None:
-    if os.getpid() != process and _cuda_index(arguments[0].device) is not None:
+    if os.getpid() != process and cuda_index(arguments[0].device) is not None:
         raise cubins.forked()
     from fastlock.kernels.adapter_fold import triton_kernel as jit
 
@@ -235,7 +227,7 @@ def _checked(sites: Sequence[LowRankSite], out: Sequence[torch.Tensor]) -> tuple
 def _check_device(device: torch.device) -> None:
     if not runs_on(device) and not _interpreted():
         raise UnsupportedError(f"the adapters are on {device}; the kernel for adapters runs on a CUDA device.")
-    if _cuda_index(device) is not None and cubins.interpreting():
+    if cuda_index(device) is not None and cubins.interpreting():
         raise FastlockError(
             f"TRITON_INTERPRET is set, which makes Triton run on the CPU, but the adapters are on {device}. Unset it, "
             "or move them to the CPU."
@@ -272,13 +264,3 @@ def _interpreted() -> bool:
     except ImportError:
         return False
     return jit.INTERPRETED
-
-
-def _cuda_index(device: torch.device) -> int | None:
-    """torch's index of a CUDA device; None for any other device."""
-    return device.index if device.type == "cuda" else None
-
-
-def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers in the host's memory, [length], for a device: pinned for CUDA, whose kernels can write to them."""
-    return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")

@@ -15,6 +15,7 @@ import torch
 
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.launchers import by_cubin, cuda_index, on_host, ways_of
 from fastlock.kernels.ahead_of_time.ways import WAYS
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.kernels.fold.self_check import check_fold
@@ -69,7 +70,7 @@ class Table:
         Args:
             values: of each site, [its heads, head_dim] float64 or float32 on the CPU, as in `fold_sites`.
         """
-        host = _on_host(self.values.numel(), torch.float32, self.values.device)
+        host = on_host(self.values.numel(), torch.float32, self.values.device)
         host.copy_(torch.cat(list(values)).flatten())
         self.values.copy_(host.view(self.values.shape), non_blocking=True)
 
@@ -143,7 +144,7 @@ def build_table(
     arguments, variant, grid = _packed(columns, values, biases, out, kind)
     device = arguments[0].device
     check = partial(_passes, columns, biases, variant)
-    launcher = WAYS.first(f"fold {variant.name}", _cuda_index(device), _ways(variant, device), check)
+    launcher = WAYS.first(f"fold {variant.name}", cuda_index(device), _ways(variant, device), check)
     return Table(*arguments, variant, grid, launcher(arguments, grid))
 
 
@@ -186,7 +187,7 @@ def _packed(
         rows[-1] += [len(heads) + (site << 32), 0 if bias is None else bias.data_ptr(), result.data_ptr()]
     variant = variant or _variant_for(weights, addresses, out[0].dtype, values[0].shape[1], transposed, kind)
     device = weights[0].device
-    flags = _on_host(1 + len(rows), torch.int32, device).zero_()
+    flags = on_host(1 + len(rows), torch.int32, device).zero_()
     grid = _grid(max(weight.shape[0] for weight in weights), len(rows), variant)
     rows.sort(key=lambda row: row[COUNT_AND_SITE] & 0xFFFFFFFF, reverse=True)
     rows += [[0] * SITE_FIELDS] * (grid[1] * grid[2] - len(rows))
@@ -240,17 +241,7 @@ Launcher: TypeAlias = Callable[[Arguments, tuple[int, int, int]], Callable[[], N
 
 def _ways(variant: Variant, device: torch.device) -> dict[str, Launcher]:
     """How a variant may be launched on a device, best first: by its cubin with arguments packed, or by Triton's JIT."""
-    ways: dict[str, Launcher] = {}
-    index = _cuda_index(device)
-    kernel = None if index is None else cubins.LOADER.choose(variant.name, index).kernel
-    if kernel is not None:
-        ways["cubin"] = partial(_by_cubin, kernel)
-    ways["jit"] = partial(_by_jit, variant)
-    return ways
-
-
-def _by_cubin(kernel: cubins.Kernel, arguments: Arguments, grid: tuple[int, int, int]) -> Callable[[], None]:
-    return kernel.launcher(grid, [argument.data_ptr() for argument in arguments])
+    return ways_of(variant.name, cuda_index(device), by_cubin, partial(_by_jit, variant))
 
 
 def _by_jit(variant: Variant, arguments: Arguments, grid: tuple[int, int, int]) -> Callable[[], None]:
@@ -258,7 +249,7 @@ def _by_jit(variant: Variant, arguments: Arguments, grid: tuple[int, int, int]) 
 
 
 def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, grid: tuple[int, int, int], process: int) -> None:
-    if os.getpid() != process and _cuda_index(arguments[0].device) is not None:
+    if os.getpid() != process and cuda_index(arguments[0].device) is not None:
         raise cubins.forked()
     try:
         from fastlock.kernels.fold import triton_kernel as jit
@@ -283,7 +274,7 @@ def _pack(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sites, heads and values of a table as views of one buffer on the device, each at a multiple of 16 bytes."""
     numbers = rows + addresses + [0] * (len(addresses) % 2)  # a row of sites is 64 bytes, and two int64 are 16
-    host = _on_host(len(numbers) + (values.numel() + 1) // 2, torch.int64, device)
+    host = on_host(len(numbers) + (values.numel() + 1) // 2, torch.int64, device)
     host[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     host[len(numbers) :].view(torch.float32)[: values.numel()] = values.flatten()
     table = host.to(device, non_blocking=True)
@@ -292,16 +283,6 @@ def _pack(
         table[len(rows) : len(rows) + len(addresses)],
         table[len(numbers) :].view(torch.float32)[: values.numel()].view(values.shape),
     )
-
-
-def _on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers in the host's memory, [length], for a device: pinned for CUDA, which then reads and writes them itself.
-
-    CUDA C++ Programming Guide, "Unified Virtual Address Space": a kernel may use such an address unchanged. torch does
-    not hand pinned memory out again before the copies from it have run, even if the tensor is gone by then; of kernels
-    that write to it torch knows nothing.
-    """
-    return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _check(
@@ -334,12 +315,12 @@ def _check_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> No
     """There is a kernel for such weights, and it can run where they are."""
     if dtype not in DTYPES:
         raise UnsupportedError(f"the fold kernel reads float16, bfloat16 and float32 weights, not {dtype}.")
-    if _cuda_index(device) is not None and cubins.interpreting():
+    if cuda_index(device) is not None and cubins.interpreting():
         raise FastlockError(
             f"TRITON_INTERPRET is set, which makes Triton run on the CPU, but the weights are on {device}. Unset it, "
             "or move them to the CPU."
         )
-    if _cuda_index(device) is None and not _interpreted():
+    if cuda_index(device) is None and not _interpreted():
         raise UnsupportedError(f"the weights are on {device}; the fold kernel runs on a CUDA device.")
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise UnsupportedError(f"head_dim is {head_dim}; the fold kernel takes 1 to {MAX_HEAD_DIM}.")
@@ -354,11 +335,6 @@ def _check_heads(columns: HeadColumns, values: torch.Tensor, head_dim: int, site
         raise FastlockError(
             f"site {site}: heads of {head_dim} columns start at {list(starts)}, but the weight has {width} columns."
         )
-
-
-def _cuda_index(device: torch.device) -> int | None:
-    """torch's index of a CUDA device; None for any other device."""
-    return device.index if device.type == "cuda" else None
 
 
 def _interpreted() -> bool:

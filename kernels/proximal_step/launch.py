@@ -16,6 +16,7 @@ import torch
 
 from fastlock.errors import FastlockError
 from fastlock.kernels.ahead_of_time import cubins
+from fastlock.kernels.ahead_of_time.launchers import cuda_index, on_host, ways_of
 from fastlock.kernels.ahead_of_time.ways import WAYS, NoWayError
 from fastlock.kernels.proximal_step.reference import StepSettings, StepTensors, key_of
 from fastlock.kernels.proximal_step.self_check import check_norm, check_step
@@ -83,7 +84,7 @@ def has_kernels(device: torch.device) -> bool:
 
 def why_not(variant: Variant, device: torch.device) -> str | None:
     """What keeps a kernel from running on a device, as a clause; None if it can run, for which it is tried out once."""
-    if _cuda_index(device) is not None and cubins.interpreting():
+    if cuda_index(device) is not None and cubins.interpreting():
         return "TRITON_INTERPRET is set"
     try:
         launcher_of(variant, device)
@@ -98,7 +99,7 @@ def launcher_of(variant: Variant, device: torch.device) -> Launcher:
     Raises:
         NoWayError: none is.
     """
-    return WAYS.first(variant.name, _cuda_index(device), _ways(variant, device), partial(_check, variant, device))
+    return WAYS.first(variant.name, cuda_index(device), _ways(variant, device), partial(_check, variant, device))
 
 
 class StepTable:
@@ -246,24 +247,11 @@ def scalars_of(settings: StepSettings, step: float) -> list[float]:
     return row + [0.0] * (SCALAR_FIELDS - len(row))
 
 
-def on_host(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers in the host's memory, [length], to be copied to a device: pinned for CUDA.
-
-    torch does not hand pinned memory out again before the copies from it have run, even if the tensor is gone by then.
-    """
-    return torch.empty(length, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-
-
 def _ways(variant: Variant, device: torch.device) -> dict[str, Launcher]:
     """How a variant may be launched, best first: by its cubin with arguments packed, or by Triton's JIT."""
-    ways: dict[str, Launcher] = {}
-    index = _cuda_index(device)
-    kernel = None if index is None else cubins.LOADER.choose(variant.name, index).kernel
-    if kernel is not None:
-        ways["cubin"] = partial(_by_cubin, kernel)
-    if importlib.util.find_spec("triton") is not None:
-        ways["jit"] = partial(_by_jit, variant)
-    return ways
+    has_triton = importlib.util.find_spec("triton") is not None
+    by_jit = partial(_by_jit, variant) if has_triton else None
+    return ways_of(variant.name, cuda_index(device), _by_cubin, by_jit)
 
 
 def _by_cubin(kernel: cubins.Kernel, arguments: Sequence[torch.Tensor], programs: int) -> Callable[[], None]:
@@ -275,7 +263,7 @@ def _by_jit(variant: Variant, arguments: Sequence[torch.Tensor], programs: int) 
 
 
 def _launch_jit(arguments: Sequence[torch.Tensor], variant: Variant, programs: int, process: int) -> None:
-    if os.getpid() != process and _cuda_index(arguments[0].device) is not None:
+    if os.getpid() != process and cuda_index(arguments[0].device) is not None:
         raise cubins.forked()
     from fastlock.kernels.proximal_step import triton_kernel as jit
 
@@ -296,11 +284,6 @@ def _check(variant: Variant, device: torch.device, launcher: Launcher) -> bool:
         return tensors[0].weight
 
     return check_norm(run, step, device) if of_norm else check_step(run, step, device)
-
-
-def _cuda_index(device: torch.device) -> int | None:
-    """torch's index of a CUDA device; None for any other device."""
-    return device.index if device.type == "cuda" else None
 
 
 def _chunks(lengths: list[int], block: int) -> torch.Tensor:

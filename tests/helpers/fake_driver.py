@@ -264,7 +264,7 @@ def install(monkeypatch, folder, library: FakeDriver, checked: bool = False) -> 
     monkeypatch.setattr(cubins.LOADER, "folder", folder)
     monkeypatch.setattr(cubins, "current_stream", lambda index: STREAM + index)
     monkeypatch.setattr(driver, "open_library", lambda: library)
-    monkeypatch.setattr(fold, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(fold, "cuda_index", lambda device: 0)
     monkeypatch.setattr(launch_paths, "device_of", lambda index: torch.device("cpu"))
     cubins.LOADER.forget()
     fresh = Ways()

@@ -136,7 +136,7 @@ def test_each_device_has_its_own_module(monkeypatch, folder: Path) -> None:
     assert kernels[0].function != kernels[1].function
     assert cubins.LOADER.choose(BF16_ROWS.name, 2).reason == "no cubin runs on compute capability 7.5, only on sm_90a"
     assert cubins.LOADER.choose(BF16_ROWS.name, 3).kernel is None
-    monkeypatch.setattr(fold, "_cuda_index", lambda device: 1)
+    monkeypatch.setattr(fold, "cuda_index", lambda device: 1)
     fold.launch(table_of(make_site(40, 64, (0,), torch.float32)))
     assert (library.launches[0].stream, library.launches[0].context) == (
         fake_driver.STREAM + 1,

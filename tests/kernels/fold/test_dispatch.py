@@ -212,7 +212,7 @@ def test_a_lock_of_other_heads_is_a_new_beginning(launches: list[int]) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
 def test_the_interpreter_is_not_given_addresses_of_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(kernels, "cuda_index", lambda device: 0)
     weight, out = torch.randn(4, 16), torch.full((4,), math.nan)
     with pytest.raises(fastlock.FastlockError, match="TRITON_INTERPRET is set"):
         kernels.fold_sites([HeadColumns(weight, (0,))], [torch.randn(1, 8)], [None], [out])
@@ -222,7 +222,7 @@ def test_the_interpreter_is_not_given_addresses_of_a_gpu(monkeypatch) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends that there is a GPU")
 def test_no_launch_by_triton_after_a_fork(monkeypatch) -> None:
     table = kernels.build_table([HeadColumns(torch.randn(4, 16), (0,))], [torch.randn(1, 8)], [None], [torch.empty(4)])
-    monkeypatch.setattr(kernels, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(kernels, "cuda_index", lambda device: 0)
     monkeypatch.setattr(kernels.os, "getpid", lambda: -1)
     with pytest.raises(fastlock.FastlockError, match="was forked"):
         kernels.launch(table)

@@ -403,6 +403,6 @@ def test_cubins_come_before_triton(monkeypatch) -> None:
 
 def test_a_forked_process_launches_nothing(monkeypatch) -> None:
     arguments = [torch.zeros(1)]
-    monkeypatch.setattr(launch, "_cuda_index", lambda device: 0)
+    monkeypatch.setattr(launch, "cuda_index", lambda device: 0)
     with pytest.raises(FastlockError, match="forked"):
         launch._launch_jit(arguments, VARIANTS[0], 1, process=-1)
