@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 
 from bench.disk.zoo import Memory, span
 from bench.lib.printed import PrintedTable, say
+from bench.lib.shares import rate_of_shares
 from bench.lib.sparse_checkpoints import SHAPES, Shape, lock_for, sparse_checkpoint
 from fastlock import Lock
 from fastlock.checkpoints.adapters.relocked_base import open_base
@@ -118,17 +118,9 @@ def rate_of(
     processes: int, folder: Path, base: Path, count: int, stacks: tuple[str, ...], carrier: str | None
 ) -> float:
     """Adapters a second of processes that relock their share one after the other."""
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.SimpleQueue()
-    arguments = (folder, base, count, stacks, carrier)
-    started = [context.Process(target=share, args=(*arguments, rank, processes, results)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    spans = [results.get() for _ in started]
-    for process in started:
-        process.join()
+    rate = rate_of_shares(share, (folder, base, count, stacks, carrier), processes, count)
     shutil.rmtree(folder / "alone")
-    return float(count / (max(end for _, end in spans) - min(start for start, _ in spans)))
+    return rate
 
 
 def share(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.lib.printed import PrintedTable, say
+from bench.lib.shares import rate_of_shares
 from bench.lib.sparse_checkpoints import sparse_checkpoint
 from fastlock import Lock, relock_checkpoint
 from fastlock.zoo.run import Summary, relock_zoo
@@ -108,24 +109,14 @@ def make(directory: Path, shape: str, lock: Lock, seed: int) -> None:
 
 def rate_of(processes: int, folder: Path, lock: Lock, count: int) -> float:
     """Checkpoints per second of that many processes that relock their share one after the other."""
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(processes)
-    results: Any = context.SimpleQueue()
     lock.save(folder / "lock.safetensors")
-    started = [
-        context.Process(target=relock_share, args=(folder, rank, processes, count, ready, results))
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
-    spans = [results.get() for _ in started]
-    for process in started:
-        process.join()
+    ready = multiprocessing.get_context("spawn").Barrier(processes)
+    rate = rate_of_shares(relock_share, (folder, count, ready), processes, count)
     shutil.rmtree(folder / "alone")
-    return float(count / (max(end for _, end in spans) - min(start for start, _ in spans)))
+    return rate
 
 
-def relock_share(folder: Path, rank: int, processes: int, count: int, ready: Any, results: Any) -> None:
+def relock_share(folder: Path, count: int, ready: Any, rank: int, processes: int, results: Any) -> None:
     torch.set_num_threads(1)
     lock = Lock.load(folder / "lock.safetensors")
     relock_checkpoint(folder / "zoo" / "0000", lock, folder / "alone" / f"warm{rank}")
