@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, MAX_CONFIG_BYTES
-from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in
 from fastlock.checkpoints.adapters.relocked_base import open_base
@@ -23,6 +22,7 @@ from fastlock.storage.new_directory import check_paths, place_of_making
 from fastlock.storage.places import as_path, as_place, files_in
 from fastlock.verification import verify_over
 from fastlock.zoo.bases import ZooBase, base_of
+from fastlock.zoo.existing import why_not_this_relock
 
 T = TypeVar("T")
 # A base takes seconds to relock; whoever waits looks this often, and at most so long.
@@ -71,16 +71,8 @@ def why_adapter_is_not_done(out: str, lock: Lock, strength: float, settings: Ada
         UnsupportedError, DamagedError: its receipt cannot be read.
     """
     receipt = adapter_receipt_in(files_in(as_place(out)), out)
-    if receipt is None:
-        return "without a lock"
-    if receipt.lock_digest != lock.digest:
-        return "with another lock"
-    if receipt.strength != strength:
-        return f"with the lock at strength {receipt.strength:g}"
-    return _why_in_another_form(receipt, settings)
-
-
-def _why_in_another_form(receipt: AdapterReceipt, settings: AdapterSettings) -> str | None:
+    if (state := why_not_this_relock(receipt, lock, strength)) is not None or receipt is None:
+        return state
     if settings.carrier is not None and receipt.carrier != settings.carrier:
         return f"with the lock in another carrier ({receipt.carrier})"
     if receipt.allowed_gap is not None and (settings.gap is None or receipt.allowed_gap > settings.gap):
@@ -98,11 +90,6 @@ def named_base(source: str) -> str | None:
         raise FastlockError(f"{place}: is not there any more. Run it again when nothing changes the zoo.")
     named = parse_object(read_all(files[ADAPTER_CONFIG], place, MAX_CONFIG_BYTES), place).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
-
-
-def is_adapter_there(directory: str) -> bool:
-    """Whether a directory holds an adapter, and no model."""
-    return holds_adapter_only(files_in(as_place(directory)))
 
 
 # Of this process: the bases of a run are few, and each takes some hundred kilobytes.

@@ -96,14 +96,10 @@ def base_of(adapter: str, named: str | None, bases: Sequence[ZooBase]) -> ZooBas
         FastlockError: it is of none of them, or which one cannot be told.
     """
     calls = f"is of the base {shown(named)[:200]!a}" if named else "names no base"
-    if not bases and not named:
-        raise FastlockError(
-            f"{adapter}: is an adapter, which is relocked over its base, and names none. Give the base's directory: "
-            "--base DIR."
-        )
     if not bases:
+        what, which = (calls, "that") if named else ("names none", "the")
         raise FastlockError(
-            f"{adapter}: is an adapter, which is relocked over its base, and {calls}. Give that base's directory: "
+            f"{adapter}: is an adapter, which is relocked over its base, and {what}. Give {which} base's directory: "
             "--base DIR."
         )
     fitting = _named_so(named, bases) if named else list(bases)

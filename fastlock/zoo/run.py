@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
-from fastlock.checkpoints.adapters.carriers.table import CARRIERS_OF_ADAPTERS
+from fastlock.checkpoints.adapters.carriers.table import checked_carrier
 from fastlock.checkpoints.adapters.relocking import checked_gap
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock, check_lock, strength_for
@@ -140,7 +140,7 @@ def relock_zoo(
         copy=copy,
         geometries=tuple(geometry(place) for _, place in places_of(base)),
         bases=adapter_bases(base, root),
-        carrier=_checked_carrier(carrier),
+        carrier=checked_carrier(carrier),
         gap=checked_gap(gap),
     )
     name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
@@ -188,12 +188,6 @@ def verify_zoo(
     finally:
         pool.stop()
     return summary
-
-
-def _checked_carrier(carrier: str | None) -> str | None:
-    if carrier is not None and carrier not in CARRIERS_OF_ADAPTERS:
-        raise FastlockError(f"carrier {carrier!r}: there is none; choose one of {', '.join(CARRIERS_OF_ADAPTERS)}.")
-    return carrier
 
 
 def _root(out: str | os.PathLike[str]) -> Place:

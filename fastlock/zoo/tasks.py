@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastlock.architectures.families import head_geometry
+from fastlock.checkpoints.adapters.adapter_files import is_adapter
 from fastlock.checkpoints.adapters.carriers.merge import ADAPTER_MERGE
 from fastlock.checkpoints.adapters.relocking import AdapterSettings
 from fastlock.checkpoints.config import transformers_config
@@ -28,8 +29,9 @@ from fastlock.storage.files import CONFIG, parse_object, read_all
 from fastlock.storage.places import as_place, below, file_at, is_there
 from fastlock.storage.traffic import TRAFFIC
 from fastlock.verification import verify
-from fastlock.zoo.adapters import is_adapter_there, relock_adapter_over, verify_adapter_over, why_adapter_is_not_done
+from fastlock.zoo.adapters import relock_adapter_over, verify_adapter_over, why_adapter_is_not_done
 from fastlock.zoo.bases import ZooBase
+from fastlock.zoo.existing import in_the_way, why_not_this_relock
 from fastlock.zoo.find import ADAPTER, CHECKPOINT
 
 RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
@@ -221,29 +223,17 @@ def _relock_adapter(job: Job, task: Task) -> Result:
 
 
 def _adapter_already_there(job: Job, out: str) -> tuple[str, str]:
-    if not is_adapter_there(out):  # it was merged into its base, and is a checkpoint now
+    if not is_adapter(out):  # it was merged into its base, and is a checkpoint now
         return _already_there(job, out)
     state = why_adapter_is_not_done(out, _lock(job.lock), job.strength, job.of_adapters)
-    return (DONE_ALREADY, "") if state is None else (FAILED, _in_the_way(out, state))
+    return (DONE_ALREADY, "") if state is None else (FAILED, in_the_way(out, state))
 
 
 def _already_there(job: Job, out: str) -> tuple[str, str]:
-    receipt = read_receipt(out)
-    if receipt is None:
-        state = "without a lock"
-    elif receipt.lock_digest != _lock(job.lock).digest:
-        state = "with another lock"
-    elif receipt.strength != job.strength:
-        state = f"with the lock at strength {receipt.strength:g}"
-    elif idle := [finding.stack for finding in doctor(out, job.stacks) if not finding.acts]:
+    state = why_not_this_relock(read_receipt(out), _lock(job.lock), job.strength)
+    if state is None and (idle := [finding.stack for finding in doctor(out, job.stacks) if not finding.acts]):
         state = f"in a form that {' and '.join(idle)} would drop"
-    else:
-        return DONE_ALREADY, ""
-    return FAILED, _in_the_way(out, state)
-
-
-def _in_the_way(out: str, state: str) -> str:
-    return f"{out}: already exists, {state}. Remove it first, or choose another directory for all of them."
+    return (DONE_ALREADY, "") if state is None else (FAILED, in_the_way(out, state))
 
 
 def _differs(source: str, base: dict[str, Any]) -> str:

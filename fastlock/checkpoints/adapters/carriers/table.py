@@ -13,6 +13,17 @@ from fastlock.errors import FastlockError, UnsupportedError
 CARRIERS_OF_ADAPTERS = {carrier.name: carrier for carrier in (BASE_BIAS, ADAPTER_BIAS, ADAPTER_SIDECAR, ADAPTER_MERGE)}
 
 
+def checked_carrier(name: str | None) -> str | None:
+    """The name of a carrier, None for whatever fits.
+
+    Raises:
+        FastlockError: there is no such carrier.
+    """
+    if name is not None and name not in CARRIERS_OF_ADAPTERS:
+        raise FastlockError(f"carrier {name!r}: there is none; choose one of {', '.join(CARRIERS_OF_ADAPTERS)}.")
+    return name
+
+
 def choose_adapter_carrier(job: AdapterJob, stacks: tuple[str, ...], name: str | None = None) -> AdapterCarrier:
     """The first carrier that keeps the lock exactly in every one of these stacks; or the one that is asked for.
 
@@ -25,8 +36,7 @@ def choose_adapter_carrier(job: AdapterJob, stacks: tuple[str, ...], name: str |
         UnsupportedError: none does, or not the one that is asked for; it says why, and what would work.
         FastlockError: there is no such carrier.
     """
-    if name is not None and name not in CARRIERS_OF_ADAPTERS:
-        raise FastlockError(f"carrier {name!r}: there is none; choose one of {', '.join(CARRIERS_OF_ADAPTERS)}.")
+    checked_carrier(name)
     if name == ADAPTER_SIDECAR.name:  # acts in no stack, and is there for servers that no table knows
         if job.base.saved is not None:
             raise _none(job, stacks, (ADAPTER_SIDECAR,))
