@@ -259,9 +259,7 @@ def _verify_adapter(found: AdapterEvidence, lock: Lock) -> Verification:
     if in_base if found.receipt is None else found.receipt.carrier == "base bias":
         verification = _verify_over_base(found, lock)
     else:
-        evidence = [SiteEvidence(b.layer, b.fold, b.size, b.terms, b.dtype, b.bias) for b in found.biases]
-        before = {b.layer: b.original for b in found.biases}
-        verification = judge(evidence, lock, found.receipt, lambda _: before, lambda _: found.problem)
+        verification = judge(list(found.sites), lock, found.receipt, lambda _: found.originals, lambda _: found.problem)
     reasons = [verification.reason]
     if found.problem is not None and verification.state != "locked" and found.problem not in reasons:
         reasons.append(found.problem)

@@ -12,11 +12,11 @@ import torch
 from fastlock.architectures.adapter_stacks import ADAPTER_STACKS, why_refused
 from fastlock.architectures.families import head_geometry
 from fastlock.checkpoints.adapters.adapter import Adapter, open_adapter
-from fastlock.checkpoints.adapters.carriers.base_bias import largest_gap
+from fastlock.checkpoints.adapters.carriers.base_bias import largest_gap, listed
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterJob, OpenedBase
 from fastlock.checkpoints.adapters.carriers.table import CARRIERS_OF_ADAPTERS, fitting_stacks
-from fastlock.checkpoints.adapters.merging import MAX_NUMBER
-from fastlock.checkpoints.adapters.methods.patterns import value_for
+from fastlock.checkpoints.adapters.methods.lora_scales import alpha_in, peft_scale, stack_scale
+from fastlock.checkpoints.adapters.methods.method import MAX_NUMBER
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in
 from fastlock.checkpoints.adapters.relocked_base import base_of_adapter, open_base
 from fastlock.checkpoints.checkpoint import Checkpoint
@@ -198,15 +198,14 @@ def _served_otherwise(adapter: Adapter, stack: str) -> Iterator[str]:
     for path, parameters in adapter.modules.items():
         if (a := parameters.get("lora_A.weight")) is None or not a.shape or not a.shape[0]:
             continue
-        alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
+        alpha = alpha_in(config, path, adapter.where)
         said: tuple[Any, ...] = (alpha, config.get("r"), config.get("lora_alpha"))
         numbers = [float(number) for number in said if type(number) in (int, float) and 0 < abs(number) < MAX_NUMBER]
         if len(numbers) < 3:
             return
         own, whole, known = numbers
         rank = a.shape[0]
-        of_peft = own / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        of_stack = known / (whole if scaling == "sglang" else rank)
+        of_peft, of_stack = peft_scale(config, own, rank), stack_scale(scaling, known, whole, rank)
         if of_peft != of_stack:
             yield (
                 f"{stack} serves the adapter itself otherwise than PEFT, {shown(path)[:120]} with s = {of_stack:g} "
@@ -218,8 +217,7 @@ def _served_otherwise(adapter: Adapter, stack: str) -> Iterator[str]:
 def _listed(layers: list[int], kind: str) -> str:
     if not layers:
         return f"no {kind}output projection"
-    more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
-    return f"the output projections of layers {', '.join(map(str, layers[:8]))}{more}"
+    return f"the output projections of layers {listed(layers)}"
 
 
 def _either(names: tuple[str, ...]) -> str:

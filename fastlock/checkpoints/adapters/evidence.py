@@ -13,38 +13,16 @@ from fastlock.checkpoints.adapters.adapter_files import SIDECAR
 from fastlock.checkpoints.adapters.carriers.adapter_bias import LORA_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, fold_adapter
-from fastlock.checkpoints.adapters.methods.method import Scaling
+from fastlock.checkpoints.adapters.methods.method import SCALINGS, Scaling
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in, rewritten_since
 from fastlock.checkpoints.adapters.relocked_base import base_of_adapter, open_base
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.tensor_index import read_header
 from fastlock.errors import FastlockError, UnsupportedError, shown
+from fastlock.judgement import SiteEvidence
 from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import weights_digest
-
-
-@dataclass(frozen=True)
-class BiasAtLayer:
-    """What an adapter holds at one locked layer.
-
-    Attributes:
-        layer: the decoder layer.
-        bias: what is there, [hidden], None where nothing is.
-        original: what was there before, None where nothing was.
-        fold: what the displacement of strength 1 asks for there, [hidden] float64: f, or f / s in a LoRA.
-        size: the sum of the magnitudes of the products in it, [hidden] float64.
-        terms: how many these are.
-        dtype: of the bias.
-    """
-
-    layer: int
-    bias: torch.Tensor | None
-    original: torch.Tensor | None
-    fold: torch.Tensor
-    size: torch.Tensor
-    terms: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -54,7 +32,9 @@ class AdapterEvidence:
     Attributes:
         receipt: the adapter's, None where it has none.
         base: the base's directory or URL, and what it is.
-        biases: at each locked layer, in a carrier that has them in the adapter's own directory; none in the base's.
+        sites: what is at each locked layer, in a carrier that has its biases in the adapter's own directory; in the
+            base's none. A fold is f, or f / s in a LoRA.
+        originals: what the biases were before, by layer, where one was.
         folds: the adapter's, at strength 1.
         problem: what else is wrong, as a clause; None where nothing is.
         note: what else there is to say, as a clause; None where there is nothing.
@@ -62,7 +42,8 @@ class AdapterEvidence:
 
     receipt: AdapterReceipt | None
     base: OpenedBase
-    biases: tuple[BiasAtLayer, ...]
+    sites: tuple[SiteEvidence, ...]
+    originals: dict[int, torch.Tensor | None]
     folds: AdapterFolds
     problem: str | None
     note: str | None
@@ -88,14 +69,16 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
     opened = base if isinstance(base, OpenedBase) else _opened(adapter, receipt, base, lock)
     scaling = "peft" if receipt is None or receipt.scaling is None else receipt.scaling
     folds = fold_adapter(adapter, opened.part.checkpoint, lock, 1.0, _scaling(scaling, where), part=opened.part)
-    biases: tuple[BiasAtLayer, ...] = ()
+    sites: tuple[SiteEvidence, ...] = ()
+    originals: dict[int, torch.Tensor | None] = {}
     if receipt is None or receipt.carrier == "adapter bias":
-        biases = tuple(_in_adapter(folds, fold, receipt) for fold in folds)
+        sites = tuple(_in_adapter(folds, fold) for fold in folds)
+        originals = {} if receipt is None else {site.layer: _original(site, receipt) for site in sites}
     elif receipt.carrier == "sidecar":
-        biases = _in_sidecar(files, folds, receipt, where)
+        sites = _in_sidecar(files, folds, receipt, where)
     adapter.check_unchanged()
     return AdapterEvidence(
-        receipt, opened, biases, folds, _problem(folds, opened, receipt), _note(files, receipt, where)
+        receipt, opened, sites, originals, folds, _problem(folds, opened, receipt), _note(files, receipt, where)
     )
 
 
@@ -107,10 +90,10 @@ def _opened(adapter: Adapter, receipt: AdapterReceipt | None, base: Any, lock: L
 
 
 def _scaling(name: str, where: str) -> Scaling:
-    known: dict[str, Scaling] = {"peft": "peft", "sglang": "sglang", "llama.cpp": "llama.cpp"}
-    if name not in known:
-        raise UnsupportedError(f"{where}: its receipt names the scaling {name[:40]!a}. Upgrade fastlock.")
-    return known[name]
+    for known in SCALINGS:
+        if name == known:
+            return known
+    raise UnsupportedError(f"{where}: its receipt names the scaling {name[:40]!a}. Upgrade fastlock.")
 
 
 def _size(folds: AdapterFolds, fold: AdapterFold) -> torch.Tensor:
@@ -118,27 +101,30 @@ def _size(folds: AdapterFolds, fold: AdapterFold) -> torch.Tensor:
     return folds.part.magnitudes[fold.layer] + (fold.bias - fold.base_part).abs()
 
 
-def _in_adapter(folds: AdapterFolds, fold: AdapterFold, receipt: AdapterReceipt | None) -> BiasAtLayer:
+def _in_adapter(folds: AdapterFolds, fold: AdapterFold) -> SiteEvidence:
     adapter, scale = folds.adapter, 1.0 if fold.scale is None or fold.scale == 0 else fold.scale
     stored = fold.parameters.get(LORA_BIAS)
     bias = None if stored is None or not adapter.config.get("lora_bias") else adapter.read(stored)
     dtype = torch.float32 if bias is None else bias.dtype
-    original = None
-    if receipt is not None and fold.layer in receipt.original_biases and bias is not None:
-        data = receipt.original_biases[fold.layer]
-        if len(data) == bias.nbytes:
-            original = torch.frombuffer(bytearray(data), dtype=dtype)
     terms = folds.part.displacements[fold.layer].values.numel() + 1
     size = _size(folds, fold) / abs(scale)
-    return BiasAtLayer(fold.layer, bias, original, fold.bias / scale, size, terms, dtype)
+    return SiteEvidence(fold.layer, fold.bias / scale, size, terms, dtype, bias)
+
+
+def _original(site: SiteEvidence, receipt: AdapterReceipt) -> torch.Tensor | None:
+    """The bias that an adapter had at a site before; None where its receipt has none that fits."""
+    data = receipt.original_biases.get(site.layer)
+    if data is None or site.bias is None or len(data) != site.bias.nbytes:
+        return None
+    return torch.frombuffer(bytearray(data), dtype=site.dtype)
 
 
 def _in_sidecar(
     files: Mapping[str, Any], folds: AdapterFolds, receipt: AdapterReceipt, where: str
-) -> tuple[BiasAtLayer, ...]:
+) -> tuple[SiteEvidence, ...]:
     tensors = read_header(files[SIDECAR], SIDECAR, where) if SIDECAR in files else {}
     names = {site.layer: f"{site.name}.bias" for site in receipt.sites}
-    biases = []
+    sites = []
     for fold in folds:
         stored = tensors.get(names.get(fold.layer, ""))
         bias = None
@@ -146,8 +132,8 @@ def _in_sidecar(
             data = bytearray(files[SIDECAR].read(stored.start, stored.length))
             bias = torch.frombuffer(data, dtype=stored.torch_dtype)
         terms = folds.part.displacements[fold.layer].values.numel() + 1
-        biases.append(BiasAtLayer(fold.layer, bias, None, fold.bias, _size(folds, fold), terms, fold.site.dtype))
-    return tuple(biases)
+        sites.append(SiteEvidence(fold.layer, fold.bias, _size(folds, fold), terms, fold.site.dtype, bias))
+    return tuple(sites)
 
 
 def _problem(folds: AdapterFolds, base: OpenedBase, receipt: AdapterReceipt | None) -> str | None:

@@ -5,7 +5,6 @@ Each touched tensor is computed by itself, in its place in the file, so that mem
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 
 from fastlock.checkpoints.adapters.adapter import Adapter, plain_path
 from fastlock.checkpoints.adapters.adapter_files import data_of
-from fastlock.checkpoints.adapters.methods.patterns import value_for
+from fastlock.checkpoints.adapters.methods.lora_kinds import NOT_PLAIN
+from fastlock.checkpoints.adapters.methods.lora_scales import alpha_in, peft_scale, rank_in
+from fastlock.checkpoints.adapters.methods.method import MAX_NUMBER
 from fastlock.checkpoints.adapters.unlocking import put
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.layout import is_private
@@ -24,16 +25,10 @@ from fastlock.kernels.fold.reference import rounded
 from fastlock.storage.new_directory import create_local_directory
 from fastlock.storage.places import Place
 
-# No config has a larger one.
-MAX_NUMBER = 2**53
-
 _A, _B, _WEIGHT, _BIAS = "lora_A.weight", "lora_B.weight", "weight", "bias"
 _MERGED = ({_A, _B}, {_WEIGHT}, {_WEIGHT, _BIAS})
 # The keys of a config with which PEFT computes something else than W + s B A.
-_OTHERWISE = (
-    "use_dora use_qalora use_bdlora alora_invocation_tokens monteclora_config target_parameters layer_replication "
-    "megatron_config arrow_config kasa_config"
-).split()
+_OTHERWISE = (*NOT_PLAIN, "kasa_config")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,16 +110,14 @@ def _merges(adapter: Adapter, base: Checkpoint) -> dict[str, _Merge]:
 
 def _of_lora(adapter: Adapter, path: str, parameters: Mapping[str, StoredTensor], stored: StoredTensor) -> _Merge:
     a, b, config = parameters[_A], parameters[_B], adapter.config
-    rank = value_for(config.get("rank_pattern"), path, config.get("r"), "rank_pattern", adapter.where)
-    alpha = value_for(config.get("alpha_pattern"), path, config.get("lora_alpha"), "alpha_pattern", adapter.where)
+    rank, alpha = rank_in(config, path, adapter.where), alpha_in(config, path, adapter.where)
     sound = type(rank) is int and len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank > 0
     if not sound or type(alpha) not in (int, float) or not abs(alpha) < MAX_NUMBER:
         raise DamagedError(f"{adapter.where}: {shown(path)[:200]} has an A and a B that do not go together.")
     transposed = bool(config.get("fan_in_fan_out"))
     shape = (b.shape[0], a.shape[1])
     _check_shape(adapter, path, stored, shape[::-1] if transposed else shape)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return _Merge(scale, a, b, None, transposed)
+    return _Merge(peft_scale(config, alpha, rank), a, b, None, transposed)
 
 
 def _named(names: dict[str, str], name: str, adapter: Adapter, path: str, base: Checkpoint) -> str:

@@ -130,9 +130,10 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
     if carrier.carry is None:
         return _relock_merged(job, carrier, target, settings)
     carried = carrier.carry(job, settings.stacks)
-    receipt = _receipt(job, carrier, carried, settings)
+    written = _written(carried)
+    receipt = _receipt(job, carrier, carried, settings, written)
     with create_local_directory(target, source, in_place=False) as new:
-        _write(new, job, carried, receipt)
+        _write(new, job, written, receipt)
         job.adapter.check_unchanged()
         base.part.checkpoint.check_unchanged()
     return receipt
@@ -153,7 +154,7 @@ def _relock_merged(job: AdapterJob, carrier: AdapterCarrier, out: Path, settings
     folds = job.folds()
     biases = [fold.bias.to(fold.site.dtype) for fold in folds]  # of which only the dtype is told
     carried = Carried(biases, [fold.path or fold.site.name for fold in folds], job.base.place)
-    return replace(_receipt(job, carrier, carried, settings), biases_digest=receipt.biases_digest)
+    return replace(_receipt(job, carrier, carried, settings, {}), biases_digest=receipt.biases_digest)
 
 
 def checked_gap(gap: Any) -> float | None:
@@ -169,7 +170,9 @@ def checked_gap(gap: Any) -> float | None:
     raise FastlockError(f"gap is {gap!r}; it must be a number above 0, such as 0.02.")
 
 
-def _receipt(job: AdapterJob, carrier: AdapterCarrier, carried: Carried, settings: AdapterSettings) -> AdapterReceipt:
+def _receipt(
+    job: AdapterJob, carrier: AdapterCarrier, carried: Carried, settings: AdapterSettings, written: dict[str, Any]
+) -> AdapterReceipt:
     part, folds, adapter = job.base.part, job.folds(carried.stack), job.adapter
     sites = tuple(
         AdapterSite(
@@ -183,7 +186,6 @@ def _receipt(job: AdapterJob, carrier: AdapterCarrier, carried: Carried, setting
         )
         for fold, name, bias in zip(folds, carried.names, carried.biases, strict=True)
     )
-    written = _written(carried)
     shared = carrier is BASE_BIAS and job.allowed_gap is not None and not folds.shares_base
     return AdapterReceipt(
         lock_digest=part.lock.digest,
@@ -225,8 +227,8 @@ def _written(carried: Carried) -> dict[str, Any]:
     return written
 
 
-def _write(new: NewDirectory, job: AdapterJob, carried: Carried, receipt: AdapterReceipt) -> None:
-    adapter, written = job.adapter, _written(carried)
+def _write(new: NewDirectory, job: AdapterJob, written: dict[str, Any], receipt: AdapterReceipt) -> None:
+    adapter = job.adapter
     for name, placed in adapter_placements(adapter.files).items():
         file: Any = adapter.files[name]
         if name not in written:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastlock.checkpoints.gguf.parts import GgufPart
 from fastlock.errors import DamagedError
 from fastlock.locks.receipt import SavedReceipt
+from fastlock.locks.receipt_fields import check_keys, digest_in, index_in
 from fastlock.storage.files import parse_object
 
 RECEIPT_KEY = "fastlock.receipt"
 _FILES = "files"
-_DIGEST = re.compile("[0-9a-f]{64}")
 _RELOCK_AGAIN = "Relock the original GGUF again."
 
 
@@ -46,15 +45,11 @@ class OriginalFile:
         Raises:
             DamagedError: it is not that.
         """
-        names = {"head_length", "head_digest", "data_length"}
-        if not isinstance(data, Mapping) or data.keys() != names:
-            raise _damaged(where)
-        lengths = (data["head_length"], data["data_length"])
-        if any(type(length) is not int or length < 0 for length in lengths):
-            raise _damaged(where)
-        if not isinstance(data["head_digest"], str) or not _DIGEST.fullmatch(data["head_digest"]):
-            raise _damaged(where)
-        return cls(data["head_length"], data["head_digest"], data["data_length"])
+        try:
+            check_keys(data, ("head_length", "head_digest", "data_length"))
+            return cls(index_in(data["head_length"]), digest_in(data["head_digest"]), index_in(data["data_length"]))
+        except (TypeError, ValueError):
+            raise _damaged(where) from None
 
     def to_dict(self) -> dict[str, Any]:
         """As data that JSON can hold."""

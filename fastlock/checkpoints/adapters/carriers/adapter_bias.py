@@ -15,8 +15,15 @@ import torch
 from fastlock.architectures.adapter_stacks import ADAPTER_STACKS, PLAIN_STARTS
 from fastlock.checkpoints.adapters.adapter import ADAPTER_WEIGHTS, plain_path
 from fastlock.checkpoints.adapters.adapter_files import with_tensors
-from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob, Carried, rounded_bias
+from fastlock.checkpoints.adapters.carriers.carrier import (
+    AdapterCarrier,
+    AdapterJob,
+    Carried,
+    objections_to_relocked,
+    rounded_bias,
+)
 from fastlock.checkpoints.adapters.folding import AdapterFold
+from fastlock.checkpoints.adapters.methods.lora_kinds import NOT_PLAIN
 from fastlock.checkpoints.tensor_index import StoredTensor
 from fastlock.errors import UnsupportedError, shown
 
@@ -24,22 +31,14 @@ _A, _B, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _PREFIX = "base_model.model."
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # The keys of a config with which PEFT computes something else than B A x, or loads no bias.
-_OTHERWISE = (
-    "use_dora use_qalora use_bdlora alora_invocation_tokens velora_config monteclora_config target_parameters "
-    "layer_replication megatron_config arrow_config"
-).split()
-
-
-def _objection(job: AdapterJob, stack: str) -> str | None:
-    return next(_objections(job, stack), None)
+_OTHERWISE = (*NOT_PLAIN, "velora_config")
 
 
 def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
     adapter = job.adapter
     if not ADAPTER_STACKS[stack].adapter_bias:
         yield f"{stack} loads no biases of an adapter"
-    if job.base.saved is not None:
-        yield "the base is relocked, and the lock would act twice (fastlock unlock takes it out)"
+    yield from objections_to_relocked(job)
     if adapter.method != "LORA":
         yield f"PEFT has no such bias in the method {shown(adapter.method)[:40]}"
     if (key := next((key for key in _OTHERWISE if adapter.config.get(key)), None)) is not None:
@@ -178,5 +177,5 @@ def _torch_dtype(tensor: StoredTensor, key: str, where: str) -> torch.dtype:
 
 
 ADAPTER_BIAS = AdapterCarrier(
-    "adapter bias", _objection, _carry, "Load it with PEFT or transformers, over {base} as it is: it brings its lock."
+    "adapter bias", _objections, _carry, "Load it with PEFT or transformers, over {base} as it is: it brings its lock."
 )

@@ -10,16 +10,16 @@ import math
 from collections.abc import Iterator
 
 from fastlock.architectures.adapter_stacks import why_refused
-from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob, Carried, rounded_bias
-from fastlock.checkpoints.carrier import choose_carrier
-from fastlock.errors import UnsupportedError
+from fastlock.checkpoints.adapters.carriers.carrier import (
+    AdapterCarrier,
+    AdapterJob,
+    Carried,
+    objections_to_family,
+    rounded_bias,
+)
 
 # The parameters with which an adapter puts a bias, or a whole projection, in place of the base's.
 _REPLACES = frozenset(("bias", "base_layer.bias", "modules_to_save.bias"))
-
-
-def _objection(job: AdapterJob, stack: str) -> str | None:
-    return next(_objections(job, stack), None)
 
 
 def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
@@ -30,15 +30,12 @@ def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
             yield "the base is relocked with another lock or strength (fastlock unlock takes that out)"
         if stack not in (saved.carrier.stacks or ()):
             yield f"the base is not relocked for {stack}"
-    try:
-        choose_carrier(job.base.part.checkpoint, (stack,))
-    except UnsupportedError:
-        yield f"{stack} has no place for a bias in a base of this family"
+    yield from objections_to_family(job, stack)
     if any(fold.action == "replaced" or not _REPLACES.isdisjoint(fold.parameters) for fold in job.folds()):
         yield "the adapter has output projections, or biases, of its own in place of the base's"
     if job.allowed_gap is None:
         if layers := job.touched():
-            yield f"the adapter touches the locked projections of layers {_listed(layers)}"
+            yield f"the adapter touches the locked projections of layers {listed(layers)}"
     elif (gap := largest_gap(job, stack)) > job.allowed_gap:
         yield f"the base's own fold is off by {gap:.2%}, and {job.allowed_gap:.2%} is allowed"
 
@@ -62,14 +59,15 @@ def _carry(job: AdapterJob, stacks: tuple[str, ...]) -> Carried:
     return Carried(biases, names, job.base.place, stack, None if config == job.adapter.config else config)
 
 
-def _listed(layers: list[int]) -> str:
+def listed(layers: list[int]) -> str:
+    """The numbers of layers for a sentence: of many, the first and how many more there are."""
     more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
     return ", ".join(map(str, layers[:8])) + more
 
 
 BASE_BIAS = AdapterCarrier(
     "base bias",
-    _objection,
+    _objections,
     _carry,
     "Serve it over {base}, the relocked base, which any adapter that leaves its output projections alone can share.",
 )

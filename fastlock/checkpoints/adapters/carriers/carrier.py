@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ from fastlock.architectures.adapter_stacks import ADAPTER_STACKS
 from fastlock.checkpoints.adapters.adapter import Adapter
 from fastlock.checkpoints.adapters.adapter_files import SplicedFile
 from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, BasePart, fold_adapter
-from fastlock.errors import FastlockError
+from fastlock.checkpoints.carrier import choose_carrier
+from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.fold.reference import rounded
 from fastlock.locks.receipt import SavedReceipt
 from fastlock.storage.places import Place
@@ -105,15 +106,33 @@ class AdapterCarrier:
 
     Attributes:
         name: what people call it.
-        objection: why it does not keep the lock exactly in one stack, as a clause; None if it does.
+        objections: why it does not keep the lock exactly in one stack, as clauses; none if it does.
         carry: what it makes of an adapter, for stacks to which there is no objection.
         advice: what is to be done with the result, in one sentence; `{base}` is the base's place.
     """
 
     name: str
-    objection: Callable[[AdapterJob, str], str | None]
+    objections: Callable[[AdapterJob, str], Iterator[str]]
     carry: Callable[[AdapterJob, tuple[str, ...]], Carried] | None
     advice: str
+
+    def objection(self, job: AdapterJob, stack: str) -> str | None:
+        """The first of its objections; None if it keeps the lock exactly."""
+        return next(self.objections(job, stack), None)
+
+
+def objections_to_relocked(job: AdapterJob) -> Iterator[str]:
+    """The objection to a base that is relocked, where the adapter brings a lock of its own."""
+    if job.base.saved is not None:
+        yield "the base is relocked, and the lock would act twice (fastlock unlock takes it out)"
+
+
+def objections_to_family(job: AdapterJob, stack: str) -> Iterator[str]:
+    """The objection to a base whose family has no place for a bias in a stack."""
+    try:
+        choose_carrier(job.base.part.checkpoint, (stack,))
+    except UnsupportedError:
+        yield f"{stack} has no place for a bias in a base of this family"
 
 
 def rounded_bias(bias: torch.Tensor, dtype: torch.dtype, fold: AdapterFold, where: str) -> torch.Tensor:

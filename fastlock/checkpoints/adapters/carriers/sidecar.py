@@ -5,18 +5,25 @@ No stack reads it by itself. It is therefore never chosen, and must be asked for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from fastlock.checkpoints.adapters.adapter_files import SIDECAR
-from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob, Carried, rounded_bias
+from fastlock.checkpoints.adapters.carriers.carrier import (
+    AdapterCarrier,
+    AdapterJob,
+    Carried,
+    objections_to_relocked,
+    rounded_bias,
+)
 from fastlock.checkpoints.tensor_index import shard_with
 from fastlock.errors import UnsupportedError
 
 
-def _objection(job: AdapterJob, stack: str) -> str | None:
-    if job.base.saved is not None:
-        return "the base is relocked, and the lock would act twice (fastlock unlock takes it out)"
-    return f"{stack} does not read {SIDECAR} by itself, and needs a plugin that adds its biases"
+def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
+    yield from objections_to_relocked(job)
+    yield f"{stack} does not read {SIDECAR} by itself, and needs a plugin that adds its biases"
 
 
 def _carry(job: AdapterJob, stacks: tuple[str, ...]) -> Carried:
@@ -47,7 +54,7 @@ def check_one_scale(job: AdapterJob, stacks: tuple[str, ...]) -> None:
 
 ADAPTER_SIDECAR = AdapterCarrier(
     "sidecar",
-    _objection,
+    _objections,
     _carry,
     f"No stack reads {SIDECAR} by itself: the lock acts only in a server with a plugin that adds its biases.",
 )

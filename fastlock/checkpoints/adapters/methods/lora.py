@@ -7,13 +7,12 @@ and served like this.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from fastlock.checkpoints.adapters.methods.lora_scales import alpha_in, peft_scale, rank_in, stack_scale
 from fastlock.checkpoints.adapters.methods.method import AdaptedSite, Effect, damaged, number, stored
-from fastlock.checkpoints.adapters.methods.patterns import value_for
 from fastlock.checkpoints.adapters.methods.products import displaced, times
 
 
@@ -63,8 +62,7 @@ def lora_operands(at: AdaptedSite) -> LoraOperands:
 
 
 def _rank(at: AdaptedSite) -> int:
-    config = at.adapter.config
-    rank = value_for(config.get("rank_pattern"), at.path, config.get("r"), "rank_pattern", at.adapter.where)
+    rank = rank_in(at.adapter.config, at.path, at.adapter.where)
     if type(rank) is not int or rank <= 0:
         raise damaged(at, f"its config gives the rank {str(rank)[:40]!a}")
     return rank
@@ -74,16 +72,12 @@ def _scale(at: AdaptedSite, rank: int, peft_scale: float) -> float:
     """s as the scale rule has it."""
     if at.scaling == "peft":
         return peft_scale
-    alpha = number(at.adapter.config.get("lora_alpha"), at)
-    if at.scaling == "llama.cpp":  # `llama_adapter_lora_weight.get_scale` of llama-adapter.h
-        return alpha / rank if alpha else 1.0
-    whole = number(at.adapter.config.get("r"), at)  # `LoRAAdapter.__init__` of sglang/srt/lora/lora.py
-    if whole <= 0:
+    alpha, whole = number(at.adapter.config.get("lora_alpha"), at), 0.0
+    if at.scaling == "sglang" and (whole := number(at.adapter.config.get("r"), at)) <= 0:
         raise damaged(at, f"its config gives the rank {whole:g}")
-    return alpha / whole
+    return stack_scale(at.scaling, alpha, whole, rank)
 
 
 def _peft_scale(at: AdaptedSite, rank: int) -> float:
     config = at.adapter.config
-    alpha = value_for(config.get("alpha_pattern"), at.path, config.get("lora_alpha"), "alpha_pattern", at.adapter.where)
-    return number(alpha, at) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return peft_scale(config, number(alpha_in(config, at.path, at.adapter.where), at), rank)

@@ -18,6 +18,11 @@ _UNREWRITTEN = (
     "Convert it to a plain LoRA: with PEFT, save_pretrained(NEW, path_initial_model_for_weight_conversion=...). Or "
     "merge it into its base, and relock the result."
 )
+# The keys of a config with which PEFT computes something else than W x + s B A x, or trains it otherwise.
+NOT_PLAIN = (
+    "use_dora use_qalora use_bdlora alora_invocation_tokens monteclora_config target_parameters layer_replication "
+    "megatron_config arrow_config"
+).split()
 _MERGE = "Merge it into its base (merge_and_unload, save_pretrained), and relock the result."
 
 # Each of the kinds that change what a LoRA computes, by what its config says.

@@ -24,6 +24,9 @@ SCALINGS: tuple[Scaling, ...] = ("peft", "sglang", "llama.cpp")
 # does not depend on c. "scaled": a linear map of all of W x + c. "replaced": has a projection of its own instead.
 Action = Literal["untouched", "added", "scaled", "replaced"]
 
+# No config has a larger number, and a float holds every whole one below it.
+MAX_NUMBER = 2**53
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedSite:
@@ -123,7 +126,7 @@ def number(value: Any, at: AdaptedSite) -> float:
     Raises:
         DamagedError: it is none, or none that a float holds exactly.
     """
-    if type(value) not in (int, float) or not abs(value) < 2**53:
+    if type(value) not in (int, float) or not abs(value) < MAX_NUMBER:
         raise damaged(at, f"its config gives {str(value)[:40]!a} for a number")
     return float(value)
 
