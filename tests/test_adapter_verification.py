@@ -69,6 +69,15 @@ def test_over_a_relocked_base_an_adapter_needs_no_receipt(zoo: Path, lock: fastl
     verified(zoo / "own", lock, "altered", "touches the locked projections", "is off by", base=zoo / "base-locked")
 
 
+def test_biases_that_the_adapter_had_before_are_no_part_of_the_lock(
+    zoo: Path, lock: fastlock.Lock, tmp_path: Path
+) -> None:
+    source = save_adapter(config_of("lora bias"), tmp_path / "own")
+    fastlock.relock_adapter(source, zoo / "base", lock, tmp_path / "locked", 2.0, **HERE)
+    verified(tmp_path / "locked", lock, "locked")
+    verified(source, lock, "not locked", base=zoo / "base")
+
+
 def test_a_base_relocked_at_another_strength(zoo: Path, lock: fastlock.Lock, tmp_path: Path) -> None:
     fastlock.relock_checkpoint(zoo / "base", lock, tmp_path / "weaker", 1.0)
     verified(zoo / "shared-locked", lock, "altered", "strength 1, and it was at 2", base=tmp_path / "weaker")

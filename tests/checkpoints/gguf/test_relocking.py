@@ -292,6 +292,7 @@ def test_what_was_changed_since_is_not_thrown_away(tmp_path, lock) -> None:
         ('"format_version": 1', '"format_version": 2', fastlock.UnsupportedError, "receipt format 2"),
         ('"files": [{', '"fires": [{', fastlock.DamagedError, "the receipt is damaged"),
         ('"head_length": ', '"head_length":-', fastlock.DamagedError, "the receipt is damaged"),
+        ('"head_length": ', '"head_lengths":', fastlock.DamagedError, "the receipt is damaged"),
         ('"head_digest": "', '"head_digest": 5', fastlock.DamagedError, "not JSON"),
         ('{"format_version', '["format_version', fastlock.DamagedError, "not JSON"),
         ('"layer": 2', '"layer": 9', fastlock.DamagedError, "its receipt names layers that it does not have"),
