@@ -347,6 +347,30 @@ def _not_finite(f: Fold) -> FastlockError:
             f"{f.name}: its fold is not finite: its bias holds NaN or infinite numbers. Check the model, or download "
             "the checkpoint again."
         )
+    return too_strong(f.name, matrix.dtype)
+
+
+def rounded_fold(fold: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A fold in the dtype that its bias is kept in: one in another, as of weights that were dequantised, is rounded.
+
+    Args:
+        fold: b, [hidden], finite.
+        dtype: of the bias.
+        name: of the site, for messages.
+
+    Raises:
+        FastlockError: that dtype cannot hold it.
+    """
+    if fold.dtype == dtype:
+        return fold
+    result = reference.rounded(fold, dtype)
+    if not result.isfinite().all():
+        raise too_strong(name, dtype)
+    return result
+
+
+def too_strong(name: str, dtype: torch.dtype) -> FastlockError:
+    """The error of a fold that is finite, and not in this dtype."""
     return FastlockError(
-        f"{f.name}: its fold is not finite in {matrix.dtype}: the strength is too large for this dtype. Lower it."
+        f"{name}: its fold is not finite in {dtype}: the strength is too large for this dtype. Lower it."
     )

@@ -19,9 +19,8 @@ import torch
 from fastlock.basis import Likeness
 from fastlock.checkpoints.base import Base
 from fastlock.checkpoints.checkpoint import Bytes, Checkpoint, StoredColumns, StoredSite
-from fastlock.errors import FastlockError, shown
-from fastlock.fold import Fold, fold
-from fastlock.kernels.fold.reference import rounded
+from fastlock.errors import shown
+from fastlock.fold import Fold, fold, rounded_fold
 from fastlock.locks.lock import Displacement, Lock
 from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
 from fastlock.threads import MAX_THREADS, started_threads, threads_for
@@ -165,10 +164,10 @@ class _Folding:
         return FoldedSite(site, heads, key, bias, original, self.begin(read.digest), likeness)
 
     def _new_bias(self, site: StoredSite, read: StoredColumns, original: torch.Tensor | None) -> torch.Tensor:
-        columns, where = read.columns, self.checkpoint.where
+        columns, name = read.columns, f"{self.checkpoint.where}: {shown(site.name)}"
         c = None if original is None else original.to(columns.matrix.dtype)
-        (bias,) = fold([Fold(columns, self.displacements[site.layer].values, c, f"{where}: {shown(site.name)}")])
-        return _as_stored(bias, site, where)
+        (bias,) = fold([Fold(columns, self.displacements[site.layer].values, c, name)])
+        return rounded_fold(bias, site.dtype, name)
 
 
 def _batches(
@@ -190,16 +189,3 @@ def _batches(
 def _rooms(sizes: list[int]) -> list[Bytes]:
     """Memory in one piece, which the kernel gives in large pages: small ones take longer to get than to fill."""
     return np.split(np.empty(sum(sizes), np.uint8), np.cumsum(sizes)[:-1])
-
-
-def _as_stored(bias: torch.Tensor, site: StoredSite, where: str) -> torch.Tensor:
-    """A fold in the dtype of the site: that of a quantised projection comes in float64, and is rounded once, here."""
-    if bias.dtype == site.dtype:
-        return bias
-    result = rounded(bias, site.dtype)
-    if not result.isfinite().all():
-        raise FastlockError(
-            f"{where}: {shown(site.name)}: its fold is not finite in {site.dtype}: the strength is too large for this "
-            "dtype. Lower it."
-        )
-    return result

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.fold import Fold, check_not_capturing, fold
-from fastlock.kernels.fold.reference import rounded
+from fastlock.fold import Fold, check_not_capturing, fold, rounded_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import LockedSite, Receipt
 from fastlock.models.base_check import check_against, check_basis
@@ -266,7 +265,7 @@ def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: Exit
     receipts: list[Receipt | None] = []
     rest = iter(biases)
     for member in members:
-        biases_of_member = [_as_placed(next(rest), site) for site in member.sites]
+        biases_of_member = [rounded_fold(next(rest), site.projection.dtype, site.name) for site in member.sites]
         if member.model is None:
             receipts.append(None)
             continue
@@ -274,23 +273,6 @@ def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: Exit
         _take_out(member.model, undo)
         receipts.append(_place_all(member.model, receipt, member.sites, biases_of_member, undo))
     return receipts
-
-
-def _as_placed(bias: torch.Tensor, site: Site) -> torch.Tensor:
-    """A fold in the dtype of the site's bias: that of a quantised or adapted one comes in float64, and is rounded here.
-
-    Raises:
-        FastlockError: that dtype cannot hold it.
-    """
-    dtype = site.projection.dtype
-    if bias.dtype == dtype:
-        return bias
-    result = rounded(bias, dtype)
-    if not result.isfinite().all():
-        raise FastlockError(
-            f"{site.name}: its fold is not finite in {dtype}: the strength is too large for this dtype. Lower it."
-        )
-    return result
 
 
 def _check_not_shared(members: Sequence[Member]) -> None:

@@ -13,15 +13,24 @@ from torch import nn
 from fastlock.architectures.families import check_lock_fits
 from fastlock.dtypes import FOLDABLE, torch_name
 from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError, shown
-from fastlock.fold import check_not_capturing
+from fastlock.fold import check_not_capturing, rounded_fold, too_strong
 from fastlock.kernels.adapter_fold import launch as kernel
 from fastlock.kernels.adapter_fold.reference import LowRankSite, exact_adapter_fold, fold_adapter_sites
 from fastlock.kernels.adapter_fold.variants import DTYPES, MAX_RANK, AdapterVariant
 from fastlock.kernels.ahead_of_time.ways import NoWayError
-from fastlock.kernels.fold.reference import HeadColumns, exact_fold, rounded
+from fastlock.kernels.fold.reference import HeadColumns, exact_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.models.base_check import check_basis
-from fastlock.models.sites import BareProjections, Site, bare_sites, check_foldable, sites, sites_for, text_config
+from fastlock.models.sites import (
+    BareProjections,
+    Site,
+    bare_sites,
+    check_foldable,
+    is_peft_model,
+    sites,
+    sites_for,
+    text_config,
+)
 
 # At one layer A, [rank, num_heads * head_dim], B, [hidden, rank], and s: y = W x + c + s B A x.
 LowRank: TypeAlias = "tuple[torch.Tensor, torch.Tensor, float]"
@@ -113,10 +122,8 @@ class _Layer:
 
     def rows(self, count: int) -> torch.Tensor:
         """W d for so many adapters, [count, hidden]: what is exact for those that leave the layer alone."""
-        own = rounded(self._exact, self._dtype).to(self._device)
-        if not own.isfinite().all():
-            raise _too_strong(self._site.name, self._dtype)
-        return own.repeat(count, 1)
+        own = rounded_fold(self._exact, self._dtype, self._site.name)
+        return own.to(self._device).repeat(count, 1)
 
     def adapted(self, low_rank: LowRank, name: str) -> LowRankSite:
         """An adapter at this layer, checked."""
@@ -154,7 +161,7 @@ def _located(base: nn.Module | BareProjections, lock: Lock) -> list[tuple[Site, 
     """The base's locked sites, checked, each with the module that stands there (None for bare projections)."""
     if isinstance(base, dict):
         return [(site, None) for site in bare_sites(base, lock, "base")]
-    if not _is_peft_model(base):
+    if not is_peft_model(base):
         return [(site, site.module) for site in sites_for(base, lock)]
     inner: Any = base.get_base_model()  # type: ignore[operator]
     every = sites(inner)
@@ -178,7 +185,7 @@ def _check_list(base: object, adapters: object) -> None:
     """Refuse what is no list of adapters, and names of adapters that the base does not have."""
     if not isinstance(adapters, Sequence) or isinstance(adapters, str):
         raise FastlockError(f"adapters is a {type(adapters).__name__}; give a list of adapters.")
-    known: Any = getattr(base, "peft_config", {}) if _is_peft_model(base) else {}
+    known: Any = getattr(base, "peft_config", {}) if is_peft_model(base) else {}
     for number, adapter in enumerate(adapters):
         if not isinstance(adapter, str | Mapping):
             raise FastlockError(
@@ -188,10 +195,6 @@ def _check_list(base: object, adapters: object) -> None:
         if isinstance(adapter, str) and adapter not in known:
             has = f"its adapters are {', '.join(map(shown, known))}" if known else "it is no PeftModel"
             raise FastlockError(f"adapters[{number}]: the base has no adapter {shown(adapter)!r}: {has}.")
-
-
-def _is_peft_model(base: object) -> bool:
-    return hasattr(base, "get_base_model") and hasattr(base, "peft_config")
 
 
 def _low_rank(adapter: ResidentAdapter, number: int, site: Site, module: Any) -> LowRank | None:
@@ -271,13 +274,7 @@ def _by_reference(members: Sequence[_RowFold]) -> Iterator[bool]:
 
 def _not_finite(one: _RowFold) -> FastlockError:
     if exact_adapter_fold(one.at).isfinite().all():
-        return _too_strong(one.name, one.out.dtype)
+        return too_strong(one.name, one.out.dtype)
     return DamagedError(
         f"{one.name}: its fold is not finite: its matrices hold NaN or infinite numbers. Load the adapter again."
-    )
-
-
-def _too_strong(name: str, dtype: torch.dtype) -> FastlockError:
-    return FastlockError(
-        f"{name}: its fold is not finite in {dtype}: the strength is too large for this dtype. Lower it."
     )

@@ -113,9 +113,11 @@ def unwrapped(model: nn.Module, adapters: bool = False) -> nn.Module:
 
 def is_peft_model(model: object) -> bool:
     """Whether a model is PEFT's, around one of transformers'."""
+    if not (hasattr(model, "get_base_model") and hasattr(model, "peft_config")):
+        return False
     from transformers import PreTrainedModel
 
-    return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+    return not isinstance(model, PreTrainedModel)
 
 
 # They run a second network, or a second attention, whose outputs no displacement of the base's heads reaches.

@@ -25,8 +25,7 @@ from fastlock.checkpoints.gguf.parts import SUFFIX, GgufPart, local_path, open_p
 from fastlock.checkpoints.gguf.saved import RECEIPT_KEY, GgufReceipt, OriginalFile, receipt_of_parts
 from fastlock.checkpoints.gguf.tensor_types import F32
 from fastlock.errors import FastlockError, shown
-from fastlock.fold import Fold, fold
-from fastlock.kernels.fold.reference import rounded
+from fastlock.fold import Fold, fold, rounded_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import (
     CarrierNote,
@@ -140,9 +139,7 @@ def _folded(model: GgufModel, site: GgufSite, displacement: Displacement, norms:
     dtype, name = read.columns.matrix.dtype, f"{model.where}: {shown(site.name)}"
     c = None if original is None else original.to(dtype)
     (bias,) = fold([Fold(read.columns, displacement.values, c, name)])
-    bias = rounded(bias, torch.float32)
-    if not bias.isfinite().all():
-        raise FastlockError(f"{name}: its fold is not finite in float32: the strength is too large. Lower it.")
+    bias = rounded_fold(bias, torch.float32, name)
     alike = None if norms is None else likeness(read.columns, norms)
     return _FoldedSite(site, displacement.heads, bias, original, read.digest, alike)
 
