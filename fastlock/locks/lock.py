@@ -13,20 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastlock.errors import DamagedError, FastlockError, is_unicode
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.locks import lock_file, safelock
-from fastlock.locks.lock_file import GEOMETRY, OPTIONAL, PROVENANCE, TENSORS
+from fastlock.locks.gate import Gate
+from fastlock.locks.lock_checks import CHECKS, REMEDY, unusable
+from fastlock.locks.lock_file import GATE, GEOMETRY, OPTIONAL, PROVENANCE, TENSORS
 from fastlock.storage.files import read_bounded, write_atomic
 from fastlock.storage.places import as_path
 from fastlock.version import __version__
 
-MAX_HEADS = 65_536
-MAX_HEAD_DIM = 8_192
-MAX_PROVENANCE_CHARACTERS = 16_384
-# A unit vector rounded to float16, its norm too, is off by about 2**-10; the released locks are within 5e-4.
-UNIT_TOLERANCE = 2e-3
-# The paper's α, for locks that were not calibrated.
-PAPER_STRENGTH = 6.0
+# The paper's α, for locks that were not calibrated, and what a gate is trained at.
+PAPER_STRENGTH, GATE_STRENGTH = 6.0, 1.0
 # Python's `float` also reads "1_0", " 6 " and the digits of other scripts.
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
@@ -58,18 +55,24 @@ class Displacement:
 
 @dataclass(frozen=True, eq=False)
 class Lock:
-    """A safety lock (the Meta-SafetyLock of arXiv 2410.10343), extracted once from an aligned base.
+    """A safety lock (the Meta-SafetyLock of arXiv 2410.10343), made once on an aligned base.
+
+    It has a constant part, which shifts what the locked heads say whatever is asked (`directions` and `scales`), or a
+    gate, which answers to what they say (`readers` and `writers`), or both.
 
     Attributes:
         layers: layer of each row, [K] int32.
         heads: attention head of each row, [K] int32.
         directions: unit direction in that head's output space, [K, head_dim] float32.
-        scales: standard deviation of the extraction activations along it, [K] float32, positive.
+        scales: standard deviation of the extraction activations along it, [K] float32, positive. A lock with a gate may
+            have rows without a constant part: their scale is 0, and their direction all zeros.
         num_layers, num_heads, head_dim, hidden_size: the base's geometry. `head_dim` is always known;
             the others are None for a lock whose file did not record them.
         base_model, recipe, extraction_digest, fastlock_version: where the lock comes from, None where unknown.
         strength: the strength that calibration chose, applied where none is given; None without calibration.
         calibration: what was measured at that strength, as JSON; None without calibration.
+        readers, writers: V and U of the gate x ← x + s·U Vᵀ x at the input of a locked layer's output projection, over
+            its locked heads: [K, rank, head_dim] float32, a head's part in its row; both None for a lock without one.
         column_norms: Euclidean norm of each column that the base's output projection W_o has for a locked head,
             [K, head_dim] float32; None where the lock does not say. They decide nothing of the fold: they tell whether
             the heads of another checkpoint are still in the basis that the lock was found in.
@@ -96,18 +99,20 @@ class Lock:
     fastlock_version: str | None = None
     strength: float | None = None
     calibration: str | None = None
+    readers: torch.Tensor | None = None
+    writers: torch.Tensor | None = None
     column_norms: torch.Tensor | None = None
     source: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name, dtype in (TENSORS | OPTIONAL).items():
+        for name, dtype in (TENSORS | GATE | OPTIONAL).items():
             if name in TENSORS or getattr(self, name) is not None:
                 object.__setattr__(self, name, self._as_tensor(name, dtype))
         if self.directions.dim() == 2 and self.head_dim is None:
             object.__setattr__(self, "head_dim", self.directions.shape[1])
         if self.strength is not None:
             object.__setattr__(self, "strength", self._as_strength(self.strength))
-        for check in _CHECKS:
+        for check in CHECKS:
             check(self)
 
     def __len__(self) -> int:
@@ -115,8 +120,9 @@ class Lock:
 
     def __repr__(self) -> str:
         base = f" of {self.base_model}" if self.base_model else ""
+        gate = f", gate of rank {self.rank}" if self.rank else ""
         return (
-            f"Lock({len(self)} heads in {len(set(self.layers.tolist()))} layers{base}, "
+            f"Lock({len(self)} heads in {len(set(self.layers.tolist()))} layers{base}{gate}, "
             f"head_dim {self.head_dim}, sha256 {self.digest[:12]})"
         )
 
@@ -129,14 +135,25 @@ class Lock:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of what decides the fold: the rows, sorted by (layer, head), and head_dim; nothing else.
+        """SHA-256 (hex) of what decides the fold: the rows, sorted by (layer, head), and their sizes; nothing else.
 
         Provenance, geometry, column norms and the order of the rows do not change it.
         """
-        sha = hashlib.sha256(f"{lock_file.FORMAT}\n{len(self)} {self.head_dim}\n".encode())
-        for name in TENSORS:
+        sizes = f"{len(self)} {self.head_dim}{f' {self.rank}' if self.rank else ''}"
+        sha = hashlib.sha256(f"{lock_file.FORMAT}\n{sizes}\n".encode())
+        for name in (*TENSORS, *(GATE if self.rank else ())):
             sha.update(self._ordered_bytes(name))
         return sha.hexdigest()
+
+    @property
+    def rank(self) -> int:
+        """The rank of the gate in each layer, 0 for a lock without one."""
+        return 0 if self.readers is None else self.readers.shape[1]
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether it has a constant part, which takes a bias; a gate alone takes none."""
+        return bool(self.scales.any())
 
     def norms_by_layer(self) -> dict[int, torch.Tensor]:
         """The column norms of each locked layer's heads, heads ascending: [heads, head_dim] float32; empty without."""
@@ -155,12 +172,48 @@ class Lock:
             layer -> `Displacement`, layers and heads ascending.
 
         Raises:
+            UnsupportedError: it has a gate, too, which must not be lost: whoever folds that takes `constant` and
+                `gates`.
+            FastlockError: the strength cannot be applied.
+        """
+        if self.rank:
+            raise UnsupportedError(
+                f"{self!r} has a gate, which goes into weights, and only a bias can be changed here. Relock the "
+                "checkpoint itself with it, or use a lock without a gate."
+            )
+        return self.constant(strength)
+
+    def constant(self, strength: float) -> dict[int, Displacement]:
+        """As `displacement`, of a lock that may have a gate besides: its constant part, zeros where it has none.
+
+        Raises:
             FastlockError: the strength cannot be applied.
         """
         strength = check_strength(strength)
         values = strength * self.scales.double()[:, None] * self.directions.double()
         return {
             layer: Displacement(heads=tuple(self.heads[rows].tolist()), values=values[rows])
+            for layer, rows in self._rows_by_layer().items()
+        }
+
+    def gates(self, strength: float) -> dict[int, Gate]:
+        """The gate of each locked layer, its writers times the strength; empty for a lock without one.
+
+        Args:
+            strength: a finite number, 0 or more, the same as for the constant part.
+
+        Returns:
+            layer -> `Gate`, layers and heads ascending.
+
+        Raises:
+            FastlockError: the strength cannot be applied.
+        """
+        strength = check_strength(strength)
+        if self.readers is None or self.writers is None:
+            return {}
+        readers, writers = (rows.double().transpose(0, 1) for rows in (self.readers, self.writers))
+        return {
+            layer: Gate(tuple(self.heads[rows].tolist()), readers[:, rows], strength * writers[:, rows])
             for layer, rows in self._rows_by_layer().items()
         }
 
@@ -175,7 +228,8 @@ class Lock:
         path = as_path(path)
         if path.suffix != ".safetensors":
             raise FastlockError(f"{path}: a fastlock lock is a safetensors file; name it {path.stem}.safetensors.")
-        tensors = {name: getattr(self, name) for name in (TENSORS | OPTIONAL) if getattr(self, name) is not None}
+        names = TENSORS | GATE | OPTIONAL
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         write_atomic(path, lock_file.serialized(tensors, self._metadata()))
 
     @classmethod
@@ -244,13 +298,13 @@ class Lock:
         try:
             tensor = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise _unusable(self, f"`{name}` is not a tensor of numbers ({error}).") from None
+            raise unusable(self, f"`{name}` is not a tensor of numbers ({error}).") from None
         if tensor.layout != torch.strided:
-            raise _unusable(self, f"`{name}` is laid out as {tensor.layout}; give a dense tensor.")
+            raise unusable(self, f"`{name}` is laid out as {tensor.layout}; give a dense tensor.")
         if tensor.is_complex() or (not dtype.is_floating_point and tensor.is_floating_point()):
-            raise _unusable(self, f"`{name}` has dtype {tensor.dtype}; it must be {dtype}.")
+            raise unusable(self, f"`{name}` has dtype {tensor.dtype}; it must be {dtype}.")
         if not dtype.is_floating_point and tensor.numel() and not torch.equal(tensor.to(dtype).long(), tensor.long()):
-            raise _unusable(self, f"`{name}` holds a number too large for an index. {_REMEDY}")
+            raise unusable(self, f"`{name}` holds a number too large for an index. {REMEDY}")
         return tensor.to(dtype).contiguous().clone()
 
     def _as_strength(self, strength: float | str) -> float:
@@ -260,7 +314,7 @@ class Lock:
                 raise ValueError(f"{strength[:40]!a} is not a decimal number.")
             return check_strength(float(strength) if isinstance(strength, str) else strength)
         except (FastlockError, ValueError) as error:
-            raise _unusable(self, f"its calibrated strength cannot be used: {str(error)[:200]}") from None
+            raise unusable(self, f"its calibrated strength cannot be used: {str(error)[:200]}") from None
 
 
 def check_lock(lock: object) -> None:
@@ -274,14 +328,16 @@ def check_lock(lock: object) -> None:
 
 
 def strength_for(lock: Lock, strength: float | None) -> float:
-    """The strength to apply: the given one, else the lock's calibrated one, else the paper's 6.
+    """The strength to apply: the given one, else the lock's calibrated one, else the paper's 6 (with a gate: 1).
 
     Raises:
         FastlockError: the given one cannot be applied.
     """
     if strength is not None:
         return check_strength(strength)
-    return PAPER_STRENGTH if lock.strength is None else lock.strength
+    if lock.strength is not None:
+        return lock.strength
+    return GATE_STRENGTH if lock.rank else PAPER_STRENGTH
 
 
 def check_strength(strength: float) -> float:
@@ -306,104 +362,3 @@ def check_strength(strength: float) -> float:
             "baseline. fastlock exists to restore them and does not do that; use 0 or more, or fastlock.unlock."
         )
     return value
-
-
-def _unusable(lock: Lock, problem: str) -> FastlockError:
-    """The error of a lock that cannot be used: a damaged file, or wrong arguments in memory."""
-    if lock.source is None:
-        return FastlockError(f"this lock: {problem}")
-    return DamagedError(f"{lock.source}: {problem}")
-
-
-_REMEDY = "The file is damaged or not a lock: download it again, or extract the lock again."
-
-
-def _check_shapes(lock: Lock) -> None:
-    if lock.layers.dim() != 1 or lock.layers.numel() == 0:
-        raise _unusable(lock, f"`layers` has shape {list(lock.layers.shape)}; a lock has at least one row.")
-    k = lock.layers.numel()
-    if k > MAX_HEADS:
-        raise _unusable(lock, f"{k} rows; a lock has at most {MAX_HEADS}.")
-    if lock.heads.shape != (k,) or lock.scales.shape != (k,) or lock.directions.dim() != 2 or len(lock.directions) != k:
-        shapes = ", ".join(f"{name} {list(getattr(lock, name).shape)}" for name in TENSORS)
-        raise _unusable(
-            lock,
-            f"the tensors disagree on the number of rows ({shapes}); "
-            "they must be [K], [K], [K, head_dim] and [K]. Save the lock again from its source.",
-        )
-    if not 0 < lock.directions.shape[1] <= MAX_HEAD_DIM:
-        raise _unusable(
-            lock, f"directions of {lock.directions.shape[1]} numbers; a head has from 1 to {MAX_HEAD_DIM}. {_REMEDY}"
-        )
-    if lock.head_dim != lock.directions.shape[1]:
-        raise _unusable(
-            lock,
-            f"head_dim is given as {lock.head_dim}, but the directions have {lock.directions.shape[1]} "
-            "numbers each. Save the lock again from its source.",
-        )
-
-
-def _check_geometry(lock: Lock) -> None:
-    for name in GEOMETRY:
-        value = getattr(lock, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
-            raise _unusable(lock, f"{name} is {value!r}; it must be a positive integer.")
-
-
-def _check_provenance(lock: Lock) -> None:
-    for name in PROVENANCE:
-        value = getattr(lock, name)
-        if value is not None and not (isinstance(value, str) and is_unicode(value)):
-            raise _unusable(lock, f"{name} is {str(value)[:80]!a}; it must be Unicode text.")
-        if value is not None and len(value) > MAX_PROVENANCE_CHARACTERS:
-            raise _unusable(lock, f"{name} is longer than {MAX_PROVENANCE_CHARACTERS} characters. Shorten it.")
-
-
-def _check_numbers(lock: Lock) -> None:
-    _refuse_rows(lock, (lock.layers < 0) | (lock.heads < 0), f"has a negative index. {_REMEDY}")
-    not_finite = ~lock.directions.isfinite().all(dim=1)
-    _refuse_rows(lock, not_finite, f"has a direction with NaN or infinite numbers. {_REMEDY}")
-    _refuse_rows(lock, ~lock.scales.isfinite(), f"has a NaN or infinite scale. {_REMEDY}")
-    _refuse_rows(lock, lock.scales <= 0, f"has a scale that is not positive. {_REMEDY}")
-    off_unit = (lock.directions.double().norm(dim=1) - 1).abs() > UNIT_TOLERANCE
-    remedy = "Divide it by its norm, and fold the norm into scale."
-    _refuse_rows(lock, off_unit, f"has a direction that is not a unit vector. {remedy}")
-
-
-def _check_column_norms(lock: Lock) -> None:
-    if (norms := lock.column_norms) is None:
-        return
-    if norms.shape != lock.directions.shape:
-        raise _unusable(
-            lock,
-            f"`column_norms` is {list(norms.shape)}, but must be [K, head_dim], as `directions` is: "
-            f"{list(lock.directions.shape)}. Save the lock again from its source.",
-        )
-    bad = ~(norms.isfinite() & (norms >= 0)).all(dim=1)
-    _refuse_rows(lock, bad, f"has a column norm that is negative, NaN or infinite. {_REMEDY}")
-
-
-def _check_places(lock: Lock) -> None:
-    """No head twice, and every head inside the base."""
-    key = lock.layers.long() * 2**31 + lock.heads.long()
-    order = torch.argsort(key, stable=True)
-    repeated = torch.zeros_like(key, dtype=torch.bool)
-    repeated[order[1:]] = key[order][1:] == key[order][:-1]
-    _refuse_rows(lock, repeated, "appears twice. A head has one direction: remove one of the rows.")
-    if lock.num_layers is not None:
-        beyond = lock.layers >= lock.num_layers
-        _refuse_rows(lock, beyond, f"is beyond the base's {lock.num_layers} layers. {_REMEDY}")
-    if lock.num_heads is not None:
-        beyond = lock.heads >= lock.num_heads
-        _refuse_rows(lock, beyond, f"is beyond the base's {lock.num_heads} heads. {_REMEDY}")
-
-
-def _refuse_rows(lock: Lock, bad: torch.Tensor, problem: str) -> None:
-    """Refuse the first row for which `bad`, [K] bool, is true."""
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise _unusable(lock, f"row {row} (layer {int(lock.layers[row])}, head {int(lock.heads[row])}) {problem}")
-
-
-# In this order: the later ones rely on the earlier ones.
-_CHECKS = (_check_shapes, _check_geometry, _check_provenance, _check_numbers, _check_column_norms, _check_places)

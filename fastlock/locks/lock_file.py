@@ -18,13 +18,15 @@ from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.storage.files import json_object
 
 FORMAT = "fastlock-lock"
-# A lock with a tensor of `OPTIONAL` is of the second version, any other one of the first.
+# A lock with a tensor of `GATE` or `OPTIONAL` is of the second version, any other one of the first.
 FORMAT_VERSIONS = ("1", "2")
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
 
 # The tensors, in the order in which the digest takes them.
 TENSORS = {"layers": torch.int32, "heads": torch.int32, "directions": torch.float32, "scales": torch.float32}
+# Those of a gate, which the digest takes after them; a lock has both or none.
+GATE = {"readers": torch.float32, "writers": torch.float32}
 # Those that a lock may have besides; the digest leaves them out, and each has one of its own in the metadata.
 OPTIONAL = {"column_norms": torch.float32}
 # The key of the metadata that has the digest of the rows.
@@ -34,7 +36,10 @@ GEOMETRY = ("num_layers", "num_heads", "head_dim", "hidden_size")
 PROVENANCE = ("base_model", "recipe", "extraction_digest", "fastlock_version", "calibration")
 
 # The tensors as a file holds them: in the order in which the safetensors library lays them out.
-_STORED = {"column_norms": "F32", "directions": "F32", "scales": "F32", "heads": "I32", "layers": "I32"}
+_STORED = dict.fromkeys(("column_norms", "directions", "readers", "scales", "writers"), "F32") | {
+    "heads": "I32",
+    "layers": "I32",
+}
 
 
 def little_endian(tensor: torch.Tensor) -> bytes:
@@ -47,10 +52,10 @@ def serialized(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
     """The bytes of a lock's file: the same tensors and metadata give the same bytes, everywhere and always.
 
     Args:
-        tensors: by name, those of `TENSORS`, and what there is of `OPTIONAL`, on the CPU.
+        tensors: by name, those of `TENSORS`, and what there is of `GATE` and `OPTIONAL`, on the CPU.
         metadata: without the format and its version.
     """
-    version = FORMAT_VERSIONS[not tensors.keys().isdisjoint(OPTIONAL)]
+    version = FORMAT_VERSIONS[not tensors.keys() <= TENSORS.keys()]
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "format_version": version, **metadata}}
     body = b""
     for name, dtype in _STORED.items():
@@ -72,8 +77,9 @@ def read(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
         where: the file's name, for messages.
 
     Returns:
-        The four tensors of `TENSORS`, and what there is of `OPTIONAL`, of geometry (int), provenance (str) and strength
-        (the text of a decimal), by the names of `Lock`'s fields; the digests in hex, those that the file has, by key.
+        The four tensors of `TENSORS`, and what there is of `GATE` and `OPTIONAL`, of geometry (int), provenance (str)
+        and strength (the text of a decimal), by the names of `Lock`'s fields; the digests in hex, those that the file
+        has, by key.
 
     Raises:
         UnsupportedError: the file is of a newer format.
@@ -83,8 +89,8 @@ def read(data: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
     header = _header(data, where)
     metadata = header.pop("__metadata__", None)
     version = _checked_version(metadata, where)
-    optional = set() if version == FORMAT_VERSIONS[0] else OPTIONAL.keys()
-    if not TENSORS.keys() <= header.keys() <= TENSORS.keys() | optional:
+    optional = {} if version == FORMAT_VERSIONS[0] else GATE | OPTIONAL
+    if not TENSORS.keys() <= header.keys() <= TENSORS.keys() | optional.keys():
         names = ", ".join(sorted(header))[:200] or "nothing"
         raise DamagedError(
             f"{where}: a lock holds {', '.join(TENSORS)}{''.join(f', and may hold {name}' for name in optional)}; this "
@@ -134,7 +140,7 @@ def _tensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise _unreadable(where, error) from None
-    for name, dtype in (TENSORS | OPTIONAL).items():
+    for name, dtype in (TENSORS | GATE | OPTIONAL).items():
         if name in tensors and tensors[name].dtype != dtype:
             raise DamagedError(
                 f"{where}: `{name}` is {tensors[name].dtype}, but should be {dtype}. The file is damaged: download it "

@@ -1,4 +1,4 @@
-"""The forward pass with d added and nothing folded: the truth that tests compare a relocked model with."""
+"""The forward pass with the lock acting and nothing folded: the truth that tests compare a relocked model with."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Lock, strength_for
 from fastlock.models.sites import Site, sites_for
 
 
 @contextlib.contextmanager
 def unfolded(model: nn.Module, lock: Lock, strength: float | None = None) -> Iterator[nn.Module]:
-    """Run the model with d added to the input of each locked output projection; nothing is folded.
+    """Run the model with s·(d + U Vᵀ x) added to the input x of each locked output projection; nothing is folded.
 
-    This is the intervention of arXiv 2410.10343 itself, (x + d) Wᵀ + c, which a relocked model must equal at every
-    position. No weight is touched.
+    For a lock without a gate this is the intervention of arXiv 2410.10343 itself, (x + d) Wᵀ + c, which a relocked
+    model must equal at every position. No weight is touched. A gate is computed in float32, or in float64 where x is.
 
     Args:
         model: a transformers model, on any device.
@@ -28,12 +29,31 @@ def unfolded(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
     Raises:
         FastlockError, and its kinds: as for `fastlock.relock`.
     """
-    displacements = lock.displacement(strength_for(lock, strength))
-    shifts = [
-        (site, displacements[site.layer].dense(site.num_heads * site.head_dim)) for site in sites_for(model, lock)
-    ]
-    with displaced(shifts):
+    strength = strength_for(lock, strength)
+    constant, gates = lock.constant(strength), lock.gates(strength)
+    located = [(site, site.num_heads * site.head_dim) for site in sites_for(model, lock)]
+    with contextlib.ExitStack() as hooks:
+        for site, width in located if gates else ():  # before d is added, which the gate does not read
+            hooks.enter_context(_gated(site, gates[site.layer], width))
+        hooks.enter_context(displaced((site, constant[site.layer].dense(width)) for site, width in located))
         yield model
+
+
+@contextlib.contextmanager
+def _gated(site: Site, gate: Gate, width: int) -> Iterator[None]:
+    """Add s·U Vᵀ x to the x that enters an output projection."""
+    readers, writers = gate.dense(width)
+
+    def shift(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+        shifted = x + (x @ readers.to(x)) @ writers.to(x).T
+        return (shifted.to(args[0].dtype), *args[1:])
+
+    handle = site.outer.register_forward_pre_hook(shift)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -23,8 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.locks import lock as lock_module
-from fastlock.locks import lock_file
+from fastlock.locks import lock_checks, lock_file
 from fastlock.locks.lock import Lock, check_strength, strength_for
 from tests.helpers.released import LOCKS, needs_released
 
@@ -451,7 +450,7 @@ def test_a_list_that_holds_itself_is_refused() -> None:
 
 
 def test_too_many_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "MAX_HEADS", 2)
+    monkeypatch.setattr(lock_checks, "MAX_HEADS", 2)
     with pytest.raises(FastlockError, match="3 rows; a lock has at most 2"):
         make()
     with pytest.raises(FastlockError, match="directions of 8193 numbers"):
