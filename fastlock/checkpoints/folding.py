@@ -78,6 +78,11 @@ class FoldedSites:
         """As `Receipt.biases_digest`."""
         return biases_digest(f.bias for f in self.sites)
 
+    @property
+    def written(self) -> str | None:
+        """As `Receipt.written_digest`: biases alone were written."""
+        return None
+
     def known(self) -> Folds:
         """The folds, for other checkpoints that share files with this one."""
         return {f.key: KnownFold(raw_bytes(f.bias), f.digest.result()) for f in self.sites}

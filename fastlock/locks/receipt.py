@@ -28,21 +28,25 @@ from fastlock.locks.receipt_fields import (
     list_in,
     object_in,
     optional,
+    rank_in,
     strength_in,
     text_in,
     texts_in,
 )
 from fastlock.version import __version__
 
-FORMAT_VERSION = 1
+# That of a lock with a gate is another one: who does not know of gates would take it for a bias alone.
+FORMAT_VERSION, GATE_FORMAT_VERSION = 1, 2
 # Where config.json holds it.
 CONFIG_KEY = "fastlock"
-FORMS = ("native", "llama")
+# "weights": no bias at all, and the config as it was; only of a gate alone.
+FORMS = ("native", "llama", "weights")
 
 # What a JSON object has to say, and what it may say besides.
 _KEYS = (
     "format_version fastlock_version lock_digest strength model_type dtype sites weights_digest biases_digest".split()
 )
+_GATE_KEYS = "rank constant written_digest".split()
 _SITE_KEYS = "layer name heads had_bias".split()
 _CARRIER_KEYS = "form flag was original_biases".split()
 _OPTIONAL_CARRIER_KEYS = "stacks original_config config_digest set_aside index_digest".split()
@@ -78,6 +82,10 @@ class Digests(Protocol):
     def biases(self) -> str:
         """As `Receipt.biases_digest`."""
 
+    @property
+    def written(self) -> str | None:
+        """As `Receipt.written_digest`."""
+
 
 @dataclass(frozen=True)
 class KnownDigests:
@@ -85,6 +93,7 @@ class KnownDigests:
 
     weights: str
     biases: str
+    written: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ class Receipt:
         dtype: the dtype of the biases written.
         sites: the relocked output projections.
         fastlock_version: the fastlock that did it.
+        rank: of the lock's gate, which is in the weights of the sites; 0 for a lock without one.
+        constant: whether the lock has a constant part, and biases were written.
         original_config: what the model's config was before it was saved in Llama form, None for all others.
         digests: where its digests come from; None for a copy that was made before they were asked for.
     """
@@ -108,6 +119,8 @@ class Receipt:
     dtype: str
     sites: tuple[LockedSite, ...]
     fastlock_version: str = __version__
+    rank: int = 0
+    constant: bool = True
     original_config: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     digests: Digests | None = field(default=None, repr=False, compare=False)
 
@@ -142,8 +155,16 @@ class Receipt:
 
     @property
     def biases_digest(self) -> str:
-        """SHA-256 of the biases written, [hidden] each, by layer. Computed when first asked for; raises as above."""
+        """SHA-256 of the biases written, [hidden] each, by layer. Computed when first asked for; raises as above.
+
+        Where the lock is a gate alone, none were written, and it is that of no bytes.
+        """
         return self._known().biases
+
+    @property
+    def written_digest(self) -> str | None:
+        """As `weights_digest`, of the locked columns that a gate wrote in their place; None without a gate."""
+        return self._known().written if self.rank else None
 
     def to_dict(self) -> dict[str, Any]:
         """The whole receipt, digests included, as data that JSON can hold: the same receipt gives the same bytes.
@@ -151,8 +172,9 @@ class Receipt:
         Raises:
             FastlockError: the digests were not asked for yet, and the model is gone or was changed since.
         """
+        of_gate = {"rank": self.rank, "constant": self.constant, "written_digest": self.written_digest}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": GATE_FORMAT_VERSION if self.rank else FORMAT_VERSION,
             "fastlock_version": self.fastlock_version,
             "lock_digest": self.lock_digest,
             "strength": self.strength,
@@ -161,7 +183,7 @@ class Receipt:
             "sites": [site.to_dict() for site in self.sites],
             "weights_digest": self.weights_digest,
             "biases_digest": self.biases_digest,
-        }
+        } | (of_gate if self.rank else {})
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Receipt:
@@ -176,8 +198,8 @@ class Receipt:
             DamagedError: it is not a receipt, or was changed so that it cannot be one.
         """
         try:
-            check_version(data, where, FORMAT_VERSION)
-            check_keys(data, _KEYS)
+            with_gate = check_version(data, where, FORMAT_VERSION, GATE_FORMAT_VERSION) == GATE_FORMAT_VERSION
+            check_keys(data, _KEYS + _GATE_KEYS if with_gate else _KEYS)
             return cls(
                 lock_digest=digest_in(data["lock_digest"]),
                 strength=strength_in(data["strength"]),
@@ -185,7 +207,13 @@ class Receipt:
                 dtype=dtype_in(data["dtype"]),
                 sites=_locked_sites(data["sites"]),
                 fastlock_version=text_in(data["fastlock_version"]),
-                digests=KnownDigests(digest_in(data["weights_digest"]), digest_in(data["biases_digest"])),
+                rank=rank_in(data["rank"]) if with_gate else 0,
+                constant=flag_in(data["constant"]) if with_gate else True,
+                digests=KnownDigests(
+                    digest_in(data["weights_digest"]),
+                    digest_in(data["biases_digest"]),
+                    optional(data, "written_digest", digest_in),
+                ),
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise damaged_receipt(where, error) from None
@@ -302,7 +330,20 @@ class SavedReceipt:
         """
         rest = dict(data) if isinstance(data, dict) else data
         carrier = rest.pop("carrier", None) if isinstance(rest, dict) else None
-        return cls(Receipt.from_dict(rest, where), CarrierNote.from_dict(carrier, where))
+        saved = cls(Receipt.from_dict(rest, where), CarrierNote.from_dict(carrier, where))
+        try:
+            saved._check_form()
+        except ValueError as error:
+            raise damaged_receipt(where, error) from None
+        return saved
+
+    def _check_form(self) -> None:
+        """Whether the carrier can be one of what was done: of a gate alone, no bias is carried."""
+        note, of_none = self.carrier, CarrierNote("weights", "", True)
+        carried = replace(of_none, form=note.form, flag=note.flag, was=note.was)
+        carried = replace(carried, original_biases=note.original_biases, original_config=note.original_config)
+        if carried != of_none if not self.receipt.constant else note.form == of_none.form:
+            raise ValueError(f"{note.form!r} is not how such a lock is carried")
 
 
 def weights_digest(site_digests: Iterable[bytes]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
+from fastlock.locks.gate import MAX_RANK
 from fastlock.locks.lock import check_strength
 
 T = TypeVar("T")
@@ -28,15 +29,17 @@ def damaged_receipt(where: str, error: Exception) -> DamagedError:
     )
 
 
-def check_version(data: Any, where: str, known: int) -> None:
-    """Refuse a receipt of another version of the format."""
+def check_version(data: Any, where: str, *known: int) -> int:
+    """The version of the format that a receipt has; any but the `known` ones are refused."""
     version = object_in(data).get("format_version")
     if type(version) is not int:  # true and 1.0 are equal to 1
         raise TypeError(f"{str(version)[:80]!a} where the format's version should be")
-    if version != known:
+    if version not in known:
+        reads = " and ".join(map(str, known))
         raise UnsupportedError(
-            f"{where}: receipt format {str(version)[:40]}; this fastlock reads {known}. Upgrade fastlock."
+            f"{where}: receipt format {str(version)[:40]}; this fastlock reads {reads}. Upgrade fastlock."
         )
+    return version
 
 
 def check_keys(data: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -94,6 +97,13 @@ def index_in(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise TypeError(f"{str(value)[:80]!a} where an index should be")
     return value
+
+
+def rank_in(value: Any) -> int:
+    """The rank of a gate."""
+    if not 1 <= index_in(value) <= MAX_RANK:
+        raise ValueError(f"{value} where the rank of a gate should be")
+    return int(value)
 
 
 def list_in(value: Any) -> list[Any]:

@@ -38,6 +38,11 @@ CARRIER = CarrierNote(
     set_aside={"config.json": DIGESTS[6], "x/y.bin": DIGESTS[7]},
 )
 SAVED = SavedReceipt(RECEIPT, CARRIER)
+GATED = SavedReceipt(replace(RECEIPT, rank=4, digests=KnownDigests(DIGESTS[2], DIGESTS[3], DIGESTS[8])), CARRIER)
+GATE_ALONE = SavedReceipt(
+    replace(GATED.receipt, constant=False),
+    replace(CARRIER, form="weights", flag="", was=True, original_biases={}, original_config=None),
+)
 
 
 def written(saved: SavedReceipt) -> str:
@@ -80,7 +85,7 @@ def test_the_example_of_the_documentation_is_as_it_is_written() -> None:
 def test_the_documentation_lists_every_key() -> None:
     of_checkpoints = DOCS.read_text().partition("## The receipt of an adapter")[0]
     keys = re.findall(r"^\| `(\w+)` \|", of_checkpoints, re.MULTILINE)
-    data = SAVED.to_dict()
+    data = GATED.to_dict()
     assert keys == [*(key for key in data if key != "carrier"), *data["sites"][0], *data["carrier"]]
 
 
@@ -169,8 +174,55 @@ def test_what_is_no_receipt_at_all(data: object) -> None:
         read(data)
 
 
-@pytest.mark.parametrize("version", [0, 2, 10**6, -1])
+@pytest.mark.parametrize("version", [0, 3, 10**6, -1])
 def test_other_versions(version: int) -> None:
     """Whatever else they say."""
-    with pytest.raises(UnsupportedError, match=rf"receipt format {version}; this fastlock reads 1\. Upgrade fastlock"):
+    said = rf"receipt format {version}; this fastlock reads 1 and 2\. Upgrade fastlock"
+    with pytest.raises(UnsupportedError, match=said):
         read({"format_version": version, "anything": None})
+
+
+@pytest.mark.parametrize("saved", [GATED, GATE_ALONE], ids=["both parts", "a gate alone"])
+def test_a_gate_comes_back_in_version_2(saved: SavedReceipt) -> None:
+    data = json.loads(written(saved))
+    back = read(data)
+    assert back == saved
+    assert back.receipt.written_digest == DIGESTS[8]
+    assert (data["format_version"], data["rank"], data["constant"]) == (2, 4, saved.receipt.constant)
+
+
+def test_without_a_gate_there_is_no_word_of_one() -> None:
+    assert SAVED.to_dict()["format_version"] == 1
+    assert not {"rank", "constant", "written_digest"} & SAVED.to_dict().keys()
+    assert SAVED.receipt.written_digest is None
+
+
+WRONG_GATES = [
+    (SAVED, {"rank": 4}),
+    (SAVED, {"format_version": 2}),
+    (GATED, {"format_version": 1}),
+    *((GATED, {key: ...}) for key in ("rank", "constant", "written_digest")),
+    *((GATED, {"rank": value}) for value in (0, 257, -1, True, 1.0, "4", None)),
+    *((GATED, {"constant": value}) for value in (0, 1, "true", None)),
+    *((GATED, {"written_digest": value}) for value in ("a" * 63, 7, None)),
+    (GATED, {"constant": False}),
+    (GATE_ALONE, {"constant": True}),
+]
+
+
+@pytest.mark.parametrize(("saved", "change"), WRONG_GATES, ids=lambda value: str(value)[:40])
+def test_a_gate_that_cannot_be_one_is_refused(saved: SavedReceipt, change: dict) -> None:
+    data = {key: value for key, value in (saved.to_dict() | change).items() if value is not ...}
+    with pytest.raises(DamagedError, match=r"^tuned/config\.json: the receipt is damaged"):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"flag": "attention_bias"}, {"was": False}, {"original_biases": {"0": "AAAA"}}, {"original_config": {}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_weights_alone_carry_no_bias(change: dict) -> None:
+    data = GATE_ALONE.to_dict()
+    with pytest.raises(DamagedError, match="'weights' is not how such a lock is carried"):
+        read(data | {"carrier": data["carrier"] | change})

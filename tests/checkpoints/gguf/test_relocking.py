@@ -289,7 +289,7 @@ def test_what_was_changed_since_is_not_thrown_away(tmp_path, lock) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "kind", "message"),
     [
-        ('"format_version": 1', '"format_version": 2', fastlock.UnsupportedError, "receipt format 2"),
+        ('"format_version": 1', '"format_version": 3', fastlock.UnsupportedError, "receipt format 3"),
         ('"files": [{', '"fires": [{', fastlock.DamagedError, "the receipt is damaged"),
         ('"head_length": ', '"head_length":-', fastlock.DamagedError, "the receipt is damaged"),
         ('"head_length": ', '"head_lengths":', fastlock.DamagedError, "the receipt is damaged"),
