@@ -29,5 +29,9 @@ def load_smollm2() -> tuple[Any, Any]:
 
 
 def with_adapter(model: Any, name: str) -> Any:
-    """The model with a LoRA of examples/adapters merged into its weights."""
-    return peft.PeftModel.from_pretrained(model, ADAPTERS / name).merge_and_unload().eval()
+    """The model with a LoRA of examples/adapters merged into its weights, all of which can be trained.
+
+    PEFT freezes what it wraps (0.21: still after merging), and a full fine-tune would find nothing to train.
+    """
+    merged: Any = peft.PeftModel.from_pretrained(model, ADAPTERS / name).merge_and_unload()
+    return merged.requires_grad_(True).eval()
