@@ -1,4 +1,4 @@
-"""The one judgement of models and directories: whether the biases that are there are the folds of a lock."""
+"""The one judgement of models and directories: whether the biases and weights that are there are a lock's folds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Verification:
         state: "locked", "not locked" or "altered".
         strength: the strength found, None where there is none.
         layers: the layers that the lock shifts.
-        altered: those of them whose bias is not what their own weights give.
+        altered: those of them whose bias, or weights that a gate rewrote, are not what their own weights give.
         reason: one sentence for people.
     """
 
@@ -52,6 +52,8 @@ class SiteEvidence:
         bias: what is there, [hidden], or None.
         rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if a checkpoint
             was loaded in a narrower dtype than it was relocked in.
+        gate: whether the locked columns are what the lock's gate makes of those that were there before, at the strength
+            that the receipt says, within the bound of a right one; None where nobody looked.
     """
 
     layer: int
@@ -61,6 +63,7 @@ class SiteEvidence:
     dtype: torch.dtype
     bias: torch.Tensor | None
     rounding: float = 0.0
+    gate: bool | None = None
 
     def is_fold(self, strength: float, original: torch.Tensor | None) -> bool:
         """Whether the bias is the fold at this strength on top of the original, within the bound of a right one."""
@@ -126,15 +129,20 @@ def judge(
         problem: what else is wrong, as a clause; None where nothing is.
         lost: why transformers would drop the biases, None where it uses them.
     """
+    layers = tuple(e.layer for e in evidence)
+    if receipt is None and lock.rank:
+        reason = "there is no receipt, and without one the gate of a lock cannot be recognised"
+        return Verification("not locked", None, layers, (), reason)
     if receipt is None:
         return _without_receipt(evidence, lost)
-    layers = tuple(e.layer for e in evidence)
     if (other := not_this_lock(receipt, lock, layers)) is not None:
         return other
     before = originals(receipt)
-    altered = tuple(e.layer for e in evidence if not e.is_fold(receipt.strength, before.get(e.layer)))
-    if altered:
-        reason = f"{len(altered)} of {len(layers)} layers hold a bias that their own weights do not give"
+    gated = [e.layer for e in evidence if lock.rank and not e.gate]
+    folded = [e.layer for e in evidence if lock.has_constant and not e.is_fold(receipt.strength, before.get(e.layer))]
+    if altered := tuple(layer for layer in layers if layer in (*gated, *folded)):
+        what = "weights that the gate does not give" if gated else "a bias that their own weights do not give"
+        reason = f"{len(altered)} of {len(layers)} layers hold {what}"
         return Verification("altered", receipt.strength, layers, altered, reason)
     if (change := problem(receipt)) is not None:
         return Verification("altered", receipt.strength, layers, layers, change)
