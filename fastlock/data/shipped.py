@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def shipped_file(name: str) -> Path:
-    """A shipped file: pairs.jsonl, prompts.json, harmless.txt, texts.txt, borderline.txt or bands.json."""
+    """A shipped file: pairs.jsonl, prompts.json, harmless.txt, scary.txt, texts.txt, borderline.txt or bands.json."""
     return Path(__file__).with_name(name)
 
 

@@ -89,6 +89,11 @@ def shipped_harmless() -> tuple[str, ...]:
     return shipped_lines("harmless.txt")
 
 
+def shipped_scary() -> tuple[str, ...]:
+    """The 60 harmless prompts with fastlock that only sound harmful; none is about what `shipped_prompts` ask about."""
+    return shipped_lines("scary.txt")
+
+
 def shipped_texts() -> tuple[str, ...]:
     """The 16 ordinary texts that come with fastlock; none of them is in `shipped_prompts`."""
     return shipped_lines("texts.txt")

@@ -12,12 +12,15 @@ import fastlock
 from fastlock.cli import main as cli
 from fastlock.errors import FastlockError
 from fastlock.models.sites import sites
-from fastlock.recipes import training as module
+from fastlock.recipes import constant_training as module
+from fastlock.recipes import training
+from fastlock.recipes.lessons import Row
 from fastlock.recipes.training import train_lock
 from tests.helpers.families import tiny_model, word_tokenizer
 
 PAIRS = fastlock.shipped_pairs()[:6]
-OPTIONS: dict[str, Any] = {"harmless": ("what is a harp", "name a fruit"), "texts": ("the quick brown fox", "a b c")}
+TEXTS: dict[str, Any] = {"harmless": ("what is a harp", "name a fruit"), "texts": ("the quick brown fox", "a b c")}
+OPTIONS = TEXTS | {"rank": 0}
 
 
 def model_of(seed: int, **changes: Any) -> Any:
@@ -89,7 +92,7 @@ def test_what_is_trained_is_what_relocking_does() -> None:
     model = model_of(1)
     d = torch.randn(3, 4, 32)
     ids = torch.randint(0, 4096, (2, 7))
-    lock = module._lock(d, model, 1, 1, 0, "0" * 64)
+    lock = training._constant_lock(d, model, 1, 1, 0, "0" * 64)
     with torch.no_grad():
         with module._displaced(sites(model), d):
             displaced = model(input_ids=ids).logits
@@ -102,7 +105,7 @@ def test_what_is_trained_is_what_relocking_does() -> None:
 
 def test_predictions_are_those_of_each_row_alone() -> None:
     model = model_of(1)
-    rows = [module._Row([5, 6, 7, 8, 9], 2), module._Row([11, 12, 13], 1), module._Row([20, 21, 22, 23], 3)]
+    rows = [Row([5, 6, 7, 8, 9], 2), Row([11, 12, 13], 1), Row([20, 21, 22, 23], 3)]
     with torch.no_grad():
         predicted, targets = module._predictions(model, rows)
         alone = [model(input_ids=torch.tensor([row.ids])).logits[0, -row.counted - 1 : -1] for row in rows]
@@ -128,7 +131,7 @@ def test_the_same_inputs_give_the_same_lock() -> None:
 
 def test_without_refusals_the_safe_answers_are_learnt() -> None:
     base, words = model_of(0), tokenizer()
-    lessons = next(module._lessons(base, [model_of(1)], words, PAIRS, *OPTIONS.values()))
+    lessons = next(module._lessons(base, [model_of(1)], words, PAIRS, *TEXTS.values()))
     expected = words(f" {PAIRS[0].safe}", add_special_tokens=False)["input_ids"][:12]
     assert lessons.refusals[0].ids[-len(expected) :] == expected
     assert lessons.refusals[0].counted == len(expected)
@@ -197,7 +200,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model_of(seed).save_pretrained(tmp_path / name)
         tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fastlock", "train", "BASE", "A", "B", "--out", "l.safetensors", "--steps", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["fastlock", "train", "BASE", "A", "B", "--out", "l.safetensors", "--steps", "2", "--rank", "0"]
+    )
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code

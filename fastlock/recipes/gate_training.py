@@ -1,0 +1,358 @@
+"""A gate that is trained: what it adds depends on what the heads say, and harmless requests do not open it.
+
+At the input of the output projections of some layers x becomes x + d + U Vᵀ (x − x̄), and V, U and d are learnt by
+gradient descent on the base itself and some fine-tunes of it, in turn: the loss of a step is the sum of
+
+    KL divergence        from the base, in its own refusals of harmful requests
+    2.5 x KL divergence  from the model without the lock, in the base's answers to harmless requests; from the base
+                         where the model would refuse and the base does not
+    3 x KL divergence    from the model without the lock, in ordinary texts
+
+V is normalised by its root mean square at the start, so that one learning rate suits every layer. Its first column
+starts as a probe that tells both kinds of requests apart (harm_probe.py), the others at random; U and d start at 0. It
+is a LoRA (arXiv 2106.09685) of the output projections that is trained once, for other fine-tunes too. Without a
+constant d there is no centre x̄ either, and no bias is needed anywhere: the probe is made blind to it instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div
+
+from fastlock.errors import DamagedError
+from fastlock.evaluation.evaluator import evaluate
+from fastlock.evaluation.judging import Judge
+from fastlock.evaluation.prompts import Prompts
+from fastlock.inference.batching import Progress, in_halves
+from fastlock.models.sites import Site, sites
+from fastlock.recipes.harm_probe import HarmProbe, read_probe
+from fastlock.recipes.lessons import Row, answer_row, check_loss, frozen, log_probabilities, text_rows
+
+ASKED_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 12, 6, 40
+READER_RATE, RATE, BETAS, WARM_UP, LAST_RATE = 0.02, 0.005, (0.9, 0.99), 3, 0.1
+ANSWER_WEIGHT, TEXT_WEIGHT = 2.5, 3.0
+SCARY_SHARE = 0.5  # of the steps
+_REFERENCE_BATCH = 8
+_LEAST_LOG_PROBABILITY = -1e4  # a probability of 0, with a logarithm that half precision holds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a gate is trained on: requests of both kinds, harmless ones that sound harmful, and texts."""
+
+    harmful: Sequence[str]
+    harmless: Sequence[str]
+    scary: Sequence[str]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How a gate is trained; the attributes are arguments of `train_lock`, all checked."""
+
+    rank: int
+    constant: bool
+    layers: tuple[int, ...] | None
+    steps: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainedGate:
+    """The layers with a gate, and what was learnt for each, over the whole input of its output projection.
+
+    Attributes:
+        layers: ascending.
+        readers, writers: V and U, [layers, width, rank] float32.
+        constant: d, [layers, width] float32, with the centre absorbed; None for a gate alone.
+    """
+
+    layers: tuple[int, ...]
+    readers: torch.Tensor
+    writers: torch.Tensor
+    constant: torch.Tensor | None
+
+
+def train_gate(
+    base: nn.Module,
+    fine_tunes: Sequence[nn.Module],
+    tokenizer: Any,
+    asked: Asked,
+    how: GateSettings,
+    judge: Judge,
+    progress: Progress,
+) -> TrainedGate:
+    """Train a gate on a base and fine-tunes of it; their weights stay as they are.
+
+    Raises:
+        DamagedError: a model's numbers are NaN or infinite.
+        FastlockError: the base refuses, or answers, too few of the requests, or no layers are told apart.
+    """
+    models = [base, *fine_tunes]
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.enable_grad())
+        for model in models:
+            undo.enter_context(frozen(model))
+        lessons = _lessons(base, tokenizer, asked, judge, progress)
+        probe = read_probe(base, tokenizer, lessons.refused, lessons.answered, progress)
+        weights = _start(probe, how)
+        turns = _turns(lessons, len(models), how)
+        pupils, targets = _pupils(models, lessons, weights.layers, turns, progress)
+        optimizer = torch.optim.Adam(weights.groups(), betas=BETAS)
+        for step, turn in enumerate(progress(turns, "Training the lock")):
+            rate = min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / how.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_rate"] * rate
+            check_loss(_step(pupils[turn.pupil], weights, lessons, targets, turn), step)
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights.trained()
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """What the base refused and answered, as rows; which of the answers are ordinary, which to scary requests."""
+
+    refused: list[str]
+    answered: list[str]
+    refusals: list[Row]
+    answers: list[Row]
+    ordinary: list[int]
+    scary: list[int]
+    texts: list[Row]
+
+
+def _lessons(base: nn.Module, tokenizer: Any, asked: Asked, judge: Judge, progress: Progress) -> _Lessons:
+    prompts = Prompts(
+        harmful=tuple(dict.fromkeys(asked.harmful)), harmless=tuple(dict.fromkeys((*asked.harmless, *asked.scary)))
+    )
+    said = evaluate(base, tokenizer, prompts, judge=judge, new_tokens=ASKED_TOKENS, batch_size=32, progress=progress)[0]
+    refused = [answer for answer in said.harmful if answer.refused and answer.text]
+    answered = [answer for answer in said.harmless if answer.refused is False and answer.text]
+    ordinary, scary = set(asked.harmless), set(asked.scary)
+    return _Lessons(
+        [answer.prompt for answer in refused],
+        [answer.prompt for answer in answered],
+        [answer_row(tokenizer, answer.prompt, answer.text, ANSWER_TOKENS) for answer in refused],
+        [answer_row(tokenizer, answer.prompt, answer.text, ANSWER_TOKENS) for answer in answered],
+        [number for number, answer in enumerate(answered) if answer.prompt in ordinary],
+        [number for number, answer in enumerate(answered) if answer.prompt in scary],
+        text_rows(tokenizer, asked.texts, TEXT_TOKENS),
+    )
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One step: which model learns, and from which rows."""
+
+    pupil: int
+    refusals: list[int]
+    answers: list[int]
+    texts: list[int]
+
+
+def _turns(lessons: _Lessons, pupils: int, how: GateSettings) -> list[_Turn]:
+    """Every step, drawn beforehand: what the models say to these rows without the lock is read once, before it."""
+    order = random.Random(how.seed)
+    refusals = _Bag(range(len(lessons.refusals)), order)
+    answers = _Bag(lessons.ordinary or lessons.scary, order)
+    texts = _Bag(range(len(lessons.texts)), order)
+    turns = []
+    for step in range(how.steps):
+        turn = _Turn(
+            step % pupils,
+            refusals.take(how.batch_size),
+            answers.take(how.batch_size * 3 // 2),
+            texts.take(max(1, how.batch_size // 3)),
+        )
+        if lessons.scary and order.random() < SCARY_SHARE:
+            turn.answers[0] = order.choice(lessons.scary)
+        turns.append(turn)
+    return turns
+
+
+class _Bag:
+    """Numbers drawn at random, none a second time before all were drawn."""
+
+    def __init__(self, numbers: Sequence[int], order: random.Random) -> None:
+        self.numbers, self.order = list(numbers), order
+        self.left: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        taken: list[int] = []
+        while len(taken) < min(count, len(self.numbers)):
+            if not self.left:
+                self.left = self.order.sample(self.numbers, len(self.numbers))
+            taken.append(self.left.pop())
+        return taken
+
+
+_Targets = dict[int, torch.Tensor]
+"""Log-probabilities before the counted tokens of some rows, [counted, vocabulary] float16, by the row's number."""
+
+
+@dataclass(frozen=True)
+class _Pupil:
+    """A model, its output projections that get a gate, and what it should go on saying."""
+
+    model: nn.Module
+    sites: list[Site]
+    answers: _Targets
+    texts: _Targets
+
+
+def _pupils(
+    models: Sequence[nn.Module], lessons: _Lessons, layers: Sequence[int], turns: Sequence[_Turn], progress: Progress
+) -> tuple[list[_Pupil], _Targets]:
+    """Every model with its targets, and the base's for the refusals; only what some step reads."""
+    base = models[0]
+    refusals = _targets(base, "the base", lessons.refusals, {n for turn in turns for n in turn.refusals})
+    answers = _targets(base, "the base", lessons.answers, {n for turn in turns for n in turn.answers})
+    openings = {row.ids[len(row.ids) - row.counted] for row in lessons.refusals}
+    pupils = []
+    for number, model in enumerate(progress(models, "Reading what the models say")):
+        own = [turn for turn in turns if turn.pupil == number]
+        name = f"fine-tune {number}" if number else "the base"
+        read = {n for turn in own for n in turn.answers}
+        said = _targets(model, name, lessons.answers, read) if number else {n: answers[n] for n in read}
+        for n in read:
+            if _opens(said[n], openings) and not _opens(answers[n], openings):
+                said[n] = answers[n]
+        texts = _targets(model, name, lessons.texts, {n for turn in own for n in turn.texts})
+        chosen = [site for site in sites(model) if site.layer in layers]
+        pupils.append(_Pupil(model, chosen, said, texts))
+    return pupils, refusals
+
+
+def _opens(target: torch.Tensor, openings: set[int]) -> bool:
+    """Whether the likeliest first token is one that some refusal of the base begins with."""
+    return int(target[0].argmax()) in openings
+
+
+@torch.no_grad()
+def _targets(model: nn.Module, name: str, rows: Sequence[Row], numbers: set[int]) -> _Targets:
+    """What a model expects without the lock."""
+    order = sorted(numbers, key=lambda number: (len(rows[number].ids), number))
+
+    def read(batch: Sequence[int]) -> list[torch.Tensor]:
+        said = log_probabilities(model, [rows[number] for number in batch])
+        if not said.isfinite().any(-1).all() or said.isnan().any():
+            raise DamagedError(
+                f"{name}: what it expects is NaN or infinite. Its weights are damaged, or overflow in this dtype: "
+                "load it again, in bfloat16 or float32."
+            )
+        kept = said.clamp_min(_LEAST_LOG_PROBABILITY).half().cpu()
+        return [part.clone() for part in kept.split([rows[number].counted for number in batch])]
+
+    found: _Targets = {}
+    for start in range(0, len(order), _REFERENCE_BATCH):
+        batch = order[start : start + _REFERENCE_BATCH]
+        found |= zip(batch, in_halves(batch, read, lambda n: f"one row of {len(rows[n].ids)} tokens"), strict=True)
+    return found
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What is trained, over the whole inputs of some layers' output projections.
+
+    Attributes:
+        layers: which, ascending.
+        readers: V divided by `sizes`, [layers, width, rank].
+        sizes: the root mean square of each column of V at the start, [layers, 1, rank].
+        writers: U, [layers, width, rank].
+        centre: Vᵀ x̄ at the start, which is taken from Vᵀ x, [layers, rank]; zeros for a gate alone.
+        constant: d, [layers, width]; None for a gate alone.
+    """
+
+    layers: tuple[int, ...]
+    readers: torch.Tensor
+    sizes: torch.Tensor
+    writers: torch.Tensor
+    centre: torch.Tensor
+    constant: torch.Tensor | None
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What the optimizer takes."""
+        rest = [self.writers] if self.constant is None else [self.writers, self.constant]
+        return [
+            {"params": [self.readers], "lr": READER_RATE, "full_rate": READER_RATE},
+            {"params": rest, "lr": RATE, "full_rate": RATE},
+        ]
+
+    def added(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """What the gate of the layer `layers[number]` adds to x, [..., width]."""
+        read = x @ (self.readers[number] * self.sizes[number]).to(x) - self.centre[number].to(x)
+        written = read @ self.writers[number].T.to(x)
+        return written if self.constant is None else written + self.constant[number].to(x)
+
+    @contextlib.contextmanager
+    def acting(self, chosen: Sequence[Site]) -> Iterator[None]:
+        """Let it act in a model, whose sites of these layers are given."""
+        with contextlib.ExitStack() as hooks:
+            for number, site in enumerate(chosen):
+
+                def shift(_module: nn.Module, args: tuple[torch.Tensor, ...], number: int = number) -> tuple[Any, ...]:
+                    x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+                    return ((x + self.added(number, x)).to(args[0].dtype), *args[1:])
+
+                hooks.callback(site.outer.register_forward_pre_hook(shift).remove)
+            yield
+
+    @torch.no_grad()
+    def trained(self) -> TrainedGate:
+        """What was learnt: V itself, and the constant without the centre that the gate had."""
+        constant = self.constant
+        if constant is not None:
+            constant = constant - (self.writers @ self.centre[..., None])[..., 0]
+        return TrainedGate(self.layers, self.readers * self.sizes, self.writers.clone(), constant)
+
+
+def _start(probe: HarmProbe, how: GateSettings) -> _Weights:
+    """What the training starts with."""
+    layers = probe.layers() if how.layers is None else how.layers
+    chosen = list(layers)
+    width = probe.harmful.shape[2]
+    noise = torch.randn(len(chosen), width, how.rank, generator=torch.Generator().manual_seed(how.seed), device="cpu")
+    readers = noise / probe.spread[chosen, None, None].clamp_min(1e-20) / width**0.5  # Vᵀ x is of about one
+    readers[:, :, 0] = probe.directions(blind=not how.constant)[chosen]
+    sizes = readers.square().mean(1, keepdim=True).sqrt().clamp_min(1e-20)
+    centre = torch.einsum("lw,lwr->lr", probe.centre[chosen], readers)
+    writers = torch.zeros(len(chosen), width, how.rank, device="cpu", requires_grad=True)
+    return _Weights(
+        layers,
+        (readers / sizes).requires_grad_(),
+        sizes,
+        writers,
+        centre if how.constant else torch.zeros_like(centre),
+        torch.zeros(len(chosen), width, device="cpu", requires_grad=True) if how.constant else None,
+    )
+
+
+def _step(pupil: _Pupil, weights: _Weights, lessons: _Lessons, refusals: _Targets, turn: _Turn) -> float:
+    """The gradients of one step: a forward and a backward pass of the requests, and one of the texts. The loss."""
+    with weights.acting(pupil.sites):
+        rows = [lessons.refusals[n] for n in turn.refusals] + [lessons.answers[n] for n in turn.answers]
+        said = log_probabilities(pupil.model, rows)
+        count = sum(lessons.refusals[n].counted for n in turn.refusals)
+        loss = _divergence(said[:count], refusals, turn.refusals)
+        loss = loss + ANSWER_WEIGHT * _divergence(said[count:], pupil.answers, turn.answers)
+        loss.backward()
+        total = float(loss.detach())
+        read = log_probabilities(pupil.model, [lessons.texts[n] for n in turn.texts])
+        loss = TEXT_WEIGHT * _divergence(read, pupil.texts, turn.texts)
+        loss.backward()
+    return total + float(loss.detach())
+
+
+def _divergence(said: torch.Tensor, targets: _Targets, numbers: Sequence[int]) -> torch.Tensor:
+    """The Kullback-Leibler divergence of what is said from what it should be, the mean over the tokens."""
+    wanted = torch.cat([targets[number] for number in numbers]).to(said)
+    return kl_div(said, wanted, reduction="batchmean", log_target=True)
