@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlock.models.relocking import Member
+from fastlock.models.members import Member
 from fastlock.models.sites import BareProjections
 from fastlock.models.state import RECEIPT
 

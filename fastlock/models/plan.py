@@ -23,17 +23,8 @@ from fastlock.locks.receipt import Receipt
 from fastlock.models.addresses import Addresses
 from fastlock.models.copies import Copies
 from fastlock.models.links import Links
-from fastlock.models.relocking import (
-    Member,
-    changing,
-    check_list,
-    displacements_of,
-    each,
-    folds_of,
-    prepare,
-    put_in,
-    receipt_for,
-)
+from fastlock.models.members import Member, displacements_of, folds_of, prepare
+from fastlock.models.relocking import changing, check_list, each, put_in, receipt_for
 from fastlock.models.sites import BareProjections
 from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, RECEIPT, set_receipt, with_digests_of
 

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.fold import Fold, check_not_capturing, fold, rounded_fold
-from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
+from fastlock.errors import FastlockError
+from fastlock.fold import check_not_capturing, fold, rounded_fold
+from fastlock.locks.lock import Lock, check_lock
 from fastlock.locks.receipt import LockedSite, Receipt
-from fastlock.models.base_check import check_against, check_basis
-from fastlock.models.reloaded import guard_saving, mark, receipt_of, take_over
-from fastlock.models.sites import BareProjections, Site, bare_sites, sites_for, text_config, unwrapped
-from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, remove_bias, with_digests_of
+from fastlock.models.base_check import check_against
+from fastlock.models.members import Member, folds_of, prepare
+from fastlock.models.placing import original_bias, place_all, still_locked, take_out
+from fastlock.models.reloaded import guard_saving, receipt_of, take_over
+from fastlock.models.sites import text_config, unwrapped
 
 _T = TypeVar("_T")
-
-# Of each original bias that holds a lock now, the projection (a weak reference) through which it got it.
-_HOLDERS: Any = WeakIdKeyDictionary()
 
 
 def relock(model: nn.Module, lock: Lock, strength: float | None = None, *, base: nn.Module | None = None) -> Receipt:
@@ -106,7 +100,7 @@ def unlock(model: nn.Module) -> None:
         take_over(inner, undo)
         if receipt_of(inner) is None:
             raise FastlockError(f"{type(inner).__name__} is not relocked; there is nothing to unlock.")
-        _take_out(inner, undo)
+        take_out(inner, undo)
 
 
 @contextlib.contextmanager
@@ -121,7 +115,7 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         guard_saving(model, undo)
         take_over(inner, undo)
         earlier = receipt_of(inner)
-        before = _still_locked(inner, earlier) if earlier else []
+        before = still_locked(inner, earlier) if earlier else []
         kept = [site.module.bias.detach().clone() for site in before]
         members = prepare([inner], [lock], [strength], undo)
         put_in(members, fold(folds_of(members)), undo)
@@ -129,13 +123,13 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         yield model
     finally:
         with changing() as undo:
-            _take_out(inner, undo)
+            take_out(inner, undo)
             if earlier:
                 biases = [
                     bias.to(site.projection.device, site.projection.dtype)
                     for site, bias in zip(before, kept, strict=True)
                 ]
-                _place_all(inner, earlier, before, biases, undo)
+                place_all(inner, earlier, before, biases, undo)
 
 
 @contextlib.contextmanager
@@ -151,25 +145,6 @@ def changing() -> Iterator[ExitStack]:
     with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
         yield undo
         undo.pop_all()
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One model of those that are relocked together.
-
-    Attributes:
-        model: out of its wrapper; None for bare output projections.
-        lock: what it is relocked with.
-        strength: the strength to apply.
-        displacements: of the lock at this strength, by layer; the same object for members of the same two.
-        sites: those that the lock shifts.
-    """
-
-    model: nn.Module | None
-    lock: Lock
-    strength: float
-    displacements: Mapping[int, Displacement]
-    sites: Sequence[Site]
 
 
 def check_list(models: object) -> None:
@@ -197,65 +172,6 @@ def each(values: _T | Sequence[_T], count: int, name: str) -> list[_T]:
     return [values] * count
 
 
-def displacements_of(locks: Sequence[Lock], strengths: Sequence[float]) -> list[Mapping[int, Displacement]]:
-    """The displacements of each lock, by layer; the same object where lock and strength are the same."""
-    displacements: dict[tuple[int, float], Mapping[int, Displacement]] = {}
-    for lock, strength in zip(locks, strengths, strict=True):
-        if (id(lock), strength) not in displacements:
-            displacements[id(lock), strength] = lock.displacement(strength)
-    return [displacements[id(lock), strength] for lock, strength in zip(locks, strengths, strict=True)]
-
-
-def prepare(
-    models: Sequence[nn.Module | BareProjections],
-    locks: Sequence[Lock],
-    strengths: Sequence[float | None],
-    undo: ExitStack,
-) -> list[Member]:
-    """Check everything about all models; take over those that came back relocked from disk.
-
-    Raises:
-        FastlockError, and its kinds: as for `relock`.
-    """
-    for lock in locks:
-        check_lock(lock)
-    applied = [strength_for(lock, strength) for lock, strength in zip(locks, strengths, strict=True)]
-    inner = [model if isinstance(model, dict) else unwrapped(model, adapters=True) for model in models]
-    own = [id(model) for model in inner if isinstance(model, nn.Module)]
-    if len(set(own)) < len(own):
-        raise FastlockError("one model is given twice; a model carries one lock. Give each model once.")
-    members = []
-    for model in models:
-        if isinstance(model, nn.Module):
-            guard_saving(model, undo)
-    for i, (model, lock, displacements) in enumerate(zip(inner, locks, displacements_of(locks, applied), strict=True)):
-        if isinstance(model, nn.Module):
-            take_over(model, undo)
-            members.append(Member(model, lock, applied[i], displacements, sites_for(model, lock)))
-        else:
-            members.append(Member(None, lock, applied[i], displacements, bare_sites(model, lock, f"models[{i}]")))
-    _check_not_shared(members)
-    for member in members:
-        check_basis(member.sites, member.displacements, member.lock, _name_of(member))
-    return members
-
-
-def _name_of(member: Member) -> str:
-    """What a member is called in messages."""
-    return member.sites[0].name if member.model is None else type(member.model).__name__
-
-
-def folds_of(members: Sequence[Member]) -> list[Fold]:
-    """The folds of all members, member by member and site by site."""
-    return [_fold_of(site, member.displacements[site.layer]) for member in members for site in member.sites]
-
-
-def _fold_of(site: Site, displacement: Displacement) -> Fold:
-    columns, c = site.head_columns(displacement.heads), original_bias(site)
-    # The columns of a quantised or adapted projection come in float64.
-    return Fold(columns, displacement.values, None if c is None else c.to(columns.matrix.dtype), site.name)
-
-
 def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack) -> list[Receipt | None]:
     """Put the biases in, in the order of `folds_of`, in place of an earlier lock's.
 
@@ -270,51 +186,9 @@ def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: Exit
             receipts.append(None)
             continue
         receipt = receipt_for(member)
-        _take_out(member.model, undo)
-        receipts.append(_place_all(member.model, receipt, member.sites, biases_of_member, undo))
+        take_out(member.model, undo)
+        receipts.append(place_all(member.model, receipt, member.sites, biases_of_member, undo))
     return receipts
-
-
-def _check_not_shared(members: Sequence[Member]) -> None:
-    """Refuse a projection, or a bias, in which the lock would act in another place too, or a second lock would."""
-    modules: set[int] = set()
-    biases: set[int] = set()
-    for member in members:
-        holding = _modules_that_hold_its_lock(member)
-        uses: Counter[int] | None = None
-        for site in member.sites:
-            module, bias = site.module, site.bias
-            if id(module) in modules or (hasattr(module, PLACED_BIAS) and id(module) not in holding):
-                raise FastlockError(
-                    f"{site.name} is part of another model too, which is relocked: a second lock would be added to the "
-                    "first. Unlock that model first, or give the two models layers of their own."
-                )
-            modules.add(id(module))
-            if member.model is None or bias is None:
-                continue
-            uses = uses or Counter(id(p) for _, p in member.model.named_parameters(remove_duplicate=False))
-            holder = _HOLDERS.get(bias)
-            if id(bias) in biases or uses[id(bias)] > 1 or (holder and holder() not in (None, module)):
-                raise UnsupportedError(
-                    f"{site.name}.bias is one parameter with that of another module: the lock would act there too, and "
-                    "a parameter cannot hold two locks. Give each a parameter of its own (nn.Parameter(bias.detach()) "
-                    "may share its memory)."
-                )
-            biases.add(id(bias))
-
-
-def _modules_that_hold_its_lock(member: Member) -> set[int]:
-    """The ids of a member's modules that an earlier relock of this model put a lock into."""
-    receipt = None if member.model is None else receipt_of(member.model)
-    if member.model is None or receipt is None:
-        return set()
-    return {id(site.module) for site in locked_sites(member.model, receipt)}
-
-
-def original_bias(site: Site) -> torch.Tensor | None:
-    """The bias without any lock, in the memory where it stays when a lock is put in."""
-    bias = getattr(site.module, ORIGINAL_BIAS, None) if hasattr(site.module, PLACED_BIAS) else site.bias
-    return None if bias is None else bias.detach()
 
 
 def receipt_for(member: Member) -> Receipt:
@@ -333,81 +207,3 @@ def receipt_for(member: Member) -> Receipt:
         original_config=earlier.original_config if earlier else None,
     )
     return receipt.with_dtypes([site.dtype_name for site in member.sites])
-
-
-def _place_all(
-    model: nn.Module, receipt: Receipt, sites: Sequence[Site], biases: Sequence[torch.Tensor], undo: ExitStack
-) -> Receipt:
-    for site, bias in zip(sites, biases, strict=True):
-        _place(site.module, bias, undo)
-    mark(model, receipt, undo)
-    return with_digests_of(receipt, sites)
-
-
-def _take_out(model: nn.Module, undo: ExitStack) -> None:
-    """Put back every original bias, if the model is relocked."""
-    receipt = receipt_of(model)
-    if receipt is None:
-        return
-    sites = _still_locked(model, receipt)
-    for site in sites:
-        if site.bias is None or not _same_numbers(site.bias, getattr(site.module, PLACED_BIAS)):
-            raise DamagedError(
-                f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
-                "the original back would lose that change. For the original, load the checkpoint again. To train, "
-                "unlock first, and relock afterwards."
-            )
-    for site in sites:
-        _restore(site.module, undo)
-    mark(model, None, undo)
-
-
-def _same_numbers(bias: torch.Tensor, placed: torch.Tensor) -> bool:
-    """Whether a bias is what was placed, as far as its own dtype holds that: bitsandbytes brings it to another one."""
-    return bias.shape == placed.shape and torch.equal(bias, placed.to(bias))
-
-
-def _still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
-    """The sites that hold the lock; it is gone from a projection that was replaced since.
-
-    Raises:
-        DamagedError: a module that was put there since has a bias, which may or may not hold the lock.
-    """
-    locked = []
-    for site in locked_sites(model, receipt):
-        if hasattr(site.module, PLACED_BIAS):
-            locked.append(site)
-        elif site.bias is not None:
-            raise DamagedError(
-                f"{site.name} was replaced since the model was relocked, and the new module has a bias: nobody can "
-                "tell whether it holds the lock. Put the earlier module back, or load the checkpoint again."
-            )
-    return locked
-
-
-def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:
-    """Put the bias in; an original one keeps its Parameter, for an optimizer that holds it."""
-    original = None if module.bias is None else module.bias.data
-    keep(module, original, bias.detach().clone(), undo)
-    if original is None:
-        undo.callback(remove_bias, module)
-        module.bias = nn.Parameter(bias, requires_grad=False)
-    else:
-        undo.callback(setattr, module.bias, "data", original)
-        module.bias.data = bias
-        undo.callback(_HOLDERS.pop, module.bias, None)
-        _HOLDERS[module.bias] = weakref.ref(module)
-
-
-def _restore(module: Any, undo: ExitStack) -> None:
-    original = getattr(module, ORIGINAL_BIAS, None)
-    undo.callback(keep, module, original, getattr(module, PLACED_BIAS), ExitStack())
-    forget(module)
-    if original is None:
-        undo.callback(setattr, module, "bias", module.bias)
-        remove_bias(module)
-    else:
-        undo.callback(setattr, module.bias, "data", module.bias.data)
-        module.bias.data = original
-        undo.callback(_HOLDERS.__setitem__, module.bias, weakref.ref(module))
-        _HOLDERS.pop(module.bias, None)

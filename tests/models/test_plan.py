@@ -16,7 +16,7 @@ from torch import nn
 import fastlock
 from fastlock import fold as fold_module
 from fastlock.models import plan as plan_module
-from fastlock.models.relocking import prepare
+from fastlock.models.members import prepare
 from fastlock.models.sites import sites_for
 from tests.helpers.families import random_lock, same_state, state, tiny_model
 from tests.models.test_relocking import biases, expected_biases, same_biases

@@ -171,7 +171,7 @@ def test_relock_many_is_all_or_nothing() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_an_error_part_way_leaves_the_model_as_it_was(model_type: str, locked_before: bool, monkeypatch) -> None:
     """Fail after each single bias that is put in or taken out."""
-    module = sys.modules["fastlock.models.relocking"]
+    module = sys.modules["fastlock.models.placing"]
     steps = 3 + (2 if locked_before else 0)
     for failing in range(steps):
         model = tiny_model(model_type)
