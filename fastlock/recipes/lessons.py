@@ -15,6 +15,8 @@ from fastlock.errors import DamagedError, FastlockError
 from fastlock.inference.chat import prompt_tokens
 from fastlock.inference.generation import in_eval_mode, input_device
 
+_LEAST_SHARED = 8  # tokens; fewer are not worth a pass of their own
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,9 +78,10 @@ def check_loss(loss: float, step: int) -> None:
 
 
 def log_probabilities(model: nn.Module, batch: Sequence[Row]) -> torch.Tensor:
-    """What the model expects before each token that counts, in one forward pass that gradients may go back through.
+    """What the model expects before each token that counts; gradients may go back through it.
 
-    Only these positions go through the output embedding, the largest matrix of a small model. Shorter rows are padded
+    What all rows begin with is read once, as the one row that it is: with a chat template, that is about half. Only the
+    positions that count go through the output embedding, the largest matrix of a small model. Shorter rows are padded
     at the end with their own last token; no attention mask is needed, since nothing before it sees what follows.
 
     Args:
@@ -88,17 +91,42 @@ def log_probabilities(model: nn.Module, batch: Sequence[Row]) -> torch.Tensor:
     Returns:
         Log-probabilities, [tokens that count, vocabulary] float32; row after row.
     """
-    width = max(len(row.ids) for row in batch)
-    padded = [[*row.ids, *[row.ids[-1]] * (width - len(row.ids))] for row in batch]
+    shared = _shared(batch)
+    rest = [row.ids[shared:] for row in batch]
+    width = max(map(len, rest))
+    padded = [[*ids, *[ids[-1]] * (width - len(ids))] for ids in rest]
     ids = torch.tensor(padded, device=input_device(model))
     rows = torch.tensor([number for number, row in enumerate(batch) for _ in range(row.counted)], device="cpu")
-    ends = [range(len(row.ids) - row.counted - 1, len(row.ids) - 1) for row in batch]
+    ends = [range(len(ids) - row.counted - 1, len(ids) - 1) for ids, row in zip(rest, batch, strict=True)]
     positions = torch.tensor([position for end in ends for position in end], device="cpu")
+    cache = _cache(model, batch[0].ids[:shared], len(batch)) if shared else None
     with _picked(model, rows, positions):
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
     if logits.shape[:2] == ids.shape:  # an output embedding that is not called as a module: everything is there
         logits = logits[rows.to(logits.device), positions.to(logits.device)][None]
     return logits[0].float().log_softmax(-1)
+
+
+def _shared(batch: Sequence[Row]) -> int:
+    """How many tokens all rows begin with, none of them needed for what is read off; 0 where it does not pay."""
+    most = min(len(row.ids) - row.counted - 1 for row in batch)
+    if len(batch) == 1 or most < _LEAST_SHARED:
+        return 0
+    first = batch[0].ids
+    same = (n for n in range(most) if any(row.ids[n] != first[n] for row in batch))
+    shared = next(same, most)
+    return shared if shared >= _LEAST_SHARED else 0
+
+
+def _cache(model: Any, ids: Sequence[int], rows: int) -> Any:
+    """What so many rows keep of the tokens with which they all begin."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config.get_text_config())
+    reader = model.base_model  # without the logits
+    reader(input_ids=torch.tensor([list(ids)], device=input_device(model)), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 @contextlib.contextmanager
