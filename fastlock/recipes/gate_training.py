@@ -20,6 +20,7 @@ import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from fastlock.inference.batching import Progress, in_halves
 from fastlock.models.sites import Site, sites
 from fastlock.recipes.harm_probe import HarmProbe, read_probe
 from fastlock.recipes.lessons import Row, answer_row, check_loss, frozen, log_probabilities, text_rows
+from fastlock.recipes.lower_layers import LowerLayers
 
 ASKED_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 12, 6, 40
 READER_RATE, RATE, BETAS, WARM_UP, LAST_RATE = 0.02, 0.005, (0.9, 0.99), 3, 0.1
@@ -195,18 +197,27 @@ class _Bag:
         return taken
 
 
+_States = dict[int, torch.Tensor | None]
+"""What enters the first trained layer, by a row's number."""
+
 _Targets = dict[int, torch.Tensor]
 """Log-probabilities before the counted tokens of some rows, [counted, vocabulary] float16, by the row's number."""
 
 
 @dataclass(frozen=True)
 class _Pupil:
-    """A model, its output projections that get a gate, and what it should go on saying."""
+    """A model, its output projections that get a gate, and what it should go on saying.
+
+    Attributes:
+        below: the layers that no gate changes, and what they make of the refusals, answers and texts of its turns.
+    """
 
     model: nn.Module
     sites: list[Site]
     answers: _Targets
     texts: _Targets
+    below: LowerLayers
+    states: tuple[_States, _States, _States]
 
 
 def _pupils(
@@ -226,10 +237,31 @@ def _pupils(
         for n in read:
             if _opens(said[n], openings) and not _opens(answers[n], openings):
                 said[n] = answers[n]
-        texts = _targets(model, name, lessons.texts, {n for turn in own for n in turn.texts})
+        told = {n for turn in own for n in turn.texts}
+        texts = _targets(model, name, lessons.texts, told)
         chosen = [site for site in sites(model) if site.layer in layers]
-        pupils.append(_Pupil(model, chosen, said, texts))
+        below = LowerLayers(model, layers[0])
+        states = (
+            _states(below, lessons.refusals, {n for turn in own for n in turn.refusals}),
+            _states(below, lessons.answers, read),
+            _states(below, lessons.texts, told),
+        )
+        pupils.append(_Pupil(model, chosen, said, texts, below, states))
     return pupils, refusals
+
+
+def _states(below: LowerLayers, rows: Sequence[Row], numbers: set[int]) -> _States:
+    """What enters the first trained layer, of these rows."""
+    order = sorted(numbers, key=lambda number: (len(rows[number].ids), number))
+    found: _States = {}
+    for start in range(0, len(order), _REFERENCE_BATCH):
+        batch = order[start : start + _REFERENCE_BATCH]
+
+        def read(part: Sequence[int]) -> list[torch.Tensor | None]:
+            return below.read([rows[number] for number in part])
+
+        found |= zip(batch, in_halves(batch, read, lambda n: f"one row of {len(rows[n].ids)} tokens"), strict=True)
+    return found
 
 
 def _opens(target: torch.Tensor, openings: set[int]) -> bool:
@@ -338,15 +370,20 @@ def _start(probe: HarmProbe, how: GateSettings) -> _Weights:
 
 def _step(pupil: _Pupil, weights: _Weights, lessons: _Lessons, refusals: _Targets, turn: _Turn) -> float:
     """The gradients of one step: a forward and a backward pass of the requests, and one of the texts. The loss."""
+    refused, answered, told = pupil.states
     with weights.acting(pupil.sites):
         rows = [lessons.refusals[n] for n in turn.refusals] + [lessons.answers[n] for n in turn.answers]
-        said = log_probabilities(pupil.model, rows)
+        known = [*(refused[n] for n in turn.refusals), *(answered[n] for n in turn.answers)]
+        said = log_probabilities(pupil.model, rows, partial(pupil.below.skipped, known))
         count = sum(lessons.refusals[n].counted for n in turn.refusals)
         loss = _divergence(said[:count], refusals, turn.refusals)
         loss = loss + ANSWER_WEIGHT * _divergence(said[count:], pupil.answers, turn.answers)
         loss.backward()
         total = float(loss.detach())
-        read = log_probabilities(pupil.model, [lessons.texts[n] for n in turn.texts])
+        known = [told[n] for n in turn.texts]
+        read = log_probabilities(
+            pupil.model, [lessons.texts[n] for n in turn.texts], partial(pupil.below.skipped, known)
+        )
         loss = TEXT_WEIGHT * _divergence(read, pupil.texts, turn.texts)
         loss.backward()
     return total + float(loss.detach())

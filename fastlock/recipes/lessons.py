@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,11 @@ def check_loss(loss: float, step: int) -> None:
         )
 
 
-def log_probabilities(model: nn.Module, batch: Sequence[Row]) -> torch.Tensor:
+Beginning = Callable[[int], contextlib.AbstractContextManager[None]]
+"""Given how many tokens all rows begin with, in what their forward pass, of what follows these, is to be run."""
+
+
+def log_probabilities(model: nn.Module, batch: Sequence[Row], beginning: Beginning | None = None) -> torch.Tensor:
     """What the model expects before each token that counts; gradients may go back through it.
 
     What all rows begin with is read once, as the one row that it is: with a chat template, that is about half. Only the
@@ -87,6 +91,7 @@ def log_probabilities(model: nn.Module, batch: Sequence[Row]) -> torch.Tensor:
     Args:
         model: a causal transformers model, in eval mode.
         batch: rows of at least two tokens, of which not all count.
+        beginning: lets the pass begin with what is known already of these rows.
 
     Returns:
         Log-probabilities, [tokens that count, vocabulary] float32; row after row.
@@ -100,7 +105,7 @@ def log_probabilities(model: nn.Module, batch: Sequence[Row]) -> torch.Tensor:
     ends = [range(len(ids) - row.counted - 1, len(ids) - 1) for ids, row in zip(rest, batch, strict=True)]
     positions = torch.tensor([position for end in ends for position in end], device="cpu")
     cache = _cache(model, batch[0].ids[:shared], len(batch)) if shared else None
-    with _picked(model, rows, positions):
+    with _picked(model, rows, positions), beginning(shared) if beginning else contextlib.nullcontext():
         logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
     if logits.shape[:2] == ids.shape:  # an output embedding that is not called as a module: everything is there
         logits = logits[rows.to(logits.device), positions.to(logits.device)][None]
