@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastlock.cli.commands import Command, option
-from fastlock.cli.options import BASE, JSON, LOCK_OUT, check_lock_file, path
+from fastlock.cli.options import BASE, JSON, LOCK_OUT, check_lock_file, layer_range, path
 from fastlock.cli.output import print_json, progress_bar, say, spinner
 
 if TYPE_CHECKING:
@@ -16,10 +16,13 @@ def _extract(
     base: Path,
     out: Path,
     pairs: Path | None,
-    heads: int,
+    heads: int | None,
     tokens: int | None,
     recipe: str,
     harmless: Path | None,
+    scary: Path | None,
+    rank: int | None,
+    layers: range | None,
     work: Path | None,
     as_json: bool,
 ) -> None:
@@ -30,16 +33,17 @@ def _extract(
     from fastlock.recipes.pairs import load_pairs, shipped_pairs
 
     chosen = shipped_pairs() if pairs is None else load_pairs(pairs)
-    prompts = None if harmless is None else load_prompts(harmless)
+    prompts, sounding = (None if file is None else load_prompts(file) for file in (harmless, scary))
+    for_a_gate = {"scary": sounding, "rank": rank, "layers": layers}
+    gate = {name: value for name, value in for_a_gate.items() if value is not None}
     check_lock_file(out)
     if work is not None:
         work_directory(work)
     with spinner(f"loading {base}", as_json):
         model, tokenizer = load_model(base, to_run=True), load_tokenizer(base)
     with progress_bar(as_json) as progress:
-        lock = extract(
-            model, tokenizer, chosen, heads, tokens, recipe=recipe, harmless=prompts, progress=progress, work=work
-        )
+        how = {"recipe": recipe, "harmless": prompts, **gate}
+        lock = extract(model, tokenizer, chosen, heads, tokens, progress=progress, work=work, **how)
     lock.save(out)
     if as_json:
         print_json({"out": str(out), "digest": lock.digest, "pairs": len(chosen)})
@@ -59,7 +63,12 @@ COMMAND = Command(
             metavar="FILE",
             help="Preference pairs, as JSON or JSON lines. Default: the shipped ones.",
         ),
-        option("--heads", type=int, metavar="N", default=24, help="How many heads to lock."),
+        option(
+            "--heads",
+            type=int,
+            metavar="N",
+            help="How many heads to lock. Default: 24; a gate reads all of its layers.",
+        ),
         option(
             "--tokens",
             type=int,
@@ -69,10 +78,27 @@ COMMAND = Command(
         option(
             "--recipe",
             default="safetylock",
-            help="safetylock (the paper's), answer-start or prompt-end; docs/recipes.md compares them.",
+            help="safetylock (the paper's), answer-start, prompt-end, or null-space, which makes a gate; "
+            "docs/recipes.md compares them.",
         ),
         option(
-            "--harmless", type=path, metavar="FILE", help="Harmless prompts, for prompt-end. Default: the shipped ones."
+            "--harmless",
+            type=path,
+            metavar="FILE",
+            help="Harmless prompts, for prompt-end and null-space. Default: the shipped ones.",
+        ),
+        option(
+            "--scary",
+            type=path,
+            metavar="FILE",
+            help="Harmless prompts that only sound harmful, for null-space. Default: the shipped ones.",
+        ),
+        option("--rank", type=int, metavar="N", help="The rank of the gate, for null-space. Default: 1."),
+        option(
+            "--layers",
+            type=layer_range,
+            metavar="FIRST-LAST",
+            help="The layers with a gate. Default: those in which the base tells harmful requests from harmless ones.",
         ),
         option(
             "--work",

@@ -39,6 +39,14 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
+def layer_range(text: str) -> range:
+    """The type of an option that names layers, "14-29" or "14"."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+        raise ArgumentTypeError(f"{text} was given; name the first layer and the last, such as 14-29.")
+    return range(int(first), int(last or first) + 1)
+
+
 CHECKPOINT = option(
     "checkpoint",
     metavar="CHECKPOINT",

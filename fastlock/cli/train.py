@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING
 
 from fastlock.cli.commands import Command, option
-from fastlock.cli.options import BASE, JSON, LOCK_OUT, check_lock_file, path
+from fastlock.cli.options import BASE, JSON, LOCK_OUT, check_lock_file, layer_range, path
 from fastlock.cli.output import print_json, progress_bar, say, spinner
 
 if TYPE_CHECKING:
@@ -62,14 +61,6 @@ def _train(
         say(f"{out}: {lock!r}, trained on {len(models)} fine-tunes")
 
 
-def _layers(text: str) -> range:
-    """The type of an option that names layers, "14-29" or "14"."""
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
-        raise ArgumentTypeError(f"{text} was given; name the first layer and the last, such as 14-29.")
-    return range(int(first), int(last or first) + 1)
-
-
 COMMAND = Command(
     "train",
     "Train a lock on an aligned base and fine-tunes of it, to be applied to other fine-tunes of it.",
@@ -87,7 +78,7 @@ COMMAND = Command(
         option("--constant", action="store_true", help="Learn a constant beside the gate, which takes a bias."),
         option(
             "--layers",
-            type=_layers,
+            type=layer_range,
             metavar="FIRST-LAST",
             help="The layers with a gate. Default: those in which the base tells harmful requests from harmless ones.",
         ),

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,9 @@ class ReadText:
     ids: Sequence[int]
     kept: int
     name: str
+
+
+T = TypeVar("T", bound=ReadText)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,30 @@ def activations_of(
                 if index:
                     index.record(batch.stop)
         yield activations
+
+
+def read_in_batches(
+    model: nn.Module, some_sites: Sequence[Site], texts: Sequence[T], progress: Progress
+) -> Iterator[tuple[list[T], npt.NDArray[np.float32]]]:
+    """Some texts after others, and what entered the projections at their kept tokens; nothing is stored.
+
+    Args:
+        model: a transformers model; afterwards it is as it was.
+        some_sites: those of its sites that are read.
+        texts: sorted by length, which saves padding.
+        progress: wraps the batches.
+
+    Yields:
+        The texts of a batch, and their vectors, [sites, num_heads, vectors, head_dim].
+
+    Raises:
+        DamagedError: an activation is NaN or infinite.
+        FastlockError: memory runs out with one text.
+    """
+    with evaluating(model):
+        for batch in progress(_batches(texts), "Reading texts"):
+            some = [texts[i] for i in batch]
+            yield some, _read(model, some_sites, some)
 
 
 def _batches(texts: Sequence[ReadText]) -> list[range]:

@@ -17,7 +17,7 @@ The recipes differ in what x is, and in how the heads are chosen:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +26,23 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastlock.errors import FastlockError, UnsupportedError, check_number
+from fastlock.errors import FastlockError, check_number
 from fastlock.inference.batching import Progress, no_progress
 from fastlock.inference.generation import input_device
 from fastlock.locks.lock import Lock
 from fastlock.models.base_norms import base_norms
 from fastlock.models.names import base_name
-from fastlock.models.reloaded import check_unlocked
-from fastlock.models.sites import Site, sites, text_config, unwrapped
+from fastlock.models.sites import sites, text_config, unwrapped
 from fastlock.recipes.activations import activations_of
+from fastlock.recipes.extraction_checks import check_extractable, checked_pairs, checked_prompts
+from fastlock.recipes.gate_recipe import GateMaterial
 from fastlock.recipes.head_scores import Statistics, statistics
-from fastlock.recipes.pairs import Pair, pair_from, pairs_digest, shipped_harmless
+from fastlock.recipes.pairs import Pair, pairs_digest, shipped_harmless
 from fastlock.recipes.recipe import Recipe
-from fastlock.recipes.recipe_table import RECIPES, recipe_named
+from fastlock.recipes.recipe_table import GATE_RECIPES, RECIPES, recipe_named
 from fastlock.version import __version__
+
+HEADS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,30 +110,52 @@ def extract(
     model: nn.Module,
     tokenizer: Any,
     pairs: Iterable[Pair | Mapping[str, Any]],
-    heads: int = 24,
+    heads: int | None = None,
     tokens: int | None = None,
     *,
     recipe: str = "safetylock",
     harmless: Iterable[str] | None = None,
+    scary: Iterable[str] | None = None,
+    texts: Iterable[str] | None = None,
+    rank: int | None = None,
+    layers: Iterable[int] | None = None,
     seed: int = 42,
     progress: Progress | None = None,
     work: str | os.PathLike[str] | None = None,
 ) -> Lock:
     """Extract a lock from an aligned base: the heads that best tell safe from unsafe answers, and their directions.
 
+    With the recipe "null-space", the lock is a gate: what it adds depends on what the heads say.
+
     Args:
-        heads: how many heads to lock; the paper (arXiv 2410.10343) takes 24, and 48 for models of 70 billion parameters
-            and more.
-        model, tokenizer, pairs, tokens, recipe, harmless, seed, progress, work: as for `rank_heads`.
+        heads: how many heads to lock: by default 24, as the paper (arXiv 2410.10343), which takes 48 for models of 70
+            billion parameters and more. A gate reads all heads of its layers.
+        model, tokenizer, pairs, tokens, recipe, harmless, seed, progress, work: as for `rank_heads`; "null-space" reads
+            the harmless prompts, and what the base answers, too, and the first 3 tokens of the answers in `pairs`.
+        scary: for a gate, further harmless prompts, which only sound harmful; by default the shipped ones.
+        texts: for a gate, ordinary texts; by default the shipped ones.
+        rank: of the gate, 1 by default.
+        layers: those with a gate; by default, from the first on from which the base tells harmful requests from
+            harmless ones in every layer.
 
     Returns:
         The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
 
     Raises:
         FastlockError, and its kinds: as for `rank_heads` and `Ranking.lock`; too many heads are refused before anything
-            is read.
+            is read. An argument that the recipe does not know is refused as well.
     """
+    for_gates: dict[str, Any] = {"scary": scary, "texts": texts, "rank": rank, "layers": layers}
+    if recipe in GATE_RECIPES:
+        _refuse(
+            f"the recipe {recipe} makes a gate, which reads all heads of its layers at once", heads=heads, work=work
+        )
+        material = GateMaterial.checked(model, tokenizer, pairs, harmless, scary, texts)
+        return GATE_RECIPES[recipe].lock(material, rank, tokens, layers, progress or no_progress)
+    gates = " or ".join(GATE_RECIPES)
+    _refuse(f"the recipe {recipe} makes a lock without a gate; {gates} makes one with a gate", **for_gates)
     all_sites = sites(unwrapped(model))
+    heads = HEADS if heads is None else heads
     _check_heads(heads, len(all_sites), all_sites[0].num_heads)
     ranking = rank_heads(
         model, tokenizer, pairs, tokens, recipe=recipe, harmless=harmless, seed=seed, progress=progress, work=work
@@ -185,10 +210,10 @@ def rank_heads(
             there is too little room on the disk, or `work` is of another call.
     """
     chosen = recipe_named(recipe)
-    pairs = _checked_pairs(pairs)
+    pairs = checked_pairs(pairs)
     inner = unwrapped(model)
     all_sites = sites(inner)
-    _check_base(inner, all_sites)
+    check_extractable(inner, all_sites)
     harmless = _checked_harmless(chosen, harmless)
     tokens = chosen.tokens if tokens is None else tokens
     check_number("tokens", tokens, 1, 2**31)
@@ -219,23 +244,6 @@ def _split(owners: int, seed: int) -> npt.NDArray[np.bool_]:
     return train
 
 
-def _checked_pairs(pairs: Any) -> tuple[Pair, ...]:
-    """The distinct pairs, in order: a repeated one could both train and validate."""
-    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Iterable):
-        raise FastlockError(
-            f"pairs is of type {type(pairs).__name__}; read a file with fastlock.load_pairs(path) first."
-        )
-    if isinstance(pairs, Mapping):
-        raise FastlockError(f"pairs is a {type(pairs).__name__} of {', '.join(map(str, pairs))}. Give a list of pairs.")
-    distinct = tuple(dict.fromkeys(pair_from(entry, f"pair {n}") for n, entry in enumerate(pairs, start=1)))
-    if len(distinct) < 2:
-        raise FastlockError(
-            f"there {'are no pairs' if not distinct else 'is only one pair'}; some train and others validate. Give at "
-            "least two different pairs; the paper takes 100, and fastlock.shipped_pairs() has as many."
-        )
-    return distinct
-
-
 def _checked_harmless(recipe: Recipe, harmless: Any) -> tuple[str, ...]:
     """The distinct harmless prompts; none for a recipe that reads none."""
     if not recipe.reads_harmless:
@@ -247,22 +255,15 @@ def _checked_harmless(recipe: Recipe, harmless: Any) -> tuple[str, ...]:
         return ()
     if harmless is None:
         return shipped_harmless()
-    if isinstance(harmless, (str, bytes)) or not isinstance(harmless, Iterable):
-        raise FastlockError(f"harmless is of type {type(harmless).__name__}; give a list of texts.")
-    distinct = tuple(dict.fromkeys(harmless))
-    if len(distinct) < 2 or not all(isinstance(text, str) and text.strip() for text in distinct):
-        raise FastlockError("harmless: give at least two different prompts, none of them empty.")
-    return distinct
+    return checked_prompts("harmless", harmless)
 
 
 def _check_heads(heads: int, num_layers: int, num_heads: int) -> None:
     check_number("heads", heads, 1, num_layers * num_heads, f" (the model has {num_layers} layers of {num_heads})")
 
 
-def _check_base(model: nn.Module, all_sites: Sequence[Site]) -> None:
-    check_unlocked(model, "a lock comes from the base without one")
-    if len({id(site.module) for site in all_sites}) < len(all_sites):
-        raise UnsupportedError(
-            f"{type(model).__name__}: some of its layers share one output projection, and a lock on one would act in "
-            "the others too. Such a model cannot be locked."
-        )
+def _refuse(reason: str, **given: Any) -> None:
+    """Refuse arguments that the recipe makes no use of, and that were given all the same."""
+    for name, value in given.items():
+        if value is not None:
+            raise FastlockError(f"{name}: {reason}. Leave it out, or choose another recipe.")

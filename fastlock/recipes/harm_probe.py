@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from fastlock.inference.batching import Progress
 from fastlock.inference.chat import prompt_tokens
 from fastlock.models.sites import sites
 from fastlock.recipes.activations import ReadText, activations_of
+
+T = TypeVar("T")
 
 # So many requests of a kind are read, spread over all of them; with fewer than LEAST nothing can be held out.
 MOST, LEAST = 130, 4
@@ -94,7 +96,7 @@ def read_probe(
         DamagedError: an activation is NaN or infinite.
         FastlockError: there are too few requests of a kind.
     """
-    chosen = [_spread(requests) for requests in (harmful, harmless)]
+    chosen = [spread(requests) for requests in (harmful, harmless)]
     for requests, what in zip(chosen, ("refuses", "answers"), strict=True):
         if len(requests) < LEAST:
             kind = "harmful" if what == "refuses" else "harmless"
@@ -114,7 +116,7 @@ def read_probe(
     return HarmProbe(x[:, : len(chosen[0])], x[:, len(chosen[0]) :])
 
 
-def _spread(requests: Sequence[str]) -> list[str]:
+def spread(requests: Sequence[T]) -> list[T]:
     """At most MOST of them, at equal distances."""
     count = min(len(requests), MOST)
     return [requests[number * len(requests) // count] for number in range(count)]

@@ -15,7 +15,7 @@ from fastlock.architectures.serving_stacks import DEFAULT_STACKS, STACKS
 from fastlock.cli import commands, main
 from fastlock.evaluation.keyword_judge import KEYWORDS
 from fastlock.locks.lock import strength_for
-from fastlock.recipes.recipe_table import RECIPES
+from fastlock.recipes.recipe_table import GATE_RECIPES, RECIPES
 from tests.helpers.families import random_lock, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,10 @@ def test_the_help_names_what_there_is() -> None:
         assert settings["stacks"]["help"].endswith(f"Default: {', '.join(DEFAULT_STACKS)}.")
         default = strength_for(random_lock(tiny_model("llama")), None)
         assert settings["strength"]["help"].endswith(f"otherwise {default:g}.")
-    assert set(re.findall(r"[a-z]+-?[a-z]+", options(COMMANDS["extract"])["recipe"]["help"])) >= set(RECIPES)
+    assert set(re.findall(r"[a-z]+-?[a-z]+", options(COMMANDS["extract"])["recipe"]["help"])) >= {
+        *RECIPES,
+        *GATE_RECIPES,
+    }
 
 
 def test_errors_end_with_their_own_exit_code_and_reason(files, run) -> None:

@@ -38,9 +38,25 @@ def test_extract_asks_for_what_its_options_say(files, run, monkeypatch) -> None:
     run(*extract, "--tokens", "2", *options)
     pairs = fastlock.shipped_pairs()
     assert asked == [
-        (pairs, 24, None, "safetylock", None, None),
-        (pairs, 24, 2, "prompt-end", ("a", "b"), files / "work"),
+        (pairs, None, None, "safetylock", None, None),
+        (pairs, None, 2, "prompt-end", ("a", "b"), files / "work"),
     ]
+
+
+def test_extract_asks_for_a_gate(files, run, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("fastlock.models.loading.load_tokenizer", lambda path: None)
+
+    def made(_model, _tokenizer, *given, progress, **options):
+        asked.append((*given, options))
+        return fastlock.Lock.load(files / "lock.safetensors")
+
+    monkeypatch.setattr("fastlock.recipes.extraction.extract", made)
+    (files / "scary.txt").write_text("a\nb\n")
+    extract = ["extract", files / "base", "--out", files / "new.safetensors", "--recipe", "null-space"]
+    run(*extract, "--rank", "2", "--scary", files / "scary.txt", "--layers", "1-2")
+    options = {"recipe": "null-space", "harmless": None, "work": None, "scary": ("a", "b"), "rank": 2}
+    assert asked == [(fastlock.shipped_pairs(), None, None, options | {"layers": range(1, 3)})]
 
 
 def test_calibrate(files, run, monkeypatch) -> None:
