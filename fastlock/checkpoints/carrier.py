@@ -29,7 +29,7 @@ class Carrier:
     """How a checkpoint on disk brings the biases to the stacks that are asked for.
 
     Attributes:
-        form: "native", or "llama".
+        form: "native", "llama", or "weights", which needs no bias.
         flag: the config key that switches the biases on; "" where they always are.
         was: whether it was on before.
         config: the new config.json, without a receipt; its architecture is another one where a stack needs that.
@@ -59,19 +59,26 @@ class Carrier:
         return [name for name in biases if checkpoint.read_vector(checkpoint.shards.tensors[name]).count_nonzero()]
 
 
-def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...]) -> Carrier:
+def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...], constant: bool = True) -> Carrier:
     """The carrier that acts in every one of these stacks: the family's own bias, else the Llama form.
+
+    Args:
+        checkpoint: what is to be relocked.
+        stacks: where the lock must act.
+        constant: whether it has a constant part. A gate alone is in the weights, and acts in every stack.
 
     Raises:
         UnsupportedError: there is none; it names the stack that would lose the lock, and what would work.
     """
-    _check_config(checkpoint)
+    _check_config(checkpoint, constant)
     model_type, asked = checkpoint.model_type, set(stacks)
     if "llama.cpp" in asked and any(site.quantised for site in checkpoint.sites):
         raise UnsupportedError(
             f"{checkpoint.where}: is quantised, and llama.cpp runs GGUF alone. Relock the unquantised checkpoint, and "
             "convert that. Nothing was written."
         )
+    if not constant:
+        return Carrier("weights", "", True, copy.deepcopy(checkpoint.raw), ())
     native = acts(model_type)
     if "transformers" in native and asked <= native:
         return _native(checkpoint, stacks, checkpoint.family.bias_flag or "")
@@ -159,7 +166,7 @@ def _is_llamas(name: str, quantised: bool) -> bool:
     return bool(_LLAMA_TENSOR.fullmatch(name) or (quantised and _QUANTISED_TENSOR.fullmatch(name)))
 
 
-def _check_config(checkpoint: Checkpoint) -> None:
+def _check_config(checkpoint: Checkpoint, constant: bool) -> None:
     """Refuse a config.json whose place another config takes, or code of the checkpoint's own.
 
     Raises:
@@ -168,7 +175,8 @@ def _check_config(checkpoint: Checkpoint) -> None:
     if checkpoint.raw.get(VERSIONS) is not None and CONFIG_KEY not in checkpoint.raw:
         raise UnsupportedError(
             f"{checkpoint.where}: its config.json names others that take its place for some releases of transformers "
-            f"({VERSIONS}), and they would not ask for the bias. Remove that key, then relock. Nothing was written."
+            f"({VERSIONS}), and they would not {'ask for the bias' if constant else 'hold the receipt'}. Remove that "
+            "key, then relock. Nothing was written."
         )
     mapped = checkpoint.raw.get("auto_map")
     names = mapped if isinstance(mapped, dict) else {} if mapped is None else {"AutoModel": mapped}
@@ -176,6 +184,7 @@ def _check_config(checkpoint: Checkpoint) -> None:
     if code:
         raise UnsupportedError(
             f"{checkpoint.where}: its config.json names code of its own for the model (auto_map: {code[0][:80]!a}), "
-            "which may have no place for the bias. If transformers' own class computes the same, remove auto_map from "
-            "config.json, then relock. Nothing was written."
+            f"which may {'have no place for the bias' if constant else 'do something else with the weights'}. If "
+            "transformers' own class computes the same, remove auto_map from config.json, then relock. Nothing was "
+            "written."
         )

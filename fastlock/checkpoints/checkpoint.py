@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastlock.architectures.families import Family, check_lock_fits, family_of_config, head_geometry
@@ -33,9 +32,9 @@ from fastlock.dtypes import BY_TORCH_NAME, FOLDABLE, SAFETENSORS_NAMES
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError, shown
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
+from fastlock.storage.byte_columns import ByteColumns, Bytes
 from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN
 
-Bytes = npt.NDArray[np.uint8]
 MAX_FEATURES = 2**24
 # What only quantised projections have: packed weights, or what bitsandbytes keeps beside its weights.
 _PACKED = ("_proj.qweight", "_proj.weight_packed", "_proj.weight.absmax", "_proj.SCB", "_proj.weight.SCB")
@@ -261,7 +260,12 @@ class Checkpoint:
         tensors = [site.weight]
         if site.quantised:
             tensors = [tensor for name, tensor in self.shards.tensors.items() if name.startswith(f"{site.name}.")]
-        return tuple((self.files[tensor.file].identity, tensor.start) for tensor in tensors)
+        put_back = [
+            (start, patch.name)
+            for start, patch in self.files[site.weight.file].patches
+            if isinstance(patch, ByteColumns) and start == site.weight.start
+        ]
+        return (*((self.files[tensor.file].identity, tensor.start) for tensor in tensors), *put_back)
 
     def read_vector(self, tensor: StoredTensor) -> torch.Tensor:
         """A whole tensor of one dimension, in the dtype of the file.

@@ -87,6 +87,8 @@ def _of_unlocked(checkpoint: Checkpoint, stack: str) -> Finding:
 
 
 def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
+    if not receipt.constant:
+        return _of_gate_alone(checkpoint, receipt, stack)
     model_type = checkpoint.model_type
     lost = why_lost(model_type, stack, checkpoint.text_config, named_architecture(checkpoint.raw))
     if lost is not None:
@@ -105,7 +107,15 @@ def _of_relocked(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Findin
             stack, False, f"the files lack {lacking[0]} ({len(lacking)} in all), which {stack} leaves undefined"
         )
     of_format = _of_format(checkpoint, stack)
-    return Finding(stack, True, f"{stack} uses the biases of all {len(receipt.layers)} locked layers{of_format}")
+    what = "biases and the rewritten weights" if receipt.rank else "biases"
+    return Finding(stack, True, f"{stack} uses the {what} of all {len(receipt.layers)} locked layers{of_format}")
+
+
+def _of_gate_alone(checkpoint: Checkpoint, receipt: Receipt, stack: str) -> Finding:
+    """Every stack uses the weights: nothing but other weights beside them can be in the way."""
+    if (unlocked := bypass(checkpoint.files, checkpoint.shards.files)) is not None:
+        return Finding(stack, False, f"{unlocked}: move it away")
+    return Finding(stack, True, f"{stack} uses the rewritten weights of all {len(receipt.layers)} locked layers")
 
 
 def _of_format(checkpoint: Checkpoint, stack: str) -> str:

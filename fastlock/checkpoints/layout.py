@@ -21,6 +21,8 @@ NEW_SHARD = "model-fastlock.safetensors"
 _LINKED = "model-fastlock-"
 
 ASIDE = "fastlock/original/"
+# Of sites whose weights a gate rewrote, the columns that were there before.
+ORIGINAL_COLUMNS = "fastlock/original_columns.safetensors"
 
 MAX_COPIED_BYTES = 2**20
 
@@ -98,7 +100,8 @@ def linked_name(shard: str) -> str:
 
 def is_of_relocking(name: str) -> bool:
     """Whether a name in a relocked directory is fastlock's own: new, changed, renamed, or a signature of the new."""
-    return name in (CONFIG, INDEX, NEW_SHARD) or name.startswith((ASIDE, _LINKED)) or fnmatch(_plain(name), _SIGNATURE)
+    is_new = name in (CONFIG, INDEX, NEW_SHARD, ORIGINAL_COLUMNS)
+    return is_new or name.startswith((ASIDE, _LINKED)) or fnmatch(_plain(name), _SIGNATURE)
 
 
 def needs_name(name: str) -> bool:

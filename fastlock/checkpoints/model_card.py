@@ -30,15 +30,20 @@ def without_section(card: bytes) -> bytes | None:
 
 def _section(receipt: Receipt, stacks: tuple[str, ...]) -> str:
     layers = ", ".join(map(str, receipt.layers))
+    written = [f"- Biases (SHA-256): `{receipt.biases_digest}`"] if receipt.constant else []
+    if receipt.rank:
+        written += [f"- Weights (SHA-256): `{receipt.written_digest}`", f"- Rank of its gate: {receipt.rank}"]
+    into = " and ".join(["biases"] * receipt.constant + ["weights"] * bool(receipt.rank))
+    lines = "\n".join(written)
     return f"""## Safety lock
 
 This checkpoint was relocked with [SafetyLock](https://arxiv.org/abs/2410.10343) by fastlock {receipt.fastlock_version}:
-a safety lock, extracted from its aligned base model, is folded into biases of the attention output projections.
+a safety lock, extracted from its aligned base model, is folded into {into} of the attention output projections.
 
 - Lock (SHA-256): `{receipt.lock_digest}`
 - Strength: {receipt.strength:g}
 - Layers: {layers}
-- Biases (SHA-256): `{receipt.biases_digest}`
+{lines}
 - Acts in: {", ".join(stacks)}
 
 `fastlock verify DIR --lock LOCK` checks it; `fastlock unlock DIR` takes it out again. The whole receipt is in

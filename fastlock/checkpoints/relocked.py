@@ -15,10 +15,17 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.config import read_config
 from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, is_of_relocking, linked_name
 from fastlock.checkpoints.model_card import CARD, without_section
+from fastlock.checkpoints.original_columns import (
+    OriginalColumns,
+    digest_of_columns,
+    locked_sites,
+    present_columns,
+)
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
 from fastlock.checkpoints.tokenizer import TOKENIZER_CONFIG, changed_version, same_but_class, versions_in
 from fastlock.errors import DamagedError, shown
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
+from fastlock.storage.byte_columns import ByteColumns
 from fastlock.storage.files import CONFIG, File, InMemoryFile, parse_object, read_all
 from fastlock.storage.local import LocalFile
 from fastlock.storage.new_directory import NewDirectory
@@ -132,8 +139,8 @@ def change_since(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
         DamagedError: the receipt names a layer that the checkpoint lacks.
     """
     receipt, carrier = saved.receipt, saved.carrier
-    if biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
-        return "the locked biases are not those that fastlock wrote"
+    if (part := _changed_part(checkpoint, receipt)) is not None:
+        return f"the locked {part} are not those that fastlock wrote"
     if (name := _changed_addition(checkpoint, receipt)) is not None:
         return f"{shown(name)}, which fastlock wrote as zeros, holds other numbers"
     if carrier.config_digest not in (None, config_digest(checkpoint.raw)):
@@ -142,6 +149,16 @@ def change_since(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
         return f"{shown(name)} is not the one that fastlock wrote"
     if _index_changed(checkpoint, carrier):
         return f"{INDEX} is not the one that fastlock wrote"
+    return None
+
+
+def _changed_part(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
+    """Which of what carries the lock is not what fastlock wrote: biases, or weights."""
+    if receipt.constant and biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+        return "biases"
+    if receipt.rank:
+        columns = present_columns(checkpoint, locked_sites(checkpoint, receipt))
+        return None if digest_of_columns(columns) == receipt.written_digest else "weights"
     return None
 
 
@@ -157,8 +174,8 @@ def _tokenizer_changed(checkpoint: Checkpoint) -> bool:
     return original is not None and not same_but_class(original, checkpoint.files.get(TOKENIZER_CONFIG), where)
 
 
-def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]]:
-    """Where in which file which original bias goes; it checks that nothing was changed since.
+def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes | ByteColumns]]]:
+    """Where in which file which original bias goes, and which columns; it checks that nothing was changed since.
 
     Raises:
         DamagedError: something was.
@@ -173,7 +190,10 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes]]
     if saved.carrier.config_digest is None:
         raise _changed(checkpoint.where, f"its receipt lacks the digest of {CONFIG}")
     _check_set_aside(checkpoint, saved.carrier)
-    patches: dict[str, list[tuple[int, bytes]]] = {}
+    patches: dict[str, list[tuple[int, bytes | ByteColumns]]] = {}
+    if saved.receipt.rank:
+        columns = OriginalColumns(checkpoint.files, checkpoint.where).patches(checkpoint, saved.receipt)
+        patches |= {name: list(of_file) for name, of_file in columns.items()}
     for layer, original in original_biases_on_disk(checkpoint, saved).items():
         stored = checkpoint.sites[layer].bias
         if original is not None and stored is not None:
@@ -195,9 +215,13 @@ def _check_set_aside(checkpoint: Checkpoint, carrier: CarrierNote) -> None:
 def original_biases_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> dict[int, torch.Tensor | None]:
     """The bias that each locked layer had before, None where it had none, out of the receipt.
 
+    There is none where the lock has no constant part, and left the biases alone.
+
     Raises:
         DamagedError: the receipt does not hold them, or cannot be true.
     """
+    if not saved.receipt.constant:
+        return {}
     biases = stored_biases(checkpoint, saved.receipt)
     return {
         site.layer: _original_bias(checkpoint, saved.carrier, site.layer, bias) if site.had_bias else None

@@ -2,7 +2,8 @@
 
 A relocked directory holds links to the files that did not change, one new small shard with the biases, and, under
 `fastlock/original/`, what it holds in another form now (config, index) or would bypass the lock (weights in other
-formats): copies of small files, links to large ones. `original_files` is the way back.
+formats): copies of small files, links to large ones. Of a gate, it holds the shards that the gate was written into, and
+the columns that these had before. `original_files` is the way back.
 """
 
 from __future__ import annotations
@@ -21,10 +22,28 @@ from fastlock.checkpoints.base import base_of, warn_unless_known
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites, helpers
-from fastlock.checkpoints.layout import ASIDE, NEW_SHARD, Placement, is_small, linked_name, needs_name, placements_of
+from fastlock.checkpoints.layout import (
+    ASIDE,
+    NEW_SHARD,
+    ORIGINAL_COLUMNS,
+    Placement,
+    is_small,
+    linked_name,
+    needs_name,
+    placements_of,
+)
 from fastlock.checkpoints.model_card import CARD, with_section
-from fastlock.checkpoints.relocked import Target, carry, config_digest, digest_of, json_digest, original_files
-from fastlock.checkpoints.resaved import check_saved, relock_saved
+from fastlock.checkpoints.original_columns import kept_columns, patches_of
+from fastlock.checkpoints.relocked import (
+    Target,
+    carry,
+    config_digest,
+    digest_of,
+    json_digest,
+    original_files,
+    receipt_in,
+)
+from fastlock.checkpoints.resaved import check_saved, check_without_gate, relock_saved
 from fastlock.checkpoints.tensor_index import INDEX, shard_with
 from fastlock.dtypes import torch_name
 from fastlock.errors import DamagedError, FastlockError, is_unicode
@@ -38,6 +57,7 @@ from fastlock.locks.receipt import (
     SavedReceipt,
     raw_bytes,
 )
+from fastlock.storage.byte_columns import ByteColumns
 from fastlock.storage.files import CONFIG, InMemoryFile, read_all
 from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
 from fastlock.storage.places import files_in
@@ -70,6 +90,10 @@ def relock_checkpoint(
 ) -> Receipt:
     """Relock a checkpoint into a new directory that is complete, reading its headers and locked columns only.
 
+    The constant part of a lock goes into biases. A gate goes into the weights of the locked output projections, which
+    every stack and every family uses: the shards that hold them are copies (of shared blocks where the file system has
+    them) with new columns, and the columns that were there are kept beside them.
+
     Weights that do not change are linked (shared blocks where the file system has them, else hard links, else symbolic
     links), under names that no saver writes; everything else is copied. Nobody writes to the source through it. Weights
     that would be loaded without the lock are set aside; version control and caches stay behind. A checkpoint that is
@@ -97,7 +121,8 @@ def relock_checkpoint(
 
     Raises:
         UnsupportedError: the fold is not exact in this family, its format is not safetensors, no form of the checkpoint
-            keeps the lock in all of the stacks, or its heads are not in the basis that the lock was found in.
+            keeps the lock in all of the stacks, or its heads are not in the basis that the lock was found in; or the
+            lock has a gate, and the weights are quantised, or were saved by transformers with a lock in them.
         DamagedError: the checkpoint is damaged, hostile, or was changed (since it was relocked, or meanwhile).
         MismatchError: the lock is of another geometry.
         FastlockError: an argument is wrong, or the file system or the network refuses.
@@ -111,12 +136,13 @@ def relock_checkpoint(
     with locked_in_place(out, in_place):
         checkpoint = Checkpoint(original_files(files_in(source), str(source)), str(source))
         if CONFIG_KEY in checkpoint.raw:
+            check_without_gate(receipt_in(checkpoint.files, checkpoint.where), checkpoint.where, lock)
             check_saved(checkpoint, choose_carrier(checkpoint, stacks))
             _check_not_given(base, checkpoint)
             return relock_saved(source, lock, out, strength, in_place, stacks)
         _check_names(checkpoint)
         sites = checkpoint.sites_for(lock)
-        carrier = choose_carrier(checkpoint, stacks)
+        carrier = choose_carrier(checkpoint, stacks, lock.has_constant)
         _check_switched_off(checkpoint, carrier)
         known = {} if folds is None else folds
         of_base = base_of(lock, base, checkpoint)
@@ -129,7 +155,8 @@ def relock_checkpoint(
                 checkpoint.check_unchanged()
             known |= folded.known()
         warn_unless_known(of_base, checkpoint)
-        return replace(receipt, digests=KnownDigests(receipt.weights_digest, receipt.biases_digest))
+        known_digests = KnownDigests(receipt.weights_digest, receipt.biases_digest, receipt.written_digest)
+        return replace(receipt, digests=known_digests)
 
 
 def _check_not_given(base: object, checkpoint: Checkpoint) -> None:
@@ -169,6 +196,8 @@ def _receipt(checkpoint: Checkpoint, lock: Lock, strength: float, folded: Folded
         model_type=checkpoint.model_type,
         dtype=dtypes[0],
         sites=tuple(LockedSite(f.site.layer, f.site.name, f.heads, f.original is not None) for f in folded.sites),
+        rank=lock.rank,
+        constant=lock.has_constant,
         digests=folded,
     )
     return receipt.with_dtypes(dtypes)
@@ -179,6 +208,9 @@ def _write(new: Target, relocked: _Relocked) -> None:
     checkpoint, folded = relocked.checkpoint, relocked.folded
     added = _added_biases(checkpoint, relocked.carrier, folded)
     set_aside = _carry_files(new, relocked)
+    rewritten = [(f.site, f.heads) for f in folded if f.rewritten is not None]
+    if rewritten:
+        new.write_parts(ORIGINAL_COLUMNS, kept_columns(checkpoint, rewritten))
     index_digest = _write_index(new, checkpoint, added)
     card = checkpoint.files.get(CARD)
     new.write(CARD, with_section(None if card is None else read_all(card, CARD), relocked.receipt, relocked.stacks))
@@ -187,7 +219,9 @@ def _write(new: Target, relocked: _Relocked) -> None:
         form=carrier.form,
         flag=carrier.flag,
         was=carrier.was,
-        original_biases={f.site.layer: raw_bytes(f.original) for f in folded if f.original is not None},
+        original_biases={
+            f.site.layer: raw_bytes(f.original) for f in folded if f.original is not None and f.bias is not None
+        },
         stacks=relocked.stacks,
         original_config=checkpoint.raw if carrier.form == "llama" else None,
         config_digest=config_digest(carrier.config),
@@ -202,16 +236,13 @@ def _write(new: Target, relocked: _Relocked) -> None:
 
 
 def _carry_files(new: Target, relocked: _Relocked) -> dict[str, str]:
-    """Put every file of the checkpoint in its place, with the new biases in those that held the old ones.
+    """Put every file of the checkpoint in its place, with new biases and columns in those that held the old ones.
 
     Returns:
         The digests of the small files that were set aside, by name.
     """
     checkpoint = relocked.checkpoint
-    patches: dict[str, list[tuple[int, bytes]]] = {}
-    for f in relocked.folded:
-        if f.site.bias is not None:
-            patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
+    patches = _patches(relocked)
     set_aside: dict[str, str] = {}
     placements = placements_of(checkpoint.files, checkpoint.shards.files, relocked.in_place)
     placements |= {name: Placement(ASIDE + name, linked=False) for name in relocked.carrier.rewritten}
@@ -223,6 +254,19 @@ def _carry_files(new: Target, relocked: _Relocked) -> dict[str, str]:
         if placement.aside and is_small(name, file):
             set_aside[name] = digest_of(file, f"{checkpoint.where}/{name}")
     return set_aside
+
+
+def _patches(relocked: _Relocked) -> dict[str, list[tuple[int, bytes | ByteColumns]]]:
+    """What is written anew in the checkpoint's own files: where in which of them."""
+    of_lock = f"{relocked.receipt.lock_digest} {relocked.receipt.strength!r}"
+    columns = patches_of(
+        (f.site, f.heads, of_lock, f.rewritten.columns) for f in relocked.folded if f.rewritten is not None
+    )
+    patches: dict[str, list[tuple[int, bytes | ByteColumns]]] = {name: list(some) for name, some in columns.items()}
+    for f in relocked.folded:
+        if f.site.bias is not None and f.bias is not None:
+            patches.setdefault(f.site.bias.file, []).append((f.site.bias.start, raw_bytes(f.bias)))
+    return patches
 
 
 def _write_index(new: Target, checkpoint: Checkpoint, added: dict[str, torch.Tensor]) -> str:
@@ -240,7 +284,7 @@ def _added_biases(checkpoint: Checkpoint, carrier: Carrier, folded: list[FoldedS
     vLLM leaves biases that it does not find uninitialised.
     """
     tensors, dtype = checkpoint.shards.tensors, folded[0].site.dtype
-    added = {f"{f.site.name}.bias": f.bias for f in folded if f.site.bias is None}
+    added = {f"{f.site.name}.bias": f.bias for f in folded if f.site.bias is None and f.bias is not None}
     lengths = checkpoint.modules(carrier.switched)
     if "lm_head" in carrier.switched:
         lengths["lm_head"] = checkpoint.text_config.vocab_size

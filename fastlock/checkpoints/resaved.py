@@ -21,7 +21,7 @@ from fastlock.checkpoints.tensor_index import INDEX, read_shards
 from fastlock.checkpoints.tokenizer import versions_in
 from fastlock.errors import DamagedError, UnsupportedError
 from fastlock.locks.lock import Lock
-from fastlock.locks.receipt import KnownDigests, Receipt
+from fastlock.locks.receipt import KnownDigests, Receipt, SavedReceipt
 from fastlock.models.loading import load_model
 from fastlock.models.relocking import relock, unlock
 from fastlock.models.saving import in_class
@@ -91,12 +91,33 @@ def unlock_saved(source: Place, out: Place, in_place: bool) -> None:
         FastlockError: it is not relocked, cannot be loaded, or was changed since.
     """
     source, out = _both_here(source, out)
-    model = load_model(source)
     saved = receipt_in(local_files(source), str(source))
+    check_without_gate(saved, str(source))
+    model = load_model(source)
     unlock(model)
     if saved is not None and saved.carrier.form == "llama":
         model = out_of_llama_form(model, saved.carrier.original_config, source)
     _save(model, source, out, in_place, None, ())
+
+
+def check_without_gate(saved: SavedReceipt | None, where: str, lock: Lock | None = None) -> None:
+    """Refuse a checkpoint that transformers saved with a gate in its weights, or that is to get one.
+
+    Raises:
+        UnsupportedError: it is one, or this lock has a gate.
+    """
+    if saved is not None and saved.receipt.rank:
+        raise UnsupportedError(
+            f"{where}: was saved by transformers with the gate of a lock in its weights, and the weights "
+            "that were there before are not with it: neither unlocking nor another lock is possible. Start from the "
+            "directory that was loaded and saved: if `fastlock relock` wrote it, it keeps what was there before. Or "
+            "start from the original checkpoint. Nothing was written."
+        )
+    if lock is not None and lock.rank:
+        raise UnsupportedError(
+            f"{where}: was saved by transformers from a relocked model, and this lock has a gate, which is "
+            "written into weights. `fastlock unlock` it first, and relock the result. Nothing was written."
+        )
 
 
 def check_saved(checkpoint: Checkpoint, carrier: Carrier) -> None:

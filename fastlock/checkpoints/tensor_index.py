@@ -103,19 +103,23 @@ def shard_with(tensors: Mapping[str, torch.Tensor]) -> bytes:
     Args:
         tensors: by name; contiguous, on the CPU, of a dtype that can be folded. They may share memory.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     distinct = {id(tensor): tensor for tensor in tensors.values()}
     raw = {which: tensor.view(torch.uint8).numpy().data for which, tensor in distinct.items()}
-    parts, end = [], 0
-    for name in sorted(tensors, key=lambda name: (-_WRITTEN_LAST.index(tensors[name].dtype), name)):
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        parts.append(raw[id(tensor)])
+    header, order = shard_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    return b"".join((header, *(raw[id(tensors[name])] for name in order)))
+
+
+def shard_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+    """How a safetensors file with tensors of these dtypes and shapes begins, and in which order their bytes follow."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order, end = sorted(tensors, key=lambda name: (-_WRITTEN_LAST.index(tensors[name][0]), name)), 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    return b"".join((len(encoded).to_bytes(8, "little"), encoded, *parts))
+    return len(encoded).to_bytes(8, "little") + encoded, order
 
 
 def _read_index(files: dict[str, Any], where: str) -> dict[str, Any]:

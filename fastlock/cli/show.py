@@ -34,6 +34,9 @@ def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
         for layer, head, scale in zip(lock.layers, lock.heads, lock.scales, strict=True)
     ]
     facts = {"digest": lock.digest} | {name: getattr(lock, name) for name in _FACTS}
+    if lock.rank:
+        rewritten = len(lock) * (lock.head_dim or 0)
+        facts |= {"gate_rank": lock.rank, "rewritten_columns": rewritten, "constant": lock.has_constant}
     if as_json:
         print_json({"path": path, **facts, "rows": rows})
         return

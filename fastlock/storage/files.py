@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastlock.errors import DamagedError, FastlockError
+from fastlock.storage.byte_columns import ByteColumns
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 CONFIG = "config.json"  # what makes a directory a checkpoint
@@ -18,7 +19,8 @@ CONFIG = "config.json"  # what makes a directory a checkpoint
 DOWNLOAD_AGAIN = "Download the checkpoint again."
 _GIVE_A_CHECKPOINT = f"Give a checkpoint's directory ({CONFIG}, *.safetensors) or its URL."
 
-Patches = Sequence[tuple[int, bytes]]  # offsets in a file, and other bytes that it is to have there
+BytePatches = Sequence[tuple[int, bytes]]  # offsets in a file, and other bytes that it is to have there
+Patches = Sequence[tuple[int, bytes | ByteColumns]]
 
 
 class File(Protocol):
@@ -176,8 +178,17 @@ def with_patches(data: bytes, start: int, patches: Patches) -> bytes:
     for offset, patch in patches:
         first, last = max(start, offset), min(end, offset + len(patch))
         if first < last:
-            data = data[: first - start] + patch[first - offset : last - offset] + data[last - start :]
+            if isinstance(patch, ByteColumns):
+                new = patch.over(data[first - start : last - start], first - offset)
+            else:
+                new = patch[first - offset : last - offset]
+            data = data[: first - start] + new + data[last - start :]
     return data
+
+
+def lie_in(patches: Patches, start: int, length: int) -> bool:
+    """Whether any of these patches changes a range of a file."""
+    return any(offset < start + length and start < offset + len(patch) for offset, patch in patches)
 
 
 def cannot_be_read(path: Path, error: Exception) -> FastlockError:

@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from fastlock.errors import DamagedError
-from fastlock.storage.files import Patches, cannot_be_read, changed_while_read, no_such_directory, with_patches
+from fastlock.storage.files import (
+    Patches,
+    cannot_be_read,
+    changed_while_read,
+    lie_in,
+    no_such_directory,
+    with_patches,
+)
 from fastlock.storage.traffic import TRAFFIC
 
 _FICLONE = 0x40049409  # ioctl of linux/fs.h: share another file's blocks
@@ -62,7 +69,10 @@ class LocalFile:
 
     @contextlib.contextmanager
     def view(self, start: int, length: int) -> Iterator[memoryview]:
-        """The bytes of a range, mapped and not copied, and without patches; of a cold file, only the range is read."""
+        """The bytes of a range, mapped and not copied unless patches are in it; of a cold file, no others are read."""
+        if lie_in(self.patches, start, length):
+            yield memoryview(self.read(start, length))
+            return
         before = start % mmap.ALLOCATIONGRANULARITY
         with contextlib.ExitStack() as opened:
             with reading(self.path):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
 from fastlock.errors import FastlockError, FastlockWarning
+from fastlock.storage.byte_columns import ByteColumns
 from fastlock.storage.files import CONFIG, already_exists
 from fastlock.storage.local import LocalFile, reading, reflink
 from fastlock.storage.places import Place, as_place
@@ -88,7 +89,9 @@ class NewDirectory:
         with place.open("r+b") as file:
             for start, data in source.patches:
                 file.seek(start)
-                file.write(data)
+                new = data.over(file.read(len(data)), 0) if isinstance(data, ByteColumns) else data
+                file.seek(start)
+                file.write(new)
             file.flush()
             _settle(file.fileno(), source.mode if isinstance(source, LocalFile) else None)
 

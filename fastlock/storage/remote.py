@@ -11,7 +11,7 @@ import copy
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -69,8 +69,8 @@ class RemoteFile:
 
     @contextlib.contextmanager
     def view(self, start: int, length: int) -> Iterator[memoryview]:
-        """The bytes of a range, without patches."""
-        yield memoryview(self._fetch(start, length))
+        """The bytes of a range; nothing else is fetched."""
+        yield memoryview(self.read(start, length))
 
     def copy_to(self, place: Path) -> None:
         """Fetch the whole file, without patches."""
@@ -114,6 +114,10 @@ class RemoteDirectory:
     def write(self, name: str, data: bytes) -> None:
         """A new file."""
         self._note(name, data, functools.partial(self._send, name, data))
+
+    def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        """A new file of pieces that need not be in memory together; what they are follows from the other files."""
+        self._note(name, "parts", functools.partial(self._send_parts, name, parts))
 
     def link(self, name: str, source: File) -> None:
         """The same file, which has no patches: copied by its file system if that is this one, else sent."""
@@ -185,11 +189,14 @@ class RemoteDirectory:
         TRAFFIC.add(written=len(data))
 
     def _send_pieces(self, name: str, source: File) -> None:
-        file = self._with_parents(name, lambda path: self._fs.open(path, "wb"))
-        with file:
-            for start in range(0, source.size, PIECE_BYTES):
-                file.write(source.read(start, min(PIECE_BYTES, source.size - start)))
-        TRAFFIC.add(written=source.size)
+        starts = range(0, source.size, PIECE_BYTES)
+        self._send_parts(name, (source.read(start, min(PIECE_BYTES, source.size - start)) for start in starts))
+
+    def _send_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        with self._with_parents(name, lambda path: self._fs.open(path, "wb")) as file:
+            for part in parts:
+                file.write(part)
+                TRAFFIC.add(written=len(part))
 
     def _copy_there(self, name: str, source: RemoteFile) -> None:
         self._with_parents(name, lambda path: self._fs.cp_file(source.path, path))

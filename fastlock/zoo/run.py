@@ -145,7 +145,8 @@ def relock_zoo(
     )
     name = LOG_NAME if rank is None else f"{LOG_NAME}.{rank}"
     summary = Summary(log=below(root, f"{name}.jsonl"), report=below(root, f"{name}.html"))
-    schedule = Schedule(share, shared_files(share), root)
+    # A gate is written into every checkpoint's own copy, and no checkpoint waits for another's.
+    schedule = Schedule(share, [[] for _ in share] if lock.rank else shared_files(share), root)
     facts = {"lock": lock.digest, "strength": f"{strength:g}", "written to": str(root)}
     start = time.perf_counter()
     pool = _pool(job, workers, ray, len(share))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlock.errors import FastlockError
-from fastlock.storage.files import Patches, already_exists
+from fastlock.storage.files import BytePatches, already_exists
 from fastlock.storage.local import LocalFile
 from fastlock.storage.new_directory import check_absent
 
@@ -49,7 +49,7 @@ class NewFile:
 
     path: Path
     pieces: Sequence[bytes | FileRange]
-    patches: Patches
+    patches: BytePatches
     mode: int
 
 

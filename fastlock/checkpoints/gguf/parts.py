@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastlock.checkpoints.gguf.header import INT32, MAGIC, GgufHeader, GgufTensor, aligned, read_header
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError, shown
-from fastlock.storage.files import DOWNLOAD_AGAIN, Patches, with_patches
+from fastlock.storage.files import DOWNLOAD_AGAIN, BytePatches, with_patches
 from fastlock.storage.local import LocalFile, reading
 
 SUFFIX = ".gguf"
@@ -39,7 +39,7 @@ class GgufPart:
     head: bytes
     data_at: int
     data_length: int
-    patches: Patches = ()
+    patches: BytePatches = ()
 
     def read(self, tensor: GgufTensor) -> bytes:
         """The data of a small tensor."""

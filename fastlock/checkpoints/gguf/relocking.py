@@ -24,7 +24,7 @@ from fastlock.checkpoints.gguf.originals import original_parts, with_split_tenso
 from fastlock.checkpoints.gguf.parts import SUFFIX, GgufPart, local_path, open_parts, part_paths
 from fastlock.checkpoints.gguf.saved import RECEIPT_KEY, GgufReceipt, OriginalFile, receipt_of_parts
 from fastlock.checkpoints.gguf.tensor_types import F32
-from fastlock.errors import FastlockError, shown
+from fastlock.errors import FastlockError, UnsupportedError, shown
 from fastlock.fold import Fold, fold, rounded_fold
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.locks.receipt import (
@@ -85,7 +85,8 @@ def relock_gguf(
 
     Raises:
         UnsupportedError: llama.cpp would not use the bias in this architecture, the weights are of a type that cannot
-            be read, the file is no model, or its heads are not in the basis that the lock was found in.
+            be read, the file is no model, or its heads are not in the basis that the lock was found in; or the lock has
+            a gate.
         DamagedError: the file is damaged, hostile, or was changed (since it was relocked, or meanwhile).
         MismatchError: the lock is of another geometry.
         FastlockError: an argument is wrong, the package gguf is missing, or the file system refuses.
@@ -93,6 +94,7 @@ def relock_gguf(
     After an error nothing is at `out`.
     """
     check_lock(lock)
+    check_no_gate(lock, str(source))
     strength = strength_for(lock, strength)
     path = local_path(source)
     model = original_model(path)
@@ -117,6 +119,20 @@ def original_model(path: Path) -> GgufModel:
     model = GgufModel(open_parts(path), str(path))
     receipt = receipt_of_parts(model.parts, model.where)
     return model if receipt is None else GgufModel(original_parts(model, receipt), model.where)
+
+
+def check_no_gate(lock: Lock, where: str) -> None:
+    """Refuse a lock with a gate.
+
+    Raises:
+        UnsupportedError: it has one.
+    """
+    if lock.rank:
+        raise UnsupportedError(
+            f"{where}: is a GGUF, and the lock has a gate, which is written into weights; those of a GGUF are not "
+            "rewritten. Relock the checkpoint that it was made from, and convert that. For weights that are quantised, "
+            "have the gate as an adapter: fastlock.relock_as_adapter, or `fastlock relock --as adapter`."
+        )
 
 
 def places_for(out: Path, count: int) -> list[Path]:
