@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlock.checkpoints.adapters.lock_adapter import relock_as_adapter
     from fastlock.checkpoints.adapters.relocking import relock_adapter
     from fastlock.checkpoints.diagnosis import doctor
     from fastlock.checkpoints.gguf import relock_gguf, unlock_gguf
@@ -77,6 +78,7 @@ __all__ = [
     "rank_heads",
     "relock",
     "relock_adapter",
+    "relock_as_adapter",
     "relock_checkpoint",
     "relock_gguf",
     "relock_many",
@@ -94,6 +96,7 @@ __all__ = [
 
 # Where the names are.
 _MODULES = {
+    "fastlock.checkpoints.adapters.lock_adapter": ("relock_as_adapter",),
     "fastlock.checkpoints.adapters.relocking": ("relock_adapter",),
     "fastlock.checkpoints.diagnosis": ("doctor",),
     "fastlock.checkpoints.gguf": ("relock_gguf", "unlock_gguf"),

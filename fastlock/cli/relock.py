@@ -44,12 +44,13 @@ def _relock(
     carrier: str | None,
     gap: float | None,
     relocked_base: str | None,
+    form: str | None,
 ) -> None:
     destination = target(checkpoint, out, in_place, yes)
     from fastlock.locks.lock import Lock
 
     loaded = Lock.load(lock)
-    settings = {"stacks": stacks, "strength": strength, "copy": copy, "base": base}
+    settings = {"stacks": stacks, "strength": strength, "copy": copy, "base": base, "form": form}
     of_adapter = {"carrier": carrier, "gap": gap, "relocked_base": relocked_base}
     start = time.perf_counter()
     with spinner(f"relocking {checkpoint}", as_json):
@@ -72,6 +73,10 @@ def _relocked(
     from fastlock.checkpoints.relocking import relock_checkpoint
 
     stacks, strength, copy, base = (settings[name] for name in ("stacks", "strength", "copy", "base"))
+    if settings["form"] is not None:
+        if in_place or copy or base is not None or any(value is not None for value in of_adapter.values()):
+            raise ArgumentsError("--as adapter is for a checkpoint that stays as it is. Give --lock and --out alone.")
+        return _relocked_as_adapter(source, lock, out, strength, stack_names(stacks))
     if base is not None and is_adapter(source):
         if in_place or copy:
             raise ArgumentsError("an adapter is relocked into a new directory. Leave out --in-place and --copy.")
@@ -100,6 +105,16 @@ def _relocked_adapter(
     return receipt, f"{receipt.carrier}: {advice}{off}"
 
 
+def _relocked_as_adapter(
+    checkpoint: str, lock: Lock, out: str, strength: float | None, stacks: tuple[str, ...]
+) -> tuple[AdapterReceipt, str]:
+    from fastlock.checkpoints.adapters.carriers.adapter_gate import ADAPTER_GATE
+    from fastlock.checkpoints.adapters.lock_adapter import relock_as_adapter
+
+    receipt = relock_as_adapter(checkpoint, lock, out, strength, stacks=stacks)
+    return receipt, f"{receipt.carrier}: {ADAPTER_GATE.advice.format(base=receipt.base.name)}"
+
+
 COMMAND = Command(
     "relock",
     "Relock a checkpoint into a new directory, which links its weights; or an adapter, over its base.",
@@ -122,8 +137,8 @@ COMMAND = Command(
         option(
             "--carrier",
             metavar="NAME",
-            help="Of an adapter: how it gets its lock (base bias, adapter bias, merge, sidecar). Default: the first "
-            "that is exact in every stack.",
+            help="Of an adapter: how it gets its lock (base bias, adapter bias, adapter gate, merge, sidecar). "
+            "Default: the first that is exact in every stack.",
         ),
         option(
             "--gap",
@@ -137,6 +152,14 @@ COMMAND = Command(
             metavar="DIR",
             help="Of an adapter: where its relocked base is, or is to be made, if it needs one. Default: beside --out, "
             "BASE-locked.",
+        ),
+        option(
+            "--as",
+            dest="form",
+            metavar="adapter",
+            choices=("adapter",),
+            help="Of a checkpoint, with a lock that is a gate alone: leave it as it is, and write the lock as a LoRA, "
+            "which servers load beside it.",
         ),
     ),
     _relock,

@@ -24,6 +24,7 @@ from fastlock.locks.receipt_fields import (
     index_in,
     list_in,
     optional,
+    rank_in,
     strength_in,
     text_in,
     texts_in,
@@ -31,10 +32,13 @@ from fastlock.locks.receipt_fields import (
 from fastlock.version import __version__
 
 T = TypeVar("T")
-ADAPTER_FORMAT_VERSION = 1
+# That of a lock with a gate is another one: who does not know of gates would take it for a bias alone.
+ADAPTER_FORMAT_VERSION, ADAPTER_GATE_FORMAT_VERSION = 1, 2
 # Where an adapter's directory holds it.
 ADAPTER_RECEIPT = "fastlock.json"
 ADAPTER_CARRIERS = ("base bias", "adapter bias", "sidecar")
+# The only one of a lock with a gate.
+GATE_CARRIER = "adapter gate"
 
 _RECEIPT_KEYS = (
     "format_version fastlock_version lock_digest strength method carrier stacks base sites adapter_digest "
@@ -53,9 +57,9 @@ class AdapterSite:
         name: the projection's path, as the adapter names it, or would.
         heads: the locked ones, ascending.
         touched: whether the adapter touches it.
-        dtype: of its bias.
+        dtype: of its bias; with a gate, of its A and B.
         gap: how far W d in the base's bias is off: 0 where it is exact, else ‖f − W d‖ / ‖W d‖, where f is what the
-            displacement does in the adapted model; None if W d is zero.
+            displacement does in the adapted model; None if W d is zero, and with a gate.
         scale: the s of the fold, None where there is none.
     """
 
@@ -108,18 +112,19 @@ class AdapterReceipt:
         lock_digest: SHA-256 of the lock (`Lock.digest`).
         strength: the strength applied.
         method: PEFT's name of the adapter's method ("LORA").
-        carrier: where the lock is, one of ADAPTER_CARRIERS.
+        carrier: where the lock is, one of ADAPTER_CARRIERS; GATE_CARRIER, where the lock has a gate.
         stacks: where the lock was to act.
         base: what the adapter was folded over.
         sites: the locked output projections, layers ascending.
         adapter_digest: SHA-256 over the SHA-256 of what was read of the adapter at each site, by layer.
-        biases_digest: SHA-256 of the biases written, by layer.
+        biases_digest: SHA-256 of the biases written, by layer; with a gate, of its columns of B, [hidden, rank].
         original_biases: by layer, the numbers of the biases that they replaced, in the dtype of the site.
         written: SHA-256 of each small file that was written, by name; of a large one, of its header.
         original: SHA-256 of the adapter's own of the same files, by name.
         scaling: the rule that s followed, None where the fold has no s.
         allowed_gap: how far each fold was allowed to be from the base's own, None where it is exact.
         fastlock_version: the fastlock that did it.
+        rank: of the lock's gate, 0 for a lock without one.
     """
 
     lock_digest: str
@@ -137,6 +142,7 @@ class AdapterReceipt:
     scaling: str | None = None
     allowed_gap: float | None = None
     fastlock_version: str = __version__
+    rank: int = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -146,7 +152,7 @@ class AdapterReceipt:
     def to_dict(self) -> dict[str, Any]:
         """The receipt as data that JSON can hold: the same receipt gives the same bytes. What is None is left out."""
         data: dict[str, Any] = {
-            "format_version": ADAPTER_FORMAT_VERSION,
+            "format_version": ADAPTER_GATE_FORMAT_VERSION if self.rank else ADAPTER_FORMAT_VERSION,
             "fastlock_version": self.fastlock_version,
             "lock_digest": self.lock_digest,
             "strength": self.strength,
@@ -162,6 +168,7 @@ class AdapterReceipt:
             "original_biases": encoded_biases(self.original_biases),
             "written": dict(sorted(self.written.items())),
             "original": dict(sorted(self.original.items())),
+            "rank": self.rank or None,
         }
         return {key: value for key, value in data.items() if value is not None}
 
@@ -178,13 +185,14 @@ class AdapterReceipt:
             DamagedError: it is not a receipt, or was changed so that it cannot be one.
         """
         try:
-            check_version(data, where, ADAPTER_FORMAT_VERSION)
-            check_keys(data, _RECEIPT_KEYS, ["scaling", "allowed_gap"])
+            version = check_version(data, where, ADAPTER_FORMAT_VERSION, ADAPTER_GATE_FORMAT_VERSION)
+            with_gate = version == ADAPTER_GATE_FORMAT_VERSION
+            check_keys(data, _RECEIPT_KEYS + ["rank"] * with_gate, ["scaling", "allowed_gap"])
             return cls(
                 lock_digest=digest_in(data["lock_digest"]),
                 strength=strength_in(data["strength"]),
                 method=text_in(data["method"]),
-                carrier=_one_of(ADAPTER_CARRIERS, data["carrier"], "carriers"),
+                carrier=_one_of((GATE_CARRIER,) if with_gate else ADAPTER_CARRIERS, data["carrier"], "carriers"),
                 stacks=texts_in(data["stacks"]),
                 base=_base(data["base"]),
                 sites=_sites(data["sites"]),
@@ -196,6 +204,7 @@ class AdapterReceipt:
                 scaling=optional(data, "scaling", text_in),
                 allowed_gap=optional(data, "allowed_gap", _gap),
                 fastlock_version=text_in(data["fastlock_version"]),
+                rank=rank_in(data["rank"]) if with_gate else 0,
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise damaged_receipt(where, error) from None

@@ -114,7 +114,8 @@ class Adapter:
     def check_unchanged(self) -> None:
         """Raise a DamagedError if a file was changed since it was first looked at."""
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            self.files[name].check_unchanged()
+            if name in self.files:
+                self.files[name].check_unchanged()
 
 
 def open_adapter(files: Mapping[str, File], where: str) -> Adapter:

@@ -7,15 +7,17 @@ the config, and of the weights the header, as their data stays where it is and n
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fastlock.checkpoints.layout import ASIDE, bypass, is_private
-from fastlock.checkpoints.tensor_index import INDEX, MAX_HEADER_BYTES, SINGLE
+from fastlock.checkpoints.tensor_index import INDEX, MAX_HEADER_BYTES, SINGLE, StoredTensor
 from fastlock.dtypes import SAFETENSORS_NAMES
 from fastlock.errors import FastlockError
 from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT
@@ -27,6 +29,8 @@ SIDECAR = "fastlock.safetensors"
 # The header that the adapter's weights had before.
 ORIGINAL_HEADER = f"{ASIDE}{ADAPTER_WEIGHTS}.header"
 ORIGINAL_CONFIG = ASIDE + ADAPTER_CONFIG
+# The weights themselves, where more of them changed than can be put back from the header.
+ORIGINAL_WEIGHTS = ASIDE + ADAPTER_WEIGHTS
 
 _BLOCK_BYTES = 8 * 1024 * 1024
 _WEIGHTS_OF_MODELS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -121,6 +125,104 @@ class SplicedFile:
         self._file.check_unchanged()
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a file that is to be written.
+
+    Attributes:
+        size: how many bytes it has.
+        read: gives them.
+    """
+
+    size: int
+    read: Callable[[], bytes]
+
+
+class JoinedFile:
+    """Pieces one after the other: a `File` that was never written, made as it is read. Attributes: as of `File`."""
+
+    patches: Patches = ()
+    shared = False
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        """Its pieces, in order; each is read when it is needed, and not kept."""
+        self._pieces = tuple(pieces)
+        self.size = sum(piece.size for piece in self._pieces)
+        self.identity = (id(self),)
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of a range."""
+        data, begin = b"", 0
+        for piece in self._pieces:
+            first, last = max(start, begin), min(start + length, begin + piece.size)
+            if first < last:
+                data += piece.read()[first - begin : last - begin]
+            begin += piece.size
+        return data
+
+    def parts(self) -> Iterator[bytes]:
+        """The whole, piece by piece."""
+        for piece in self._pieces:
+            yield piece.read()
+
+    def check_unchanged(self) -> None:
+        """Does nothing: who made the pieces knows what they are made of."""
+
+
+@dataclass(frozen=True, eq=False)
+class NewTensor:
+    """A tensor that is to be written.
+
+    Attributes:
+        dtype, shape: its own.
+        make: makes it, contiguous and on the CPU: each time the same.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+def joined_tensors(file: Any, tensors: Mapping[str, StoredTensor | NewTensor]) -> JoinedFile:
+    """A safetensors file of some tensors of another one, and of new ones: one at a time is in memory.
+
+    Args:
+        file: the one whose tensors some of these are.
+        tensors: by key; they need not be in any order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    pieces, end = list[Piece](), 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: -_alignment(item[1])):
+        piece = _piece_of(file, tensor)
+        name = tensor.dtype if isinstance(tensor, StoredTensor) else SAFETENSORS_NAMES[tensor.dtype]
+        start, end = end, end + piece.size
+        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        pieces.append(piece)
+    head = _encoded(header)
+    return JoinedFile([Piece(len(head), lambda: head), *pieces])
+
+
+def _alignment(tensor: StoredTensor | NewTensor) -> int:
+    """How many bytes a number has: where the larger ones come first, each begins where its like may lie in memory."""
+    numbers = math.prod(tensor.shape)
+    if isinstance(tensor, StoredTensor):
+        return tensor.length // numbers if numbers else 0
+    return tensor.dtype.itemsize
+
+
+def _piece_of(file: Any, tensor: StoredTensor | NewTensor) -> Piece:
+    if isinstance(tensor, StoredTensor):
+        return Piece(tensor.length, lambda: file.read(tensor.start, tensor.length))
+    return Piece(math.prod(tensor.shape) * tensor.dtype.itemsize, lambda: raw_bytes(tensor.make()))
+
+
+def _encoded(header: dict[str, Any]) -> bytes:
+    """The header of a safetensors file, and its length before it."""
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
 def with_tensors(file: Any, changed: Mapping[int, torch.Tensor], added: Mapping[str, torch.Tensor]) -> SplicedFile:
     """An adapter's weights with other numbers in some tensors, and with more tensors after them.
 
@@ -136,9 +238,7 @@ def with_tensors(file: Any, changed: Mapping[int, torch.Tensor], added: Mapping[
         start, end = end, end + tensor.nbytes
         dtype = SAFETENSORS_NAMES[tensor.dtype]
         header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    head = len(encoded).to_bytes(8, "little") + encoded
+    head = _encoded(header)
     patched = file.patched([(start, raw_bytes(tensor)) for start, tensor in changed.items()])
     return SplicedFile(head, patched, len(before), file.size, b"".join(map(raw_bytes, added.values())))
 

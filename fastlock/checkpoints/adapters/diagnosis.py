@@ -15,6 +15,7 @@ from fastlock.checkpoints.adapters.adapter import Adapter, open_adapter
 from fastlock.checkpoints.adapters.carriers.base_bias import largest_gap, listed
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterJob, OpenedBase
 from fastlock.checkpoints.adapters.carriers.table import CARRIERS_OF_ADAPTERS, fitting_stacks
+from fastlock.checkpoints.adapters.gate_lora import is_uniform
 from fastlock.checkpoints.adapters.methods.lora_scales import alpha_in, peft_scale, stack_scale
 from fastlock.checkpoints.adapters.methods.method import MAX_NUMBER
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in
@@ -23,7 +24,7 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.finding import Finding
 from fastlock.checkpoints.relocked import receipt_in
 from fastlock.errors import shown
-from fastlock.locks.adapter_receipt import AdapterReceipt
+from fastlock.locks.adapter_receipt import GATE_CARRIER, AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.storage.places import Place, files_in
 
@@ -37,7 +38,8 @@ class AdapterLayer:
         touched: whether it touches the output projection.
         peft_scale: s as PEFT has it, None where there is none.
         scale: s as the stack has it.
-        gap: ‖f − W d‖ / ‖W d‖ of the lock, ‖s·B(A d)‖ / ‖W d‖ in a LoRA; None without a lock, or if W d is zero.
+        gap: ‖f − W d‖ / ‖W d‖ of the lock, ‖s·B(A d)‖ / ‖W d‖ in a LoRA; None without a lock, if it has a gate, or if
+            W d is zero.
     """
 
     layer: int
@@ -122,13 +124,14 @@ def _of_stack(
     job: AdapterJob, base: OpenedBase, receipt: AdapterReceipt | None, stack: str, with_lock: bool
 ) -> AdapterFinding:
     adapter = job.adapter
+    of_bias = with_lock and not base.part.lock.rank
     layers = tuple(
         AdapterLayer(
             fold.layer,
             fold.touched,
             fold.peft_scale,
             fold.scale,
-            fold.gap if with_lock and math.isfinite(fold.gap) else None,
+            fold.gap if of_bias and math.isfinite(fold.gap) else None,
         )
         for fold in job.folds(stack)
     )
@@ -153,7 +156,10 @@ def _of_unlocked_adapter(job: AdapterJob, stack: str, carriers: tuple[str, ...],
     known = f"{job.adapter.method}, which touches {_listed(touched, 'locked ' if with_lock else '')}"
     if scales := sorted({fold.scale for fold in job.folds(stack) if fold.scale is not None}):
         known += f" with s = {scales[0]:g}" + (f" to {scales[-1]:g}" if len(scales) > 1 else "")
-    if with_lock:
+    if job.base.part.lock.rank:
+        if job.base.saved is not None:
+            return _over_gated_base(job, stack, touched, known)
+    elif with_lock:
         known += f", where the base's own fold is off by at most {largest_gap(job, stack):.2%}" if touched else ""
     if job.base.saved is not None and "base bias" in carriers:
         return True, f"{known}; its base is relocked, and the lock in it acts"
@@ -166,6 +172,17 @@ def _of_unlocked_adapter(job: AdapterJob, stack: str, carriers: tuple[str, ...],
     return False, f"{known}; not relocked; for {stack} the lock would be carried by {_either(carriers)}"
 
 
+def _over_gated_base(job: AdapterJob, stack: str, touched: list[int], known: str) -> tuple[bool, str]:
+    """Whether the gate in a relocked base acts under an adapter, and the reason."""
+    if not job.base.carries_lock:
+        return False, f"{known}; its base is relocked with another lock"
+    if (refused := why_refused(stack, job.adapter.method, job.adapter.config)) is not None:
+        return False, f"{known}; its base is relocked, but {refused}"
+    if touched:
+        return False, f"{known}; its base is relocked, but the gate in it leaves out what the adapter adds there"
+    return True, f"{known}; its base is relocked, and the gate in it acts"
+
+
 def _lost(adapter: Adapter, base: OpenedBase, receipt: AdapterReceipt, stack: str) -> Iterator[str]:
     """Why a relocked adapter's lock does not act in a stack."""
     if receipt.carrier == "sidecar":
@@ -175,6 +192,13 @@ def _lost(adapter: Adapter, base: OpenedBase, receipt: AdapterReceipt, stack: st
             yield f"{stack} refuses the adapter: it loads no biases of an adapter (lora_bias)"
         if not adapter.config.get("lora_bias"):
             yield "its config does not set lora_bias, and without it the biases are silently dropped"
+        if base.saved is not None:
+            yield "its base is relocked, too, and the lock acts twice"
+    if receipt.carrier == GATE_CARRIER:
+        if (refused := why_refused(stack, adapter.method, adapter.config)) is not None:
+            yield refused
+        if is_uniform((stack,)) and any(adapter.config.get(key) for key in ("rank_pattern", "alpha_pattern")):
+            yield f"its modules differ in rank, and {stack} has one for all: relock the adapter for it (--for {stack})"
         if base.saved is not None:
             yield "its base is relocked, too, and the lock acts twice"
     if receipt.carrier == "base bias":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,19 @@ from fastlock.checkpoints.adapters.adapter_files import SIDECAR
 from fastlock.checkpoints.adapters.carriers.adapter_bias import LORA_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, fold_adapter
+from fastlock.checkpoints.adapters.gate_evidence import earlier_folds, judge_gate
 from fastlock.checkpoints.adapters.methods.method import SCALINGS, Scaling
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in, rewritten_since
 from fastlock.checkpoints.adapters.relocked_base import base_of_adapter, open_base
 from fastlock.checkpoints.layout import bypass
 from fastlock.checkpoints.tensor_index import read_header
 from fastlock.errors import FastlockError, UnsupportedError, shown
-from fastlock.judgement import SiteEvidence
+from fastlock.judgement import SiteEvidence, Verification
 from fastlock.locks.adapter_receipt import AdapterReceipt
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import weights_digest
+
+_TWICE = "its base is relocked, too, and the lock acts twice"
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class AdapterEvidence:
         sites: what is at each locked layer, in a carrier that has its biases in the adapter's own directory; in the
             base's none. A fold is f, or f / s in a LoRA.
         originals: what the biases were before, by layer, where one was.
-        folds: the adapter's, at strength 1.
+        folds: the adapter's, at strength 1; of one with a gate, as it was before.
         problem: what else is wrong, as a clause; None where nothing is.
         note: what else there is to say, as a clause; None where there is nothing.
+        of_gate: what was found of a gate in it; None where its receipt speaks of none.
     """
 
     receipt: AdapterReceipt | None
@@ -47,6 +51,7 @@ class AdapterEvidence:
     folds: AdapterFolds
     problem: str | None
     note: str | None
+    of_gate: Verification | None = None
 
 
 def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any = None) -> AdapterEvidence:
@@ -67,6 +72,8 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
     """
     receipt, adapter = adapter_receipt_in(files, where), open_adapter(files, where)
     opened = base if isinstance(base, OpenedBase) else _opened(adapter, receipt, base, lock)
+    if receipt is not None and receipt.rank:
+        return _of_gate(files, adapter, receipt, lock, opened)
     scaling = "peft" if receipt is None or receipt.scaling is None else receipt.scaling
     folds = fold_adapter(adapter, opened.part.checkpoint, lock, 1.0, _scaling(scaling, where), part=opened.part)
     sites: tuple[SiteEvidence, ...] = ()
@@ -80,6 +87,19 @@ def gather_evidence(files: Mapping[str, Any], where: str, lock: Lock, base: Any 
     return AdapterEvidence(
         receipt, opened, sites, originals, folds, _problem(folds, opened, receipt), _note(files, receipt, where)
     )
+
+
+def _of_gate(
+    files: Mapping[str, Any], adapter: Adapter, receipt: AdapterReceipt, lock: Lock, base: OpenedBase
+) -> AdapterEvidence:
+    """The evidence of an adapter that brings a gate."""
+    folds = earlier_folds(files, adapter.where, receipt, lock, base)
+    problem = bypass(adapter.files, {ADAPTER_CONFIG, ADAPTER_WEIGHTS}) or (_TWICE if base.saved is not None else None)
+    found = judge_gate(adapter, receipt, folds)
+    if found and problem is not None:
+        found = replace(found, state="altered", altered=found.layers, reason=problem)
+    adapter.check_unchanged()
+    return AdapterEvidence(receipt, base, (), {}, folds, problem, _note(files, receipt, adapter.where), found)
 
 
 def _opened(adapter: Adapter, receipt: AdapterReceipt | None, base: Any, lock: Lock) -> OpenedBase:
@@ -153,7 +173,7 @@ def _problems(folds: AdapterFolds, base: OpenedBase, receipt: AdapterReceipt | N
     if weights_digest(fold.digest for fold in folds) != receipt.adapter_digest:
         yield "the adapter was trained on, or is another one: its locked layers are not those that were folded"
     if receipt.carrier != "base bias" and base.saved is not None:
-        yield "its base is relocked, too, and the lock acts twice"
+        yield _TWICE
 
 
 def _note(files: Mapping[str, Any], receipt: AdapterReceipt | None, where: str) -> str | None:

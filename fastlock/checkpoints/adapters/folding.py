@@ -35,7 +35,7 @@ class BasePart:
 
     Attributes:
         checkpoint: the base.
-        lock, strength: the displacement.
+        lock, strength: what it is of.
         sites: the locked ones, layers ascending.
         displacements: by layer.
         products: W d by layer, [hidden] float64, without the base's own bias.
@@ -182,7 +182,7 @@ def base_part(base: Checkpoint, lock: Lock, strength: float | None = None) -> Ba
 
     Args:
         base: the checkpoint that adapters are of; a quantised one is read as it is served.
-        lock: the lock of its aligned base.
+        lock: the lock of its aligned base. Of one with a gate, d is the constant part alone: `gate_rows` has the gate.
         strength: the paper's α; by default as for `fastlock.relock`.
 
     Raises:
@@ -190,7 +190,7 @@ def base_part(base: Checkpoint, lock: Lock, strength: float | None = None) -> Ba
     """
     check_lock(lock)
     strength = strength_for(lock, strength)
-    sites, displacements = tuple(base.sites_for(lock)), lock.displacement(strength)
+    sites, displacements = tuple(base.sites_for(lock)), lock.constant(strength)
     products, digests = {}, {}
     for site in sites:
         displacement = displacements[site.layer]

@@ -10,13 +10,14 @@ from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHT
 from fastlock.checkpoints.adapters.adapter_files import (
     ORIGINAL_CONFIG,
     ORIGINAL_HEADER,
+    ORIGINAL_WEIGHTS,
     SIDECAR,
     header_of,
     without_tensors,
 )
 from fastlock.checkpoints.layout import ASIDE
 from fastlock.checkpoints.tensor_index import MAX_HEADER_BYTES, read_header
-from fastlock.errors import DamagedError, shown
+from fastlock.errors import DamagedError, FastlockError, shown
 from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT, AdapterReceipt
 from fastlock.storage.files import File, parse_object, read_all
 
@@ -55,10 +56,16 @@ def original_adapter_files(files: Mapping[str, Any], where: str) -> dict[str, An
     Raises:
         UnsupportedError: its receipt is of a newer format.
         DamagedError: it was changed since it was relocked.
+        FastlockError: it was no adapter before, but is a lock of its own.
     """
     receipt = adapter_receipt_in(files, where)
     if receipt is None:
         return dict(files)
+    if is_lock_alone(receipt):
+        raise FastlockError(
+            f"{where}: is a lock as an adapter, and was none before. To do without the lock, serve {receipt.base.name} "
+            "without it."
+        )
     if (name := rewritten_since(files, receipt, where)) is not None:
         raise changed_adapter(where, f"{shown(name)} is not the one that fastlock wrote")
     view = {name: file for name, file in files.items() if name not in (ADAPTER_RECEIPT, SIDECAR)}
@@ -66,19 +73,42 @@ def original_adapter_files(files: Mapping[str, Any], where: str) -> dict[str, An
         view[name.removeprefix(ASIDE)] = view.pop(name)
     if ADAPTER_CONFIG in receipt.original:
         _check_original(files, ORIGINAL_CONFIG, receipt.original[ADAPTER_CONFIG], where)
-    if ADAPTER_WEIGHTS in receipt.original:
+    if ADAPTER_WEIGHTS in receipt.original and receipt.rank:
+        check_set_aside(files, receipt, where)
+    elif ADAPTER_WEIGHTS in receipt.original:
         _check_original(files, ORIGINAL_HEADER, receipt.original[ADAPTER_WEIGHTS], where)
         view[ADAPTER_WEIGHTS] = _original_weights(files, receipt, where)
         view.pop(ORIGINAL_HEADER.removeprefix(ASIDE))
     return dict(sorted(view.items()))
 
 
+def is_lock_alone(receipt: AdapterReceipt) -> bool:
+    """Whether a relocked adapter is a lock alone, and was no adapter before."""
+    return ADAPTER_WEIGHTS in receipt.written and ADAPTER_WEIGHTS not in receipt.original
+
+
+def check_set_aside(files: Mapping[str, File], receipt: AdapterReceipt, where: str) -> None:
+    """Whether config and weights that were set aside whole are those of which a receipt speaks.
+
+    Raises:
+        DamagedError: one is missing, or is another.
+    """
+    for name in (ORIGINAL_CONFIG, ORIGINAL_WEIGHTS):
+        own = name.removeprefix(ASIDE)
+        if name not in files or digest_of_adapter_file(own, files[name], where) != receipt.original[own]:
+            raise _not_set_aside(where, name)
+
+
 def _check_original(files: Mapping[str, File], name: str, digest: str, where: str) -> None:
     if name not in files or hashlib.sha256(read_all(files[name], name, MAX_HEADER_BYTES + 8)).hexdigest() != digest:
-        raise DamagedError(
-            f"{where}/{name}: is not what was set aside when the adapter was relocked, which therefore cannot be put "
-            "back. Start from the original adapter."
-        )
+        raise _not_set_aside(where, name)
+
+
+def _not_set_aside(where: str, name: str) -> DamagedError:
+    return DamagedError(
+        f"{where}/{name}: is not what was set aside when the adapter was relocked, which therefore cannot be put back. "
+        "Start from the original adapter."
+    )
 
 
 def _original_weights(files: Mapping[str, Any], receipt: AdapterReceipt, where: str) -> Any:

@@ -20,6 +20,7 @@ from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHT
 from fastlock.checkpoints.adapters.adapter_files import (
     ORIGINAL_CONFIG,
     ORIGINAL_HEADER,
+    ORIGINAL_WEIGHTS,
     adapter_placements,
     header_of,
     needs_adapter_name,
@@ -127,15 +128,30 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
     if carrier is BASE_BIAS:
         locked = relocked_base(base, settings.stacks, settings.relocked_base, target)
         job = AdapterJob(job.adapter, locked, settings.gap)
+    return write_relocked(job, carrier, settings, source, target)
+
+
+def write_relocked(
+    job: AdapterJob, carrier: AdapterCarrier, settings: AdapterSettings, source: Place, out: Path
+) -> AdapterReceipt:
+    """Write what a carrier makes of an adapter into a new directory.
+
+    Args:
+        job: the adapter.
+        carrier: one that has no objection to it.
+        settings: as the adapter was to be relocked.
+        source: where it is.
+        out: the directory to make.
+    """
     if carrier.carry is None:
-        return _relock_merged(job, carrier, target, settings)
+        return _relock_merged(job, carrier, out, settings)
     carried = carrier.carry(job, settings.stacks)
     written = _written(carried)
     receipt = _receipt(job, carrier, carried, settings, written)
-    with create_local_directory(target, source, in_place=False) as new:
-        _write(new, job, written, receipt)
+    with create_local_directory(out, source, in_place=False) as new:
+        _write(new, job, carried, written, receipt)
         job.adapter.check_unchanged()
-        base.part.checkpoint.check_unchanged()
+        job.base.part.checkpoint.check_unchanged()
     return receipt
 
 
@@ -181,7 +197,7 @@ def _receipt(
             heads=part.displacements[fold.layer].heads,
             touched=fold.touched,
             dtype=torch_name(bias.dtype),
-            gap=_gap(fold),
+            gap=None if part.lock.rank else _gap(fold),
             scale=fold.scale,
         )
         for fold, name, bias in zip(folds, carried.names, carried.biases, strict=True)
@@ -208,6 +224,7 @@ def _receipt(
         },
         scaling=None if all(fold.scale is None for fold in folds) else ADAPTER_STACKS[carried.stack].scaling,
         allowed_gap=job.allowed_gap if shared else None,
+        rank=part.lock.rank,
     )
 
 
@@ -227,7 +244,9 @@ def _written(carried: Carried) -> dict[str, Any]:
     return written
 
 
-def _write(new: NewDirectory, job: AdapterJob, written: dict[str, Any], receipt: AdapterReceipt) -> None:
+def _write(
+    new: NewDirectory, job: AdapterJob, carried: Carried, written: dict[str, Any], receipt: AdapterReceipt
+) -> None:
     adapter = job.adapter
     for name, placed in adapter_placements(adapter.files).items():
         file: Any = adapter.files[name]
@@ -235,9 +254,12 @@ def _write(new: NewDirectory, job: AdapterJob, written: dict[str, Any], receipt:
             put(new, placed, file, copy=name == ADAPTER_CONFIG or file.size <= MAX_COPIED_BYTES)
     for name, file in written.items():
         put(new, name, file, copy=True)
-    if ADAPTER_CONFIG in written:
+    if ADAPTER_CONFIG in receipt.original:
         new.write(ORIGINAL_CONFIG, read_all(adapter.files[ADAPTER_CONFIG], adapter.where))
-    if ADAPTER_WEIGHTS in written:
+    if carried.kept_whole:
+        file = adapter.files[ADAPTER_WEIGHTS]
+        put(new, ORIGINAL_WEIGHTS, file, copy=file.size <= MAX_COPIED_BYTES)
+    elif ADAPTER_WEIGHTS in receipt.original:
         new.write(ORIGINAL_HEADER, header_of(adapter.files[ADAPTER_WEIGHTS]))
     new.write(ADAPTER_RECEIPT, _json(receipt.to_dict()))
 

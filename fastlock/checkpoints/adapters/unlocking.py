@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlock.checkpoints.adapters.adapter_files import SplicedFile
+from fastlock.checkpoints.adapters.adapter_files import JoinedFile, SplicedFile
 from fastlock.checkpoints.adapters.relocked import adapter_receipt_in, original_adapter_files
 from fastlock.checkpoints.relocked import carry
 from fastlock.errors import FastlockError, UnsupportedError
@@ -38,7 +38,7 @@ def unlock_adapter(files: dict[str, Any], source: Place, out: Place) -> None:
 
 def put(new: NewDirectory, name: str, file: Any, copy: bool) -> None:
     """Put a file into a new directory under a name: linked, or copied if that is asked for or it was never written."""
-    if isinstance(file, SplicedFile):
+    if isinstance(file, SplicedFile | JoinedFile):
         new.write_parts(name, file.parts())
     else:
         carry(new, name, file, copy)

@@ -6,14 +6,13 @@ Where the adapter leaves a locked projection alone, it gains one of rank 1 there
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from fastlock.architectures.adapter_stacks import ADAPTER_STACKS, PLAIN_STARTS
-from fastlock.checkpoints.adapters.adapter import ADAPTER_WEIGHTS, plain_path
+from fastlock.checkpoints.adapters.adapter import ADAPTER_WEIGHTS
 from fastlock.checkpoints.adapters.adapter_files import with_tensors
 from fastlock.checkpoints.adapters.carriers.carrier import (
     AdapterCarrier,
@@ -24,6 +23,7 @@ from fastlock.checkpoints.adapters.carriers.carrier import (
 )
 from fastlock.checkpoints.adapters.folding import AdapterFold
 from fastlock.checkpoints.adapters.methods.lora_kinds import NOT_PLAIN
+from fastlock.checkpoints.adapters.module_paths import layers_path, new_path
 from fastlock.checkpoints.tensor_index import StoredTensor
 from fastlock.errors import UnsupportedError, shown
 
@@ -55,7 +55,7 @@ def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
         yield "the adapter has output projections, or biases, of its own in place of the base's"
     if (zero := next((fold.layer for fold in folds if fold.scale == 0), None)) is not None:
         yield f"it scales layer {zero} by 0"
-    if any(not fold.touched for fold in folds) and _layers_path(job) is None:
+    if any(not fold.touched for fold in folds) and layers_path(adapter, job.base.part.checkpoint) is None:
         yield "the adapter touches no layer by which the others' names can be told"
 
 
@@ -67,7 +67,7 @@ def _carry(job: AdapterJob, stacks: tuple[str, ...]) -> Carried:
     carried = Carried([], [], job.base.place, stacks[0])
     new_paths = []
     for fold in job.folds(stacks[0]):
-        path = fold.path or _new_path(job, fold)
+        path = fold.path or new_path(adapter, job.base.part.checkpoint, fold.site)
         carried.names.append(path)
         if not fold.touched:
             new_paths.append(path)
@@ -143,22 +143,6 @@ def _config(config: dict[str, Any], targets: list[str], new_paths: list[str]) ->
         for key in _PATTERNS:
             changed[key] = ones | (config.get(key) or {})
     return changed
-
-
-def _layers_path(job: AdapterJob) -> str | None:
-    """What comes before the number of a layer in the paths that the adapter uses; None if it touches no layer."""
-    checkpoint = job.base.part.checkpoint
-    pattern = re.compile(rf"((?:.*\.)?{checkpoint.family.layers}\.)\d{{1,5}}\.", re.DOTALL)
-    first = pattern.match(plain_path(job.base.part.sites[0].name))
-    for path in job.adapter.modules:
-        found = pattern.match(path)
-        if found and first and plain_path(found[1].rstrip(".")) == plain_path(first[1].rstrip(".")):
-            return found[1]
-    return None
-
-
-def _new_path(job: AdapterJob, fold: AdapterFold) -> str:
-    return f"{_layers_path(job)}{fold.layer}.{job.base.part.checkpoint.family.projection}"
 
 
 def _dtype(job: AdapterJob) -> torch.dtype:

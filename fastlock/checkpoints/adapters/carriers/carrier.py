@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastlock.architectures.adapter_stacks import ADAPTER_STACKS
 from fastlock.checkpoints.adapters.adapter import Adapter
-from fastlock.checkpoints.adapters.adapter_files import SplicedFile
+from fastlock.checkpoints.adapters.adapter_files import JoinedFile, SplicedFile
 from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, BasePart, fold_adapter
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.kernels.fold.reference import rounded
+from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import SavedReceipt
 from fastlock.storage.places import Place
 
@@ -49,7 +50,7 @@ class AdapterJob:
     """An adapter that is to be relocked.
 
     Attributes:
-        adapter: the adapter, as it was before any relock.
+        adapter: the adapter, as it was before any relock; one without tensors, where a gate is to be one by itself.
         base: what it is served over.
         allowed_gap: how far the base's own fold may be from the adapter's, relative to itself; None for exactly.
     """
@@ -80,13 +81,14 @@ class Carried:
     """What a carrier makes of an adapter.
 
     Attributes:
-        biases: what it wrote for each locked layer, [hidden] each.
+        biases: what it wrote for each locked layer, [hidden] each; with a gate its columns of B, [hidden, rank].
         names: the path of each locked projection, as the adapter names it, or would.
         stack: whose s the folds have.
         config: the new adapter_config.json, None where it stays as it is.
         weights: the new weights, None where they stay as they are.
         files: further files, by name.
         original_biases: by layer, the biases that were replaced.
+        kept_whole: whether the earlier weights are to be kept beside, as the header does not put them back.
         base: the base that the adapter is then to be served over.
     """
 
@@ -95,9 +97,10 @@ class Carried:
     base: Place
     stack: str = "transformers"
     config: dict[str, Any] | None = None
-    weights: SplicedFile | None = None
+    weights: SplicedFile | JoinedFile | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     original_biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    kept_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,24 @@ class AdapterCarrier:
         objections: why it does not keep the lock exactly in one stack, as clauses; none if it does.
         carry: what it makes of an adapter, for stacks to which there is no objection.
         advice: what is to be done with the result, in one sentence; `{base}` is the base's place.
+        gates: whether it brings locks without a gate ("never"), with one ("only"), or both ("too").
     """
 
     name: str
     objections: Callable[[AdapterJob, str], Iterator[str]]
     carry: Callable[[AdapterJob, tuple[str, ...]], Carried] | None
     advice: str
+    gates: Literal["never", "only", "too"] = "never"
 
     def objection(self, job: AdapterJob, stack: str) -> str | None:
         """The first of its objections; None if it keeps the lock exactly."""
+        if not self.is_of_kind(job.base.part.lock):
+            return "it brings a gate, and the lock has none" if self.gates == "only" else "the lock has a gate"
         return next(self.objections(job, stack), None)
+
+    def is_of_kind(self, lock: Lock) -> bool:
+        """Whether it is one for locks of this kind: with a gate, or without."""
+        return self.gates == "too" or bool(lock.rank) == (self.gates == "only")
 
 
 def objections_to_relocked(job: AdapterJob) -> Iterator[str]:

@@ -17,7 +17,8 @@ def _objections(job: AdapterJob, stack: str) -> Iterator[str]:
     yield from objections_to_relocked(job)
     if (reason := why_not_merged(job.adapter, job.base.part.checkpoint)) is not None:
         yield reason
-    yield from objections_to_family(job, stack)
+    if job.base.part.lock.has_constant:
+        yield from objections_to_family(job, stack)
 
 
 ADAPTER_MERGE = AdapterCarrier(
@@ -25,4 +26,5 @@ ADAPTER_MERGE = AdapterCarrier(
     _objections,
     None,
     "It is a checkpoint of its own now, base and adapter in one: serve it without the adapter.",
+    gates="too",
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from fastlock.architectures.serving_stacks import STACKS
 from fastlock.checkpoints.adapters.carriers.adapter_bias import ADAPTER_BIAS
+from fastlock.checkpoints.adapters.carriers.adapter_gate import ADAPTER_GATE
 from fastlock.checkpoints.adapters.carriers.base_bias import BASE_BIAS
 from fastlock.checkpoints.adapters.carriers.carrier import AdapterCarrier, AdapterJob
 from fastlock.checkpoints.adapters.carriers.merge import ADAPTER_MERGE
 from fastlock.checkpoints.adapters.carriers.sidecar import ADAPTER_SIDECAR
 from fastlock.errors import FastlockError, UnsupportedError
 
-CARRIERS_OF_ADAPTERS = {carrier.name: carrier for carrier in (BASE_BIAS, ADAPTER_BIAS, ADAPTER_SIDECAR, ADAPTER_MERGE)}
+CARRIERS_OF_ADAPTERS = {
+    carrier.name: carrier for carrier in (BASE_BIAS, ADAPTER_BIAS, ADAPTER_GATE, ADAPTER_SIDECAR, ADAPTER_MERGE)
+}
 
 
 def checked_carrier(name: str | None) -> str | None:
@@ -38,10 +41,11 @@ def choose_adapter_carrier(job: AdapterJob, stacks: tuple[str, ...], name: str |
     """
     checked_carrier(name)
     if name == ADAPTER_SIDECAR.name:  # acts in no stack, and is there for servers that no table knows
-        if job.base.saved is not None:
+        if job.base.saved is not None or job.base.part.lock.rank:
             raise _none(job, stacks, (ADAPTER_SIDECAR,))
         return ADAPTER_SIDECAR
-    carriers = tuple(CARRIERS_OF_ADAPTERS.values()) if name is None else (CARRIERS_OF_ADAPTERS[name],)
+    of_kind = tuple(carrier for carrier in CARRIERS_OF_ADAPTERS.values() if carrier.is_of_kind(job.base.part.lock))
+    carriers = of_kind if name is None else (CARRIERS_OF_ADAPTERS[name],)
     if job.allowed_gap is not None and name is None:  # asked for the base's own fold, or to be told how far it is off
         carriers = (BASE_BIAS,)
     for carrier in carriers:
@@ -75,7 +79,7 @@ def _what_works(job: AdapterJob) -> str:
     ]
     if works:
         return f"What works: {', or '.join(works)}."
-    return (
-        "What works: merge it into its unquantised base (merge_and_unload, save_pretrained), and relock the result; or "
-        f"--carrier {ADAPTER_SIDECAR.name}, for a server with a plugin that adds biases."
-    )
+    merged = "What works: merge it into its unquantised base (merge_and_unload, save_pretrained), and relock the result"
+    if job.base.part.lock.rank:
+        return f"{merged}."
+    return f"{merged}; or --carrier {ADAPTER_SIDECAR.name}, for a server with a plugin that adds biases."
