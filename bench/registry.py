@@ -11,6 +11,7 @@ from bench.ops import (
     first_relock_report,
     fold_counters_report,
     fold_report,
+    gate_fold_report,
     host_report,
     parity_report,
     proximal_step_report,
@@ -68,6 +69,8 @@ KERNEL_TESTS = (
     "tests/kernels/locked_linear/test_choices.py",
     "tests/kernels/proximal_step/test_launch.py",
     "tests/kernels/adapter_fold/test_launch.py",
+    "tests/kernels/gate_fold/test_launch.py",
+    "tests/kernels/gate_fold/test_dispatch.py",
 )
 MODEL_TESTS = (
     "tests/models/test_request_locks.py",
@@ -154,9 +157,18 @@ BENCHMARKS = (
         "resident adapters over one base, folded in one launch, against torch's batched products",
         ("bench/ops/adapter_fold.py",),
         cpu=120,
-        cuda=15,
+        cuda=10,
         part_of=(GPU,),
         report=adapter_fold_report.REPORT,
+    ),
+    Benchmark(
+        "gates",
+        "gates written into resident models in one launch each, against a plain torch script",
+        ("bench/ops/gate_fold.py",),
+        cpu=120,
+        cuda=10,
+        part_of=(GPU,),
+        report=gate_fold_report.REPORT,
     ),
     Benchmark(
         "kernel-tests",
@@ -191,7 +203,7 @@ BENCHMARKS = (
         "no kernel reads or writes out of bounds: compute-sanitizer's memcheck",
         ("bench/ops/sanitizer.py",),
         cpu=None,
-        cuda=95,
+        cuda=90,
         part_of=(GPU,),
     ),
     Benchmark(

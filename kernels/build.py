@@ -17,11 +17,12 @@ import triton
 from fastlock.kernels.adapter_fold import compile as adapter_fold
 from fastlock.kernels.ahead_of_time.compile import ARCHS, Op, Report, compile_all, processors, write_cubins
 from fastlock.kernels.fold import compile as fold
+from fastlock.kernels.gate_fold import compile as gate_fold
 from fastlock.kernels.locked_linear import compile as locked_linear
 from fastlock.kernels.proximal_step import compile as proximal_step
 
 # Every op; a new one is a line here.
-OPS: tuple[Op[Any], ...] = (fold.OP, adapter_fold.OP, locked_linear.OP, proximal_step.OP)
+OPS: tuple[Op[Any], ...] = (fold.OP, gate_fold.OP, adapter_fold.OP, locked_linear.OP, proximal_step.OP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ FORMAT = 1
 # A cubin is made from these files, and launched by what they say: from others it is not the same kernel.
 SOURCES = tuple(
     f"{room}/{name}.py"
-    for room in ("adapter_fold", "fold", "proximal_step")
+    for room in ("adapter_fold", "fold", "gate_fold", "proximal_step")
     for name in ("variants", "launch", "triton_kernel")
 )
 # A kernel's own arguments, all of them addresses: of its tables. Triton adds addresses of scratch memory.

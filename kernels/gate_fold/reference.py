@@ -7,14 +7,85 @@ strength already. Of W only the locked heads' columns C are read, and only they 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastlock.errors import FastlockError
-from fastlock.kernels.fold.reference import HeadColumns, bound, rounded
+from fastlock.kernels.fold.reference import HeadColumns, bound, fold, rounded
 
 # Rows are widened to float64 in blocks of so many numbers, half a megabyte: they stay in the cache.
 _BLOCK_NUMBERS = 2**16
+
+
+@dataclass(frozen=True, eq=False)
+class GateSite:
+    """One output projection that is rewritten where it is, or elsewhere.
+
+    Attributes:
+        columns: the locked heads' columns C of W, which are read.
+        readers: V at each of these heads, [rank, heads, head_dim] float64 or float32 on the CPU. Sites of one layer
+            best share one object; so with `writers` and `values`.
+        writers: U, strength included, of the same shape.
+        target: where C' goes: columns of as many heads, in a matrix of W's dtype and device. They may be `columns`;
+            otherwise they share no memory with them.
+        kept: where C is copied to as it was, [hidden, heads * head_dim] of W's dtype, device and layout; or None.
+        values: d, the displacement at each of these heads, [heads, head_dim] float64 or float32 on the CPU; or None.
+        bias: c, [hidden] of W's dtype and device, or None.
+        out: where W d + c goes, of the W that was read: [hidden] of W's dtype and device. None without values.
+    """
+
+    columns: HeadColumns
+    readers: torch.Tensor
+    writers: torch.Tensor
+    target: HeadColumns
+    kept: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """How many columns a head has."""
+        return self.readers.shape[-1]
+
+    def part(self, rows: slice) -> GateSite:
+        """Some of its rows."""
+
+        def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return replace(
+            self,
+            columns=HeadColumns(self.columns.matrix[rows], self.columns.starts),
+            target=HeadColumns(self.target.matrix[rows], self.target.starts),
+            kept=of(self.kept),
+            bias=of(self.bias),
+            out=of(self.out),
+        )
+
+
+def rewrite(site: GateSite) -> bool:
+    """Write C', what is to be kept, and W d + c, each in float64 and rounded once. Raises as `rewritten`.
+
+    Returns:
+        Whether C' and W d + c are finite.
+    """
+    check_gate(site.columns, site.readers, site.writers)
+    matrix, head_dim, finite = site.columns.matrix, site.head_dim, True
+    if site.values is not None and site.out is not None:
+        folded = fold(site.columns, site.values, site.bias)  # before W is another
+        site.out.copy_(folded)
+        finite = bool(folded.isfinite().all())
+    for rows, exact in _exact_blocks(site.columns, site.readers, site.writers):
+        if site.kept is not None:
+            site.kept[rows].copy_(locked_columns(HeadColumns(matrix[rows], site.columns.starts), head_dim))
+        new = rounded(exact, matrix.dtype)
+        for number, start in enumerate(site.target.starts):
+            columns = new[:, number * head_dim : (number + 1) * head_dim]
+            site.target.matrix[rows, start : start + head_dim].copy_(columns)
+        finite = finite and bool(new.isfinite().all())
+    return finite
 
 
 def rewritten(columns: HeadColumns, readers: torch.Tensor, writers: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ NO_CONTEXT, NOT_FOUND, INVALID_CONTEXT = 0, 500, 201
 STREAM = 0x51EA
 NAMES = {1: b"CUDA_ERROR_INVALID_VALUE", 209: b"CUDA_ERROR_NO_BINARY_FOR_GPU", 201: b"CUDA_ERROR_INVALID_CONTEXT"}
 # Those that cubins hold; the fold's alone is run here.
-KERNELS = (b"fold_kernel", b"adapter_fold_kernel", b"step_kernel", b"norm_kernel")
+KERNELS = (b"fold_kernel", b"gate_fold_kernel", b"adapter_fold_kernel", b"step_kernel", b"norm_kernel")
 TEXTS = {1: b"invalid argument", 209: b"no kernel image is available for execution on the device"}
 
 

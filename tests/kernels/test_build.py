@@ -14,6 +14,8 @@ from fastlock.kernels import build
 from fastlock.kernels.adapter_fold.variants import adapter_variants, is_shipped
 from fastlock.kernels.ahead_of_time.compile import Op, Report
 from fastlock.kernels.ahead_of_time.manifest import read_manifest
+from fastlock.kernels.gate_fold.variants import gate_variants
+from fastlock.kernels.gate_fold.variants import is_shipped as is_gate_shipped
 from fastlock.kernels.proximal_step.variants import norm_variants, step_variants
 from tests.helpers.fake_driver import BY_NAME, describe
 
@@ -79,6 +81,7 @@ def test_one_op_and_all_of_it(compiled) -> None:
 def test_wheels_have_the_aligned_folds_the_optimizers_step_and_no_other_kernel() -> None:
     shipped = [job.name for op in build.OPS for job in op.shipped(90) if op.name != "proximal_step"]
     folds = [variant.name for variant in variants.variants() if variants.shipped(variant)]
-    assert sorted(shipped) == sorted(folds + [variant.name for variant in adapter_variants() if is_shipped(variant)])
+    folds += [variant.name for variant in adapter_variants() if is_shipped(variant)]
+    assert sorted(shipped) == sorted(folds + [variant.name for variant in gate_variants() if is_gate_shipped(variant)])
     (step,) = (op for op in build.OPS if op.name == "proximal_step")
     assert list(step.shipped(90)) == [*step_variants(), *norm_variants()]

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 from fastlock.kernels.adapter_fold.variants import adapter_variants, is_shipped
 from fastlock.kernels.ahead_of_time import cubins, manifest
+from fastlock.kernels.gate_fold.variants import gate_variants
+from fastlock.kernels.gate_fold.variants import is_shipped as is_gate_shipped
 from fastlock.kernels.proximal_step.variants import norm_variants, step_variants
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,6 +64,7 @@ with pytest.MonkeyPatch.context() as patch:
 def test_a_wheel_has_the_cubins(source: Path, tmp_path: Path) -> None:
     said = setup(source, "bdist_wheel", "--dist-dir", tmp_path, wanted="90")
     names = [variant.name for variant in variants.variants() if variants.shipped(variant)]
+    names += [variant.name for variant in gate_variants() if is_gate_shipped(variant)]
     names += [variant.name for variant in adapter_variants() if is_shipped(variant)]
     names += [variant.name for variant in (*step_variants(), *norm_variants())]
     assert f"{len(names)} cubins" in said
