@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
+from fastlock.kernels.gate_fold.reference import exact_rewritten, gate_error_bound
+from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Lock
 
 
@@ -90,6 +92,46 @@ def evidence_of(
     """
     fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
     return SiteEvidence(layer, fold, size, values.numel() + 1, dtype, bias)
+
+
+def is_rewritten(before: HeadColumns, gate: Gate, found: torch.Tensor, rounding: float = 0.0) -> bool:
+    """Whether columns are what a gate makes of those that were there before, within the bound of a right fold.
+
+    Args:
+        before: the locked heads' columns, as they were.
+        gate: of the layer, its writers times the strength applied.
+        found: the columns that are there, [hidden, len(heads) * head_dim].
+        rounding: as of `SiteEvidence`.
+    """
+    readers, writers = gate.readers, gate.writers
+    expected = exact_rewritten(before, readers, writers).cpu()
+    if found.shape != expected.shape:
+        return False
+    allowed = gate_error_bound(before, readers, writers).cpu()
+    if rounding:
+        absolute = HeadColumns(before.matrix.abs(), before.starts)
+        allowed += rounding * exact_rewritten(absolute, readers.abs(), writers.abs()).cpu()
+    return bool(((found.detach().to(expected) - expected).abs() <= allowed).all())
+
+
+def judge_by_digests(receipt: Applied, lock: Lock, layers: tuple[int, ...], problem: str | None) -> Verification:
+    """The judgement where the columns that were there before a gate are not at hand, and nothing can be recomputed.
+
+    Args:
+        receipt: what was applied.
+        lock: the lock.
+        layers: those that it shifts.
+        problem: what is not as the receipt says, as a clause; None where weights and biases have its digests.
+    """
+    if (other := not_this_lock(receipt, lock, layers)) is not None:
+        return other
+    if problem is not None:
+        return Verification("altered", receipt.strength, layers, layers, problem)
+    reason = (
+        f"the weights of all {len(layers)} layers are those that its receipt says; what was there before is not at "
+        "hand, and nothing was recomputed"
+    )
+    return Verification("locked", receipt.strength, layers, (), reason)
 
 
 class Applied(Protocol):

@@ -10,6 +10,7 @@ from torch import nn
 from fastlock.basis import check_likeness, column_norms, likeness
 from fastlock.errors import MismatchError
 from fastlock.locks.lock import Displacement, Lock
+from fastlock.models.columns import original_columns
 from fastlock.models.sites import Site, check_foldable, sites_for, unwrapped
 from fastlock.models.sites import sites as every_site
 
@@ -22,7 +23,7 @@ def check_basis(sites: Sequence[Site], displacements: Mapping[int, Displacement]
     """
     norms = lock.norms_by_layer()
     if norms:
-        columns = ((site, _without_adapters(site).head_columns(displacements[site.layer].heads)) for site in sites)
+        columns = ((site, original_columns(_without_adapters(site), displacements[site.layer].heads)) for site in sites)
         check_likeness([likeness(found, norms[site.layer]) for site, found in columns], where)
 
 
@@ -41,8 +42,8 @@ def check_against(model: nn.Module, lock: Lock, base: nn.Module) -> None:
         if theirs is None or (theirs.num_heads, theirs.head_dim) != (site.num_heads, site.head_dim):
             raise MismatchError(f"{name}: the given base has another shape. Give the base that the lock was found in.")
         check_foldable(theirs)
-        columns = theirs.head_columns(heads)
-        own_columns = _without_adapters(site).head_columns(heads)
+        columns = original_columns(theirs, heads)
+        own_columns = original_columns(_without_adapters(site), heads)
         found.append(likeness(own_columns, column_norms(columns, site.head_dim), columns))
     check_likeness(found, name)
 

@@ -1,10 +1,11 @@
-"""Putting biases into the projections of a model, and taking them out again: each step with what undoes it."""
+"""Putting a lock into the projections of a model, and taking it out again: each step with what undoes it."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +14,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlock.errors import DamagedError
 from fastlock.locks.receipt import Receipt
+from fastlock.models.columns import (
+    PLACED_COLUMNS,
+    gated_heads,
+    holds_gate,
+    place_columns,
+    present_columns,
+    restore_columns,
+)
 from fastlock.models.reloaded import mark, receipt_of
 from fastlock.models.sites import Site
-from fastlock.models.state import ORIGINAL_BIAS, PLACED_BIAS, forget, keep, locked_sites, remove_bias, with_digests_of
+from fastlock.models.state import (
+    ORIGINAL_BIAS,
+    PLACED_BIAS,
+    forget,
+    holds_lock,
+    keep,
+    locked_sites,
+    remove_bias,
+    with_digests_of,
+)
 
 # Of each original bias that holds a lock now, the projection (a weak reference) through which it got it.
 _HOLDERS: Any = WeakIdKeyDictionary()
+# The projections whose weights hold a gate now.
+_GATED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def original_bias(site: Site) -> torch.Tensor | None:
@@ -33,63 +53,137 @@ def holder_of(bias: torch.Tensor) -> Any:
     return holder and holder()
 
 
-def place_all(
-    model: nn.Module, receipt: Receipt, sites: Sequence[Site], biases: Sequence[torch.Tensor], undo: ExitStack
-) -> Receipt:
-    """Put biases into a model's sites, and note it there; what was there before is kept.
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """What is put into one site.
+
+    Attributes:
+        site: where.
+        heads: those that the lock shifts there, ascending.
+        bias: the new bias, [hidden]; None for a lock that is a gate alone.
+        columns: the new columns of these heads, [hidden, len(heads) * head_dim]; None for a lock without a gate.
+    """
+
+    site: Site
+    heads: tuple[int, ...]
+    bias: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    @classmethod
+    def present(cls, site: Site, heads: tuple[int, ...]) -> Placement:
+        """A copy of what a lock put into a site."""
+        module = site.module
+        return cls(
+            site,
+            heads,
+            module.bias.detach().clone() if hasattr(module, PLACED_BIAS) else None,
+            present_columns(site, heads) if holds_gate(module) else None,
+        )
+
+    def converted(self) -> Placement:
+        """The same on the device, and in the dtype, that the site has now."""
+        device, dtype = self.site.projection.device, self.site.projection.dtype
+        bias, columns = (None if x is None else x.to(device, dtype) for x in (self.bias, self.columns))
+        return replace(self, bias=bias, columns=columns)
+
+
+def place_all(model: nn.Module, receipt: Receipt, placements: Sequence[Placement], undo: ExitStack) -> Receipt:
+    """Put a lock into a model's sites, and note it there; what was there before is kept.
 
     Returns:
         The receipt, with digests of the sites.
     """
-    for site, bias in zip(sites, biases, strict=True):
-        _place(site.module, bias, undo)
+    for p in placements:
+        if p.bias is not None:
+            _place(p.site.module, p.bias, undo)
+        if p.columns is not None:
+            place_columns(p.site, p.heads, p.columns, undo)
+            _note_gate(p.site.module, True, undo)
     mark(model, receipt, undo)
-    return with_digests_of(receipt, sites)
+    return with_digests_of(receipt, [p.site for p in placements])
 
 
 def take_out(model: nn.Module, undo: ExitStack) -> None:
-    """Put back every original bias, if the model is relocked.
+    """Put back every original bias, and every original column of a weight, if the model is relocked.
 
     Raises:
-        DamagedError: a bias was changed since, or a projection was replaced.
+        DamagedError: a bias or a weight was changed since, or a projection was replaced.
     """
     receipt = receipt_of(model)
     if receipt is None:
         return
     sites = still_locked(model, receipt)
     for site in sites:
-        if site.bias is None or not _same_numbers(site.bias, getattr(site.module, PLACED_BIAS)):
-            raise DamagedError(
-                f"{site.name}.bias was changed since the model was relocked (trained, or loaded over), and putting "
-                "the original back would lose that change. For the original, load the checkpoint again. To train, "
-                "unlock first, and relock afterwards."
-            )
+        _check_unchanged(site)
     for site in sites:
-        _restore(site.module, undo)
+        if hasattr(site.module, PLACED_BIAS):
+            _restore(site.module, undo)
+        if holds_gate(site.module):
+            restore_columns(site, undo)
+            _note_gate(site.module, False, undo)
     mark(model, None, undo)
 
 
-def _same_numbers(bias: torch.Tensor, placed: torch.Tensor) -> bool:
-    """Whether a bias is what was placed, as far as its own dtype holds that: bitsandbytes brings it to another one."""
-    return bias.shape == placed.shape and torch.equal(bias, placed.to(bias))
+def _check_unchanged(site: Site) -> None:
+    if hasattr(site.module, PLACED_BIAS) and (
+        site.bias is None or not _same_numbers(site.bias, getattr(site.module, PLACED_BIAS))
+    ):
+        raise _changed(f"{site.name}.bias", "the original")
+    if holds_gate(site.module) and not gate_unchanged(site):
+        raise _changed(f"{site.name}.weight", "the original columns")
+
+
+def _changed(name: str, original: str) -> DamagedError:
+    return DamagedError(
+        f"{name} was changed since the model was relocked (trained, or loaded over), and putting "
+        f"{original} back would lose that change. For the original, load the checkpoint again. To train, "
+        "unlock first, and relock afterwards."
+    )
+
+
+def gate_unchanged(site: Site) -> bool:
+    """Whether the locked columns of a weight are still those that a gate wrote."""
+    placed = getattr(site.module, PLACED_COLUMNS)
+    return _same_numbers(present_columns(site, gated_heads(site.module)), placed)
+
+
+def _same_numbers(there: torch.Tensor, placed: torch.Tensor) -> bool:
+    """Whether there is what was placed, as far as its own dtype holds that: bitsandbytes brings it to another one."""
+    return there.shape == placed.shape and torch.equal(there, placed.to(there))
 
 
 def still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
     """The sites that hold the lock; it is gone from a projection that was replaced since.
 
     Raises:
-        DamagedError: a module that was put there since has a bias, which may or may not hold the lock.
+        DamagedError: a module that was put there since may or may not hold the lock: it has a bias, or the lock is in
+            weights.
     """
     locked = []
     for site in locked_sites(model, receipt):
-        if hasattr(site.module, PLACED_BIAS):
+        if holds_lock(site.module):
             locked.append(site)
+        elif receipt.rank:
+            raise DamagedError(
+                f"{site.name} was replaced since the model was relocked: nobody can tell whether the weight of the new "
+                "module holds the lock. Put the earlier module back, or load the checkpoint again."
+            )
         elif site.bias is not None:
             raise DamagedError(
                 f"{site.name} was replaced since the model was relocked, and the new module has a bias: nobody can "
                 "tell whether it holds the lock. Put the earlier module back, or load the checkpoint again."
             )
     return locked
+
+
+def gated_weights() -> list[tuple[nn.Module, torch.Tensor]]:
+    """The modules of this process into whose weights a gate was written, with these weights."""
+    return [(module, module.weight) for module in _GATED if isinstance(module.weight, torch.Tensor)]
+
+
+def _note_gate(module: nn.Module, holds: bool, undo: ExitStack) -> None:
+    undo.callback(_GATED.discard if holds else _GATED.add, module)
+    (_GATED.add if holds else _GATED.discard)(module)
 
 
 def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:

@@ -7,6 +7,7 @@ the state in which `relock` leaves a model: relocking, unlocking and saving need
 from __future__ import annotations
 
 import copy
+import hashlib
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,16 @@ from torch import nn
 
 from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest
+from fastlock.locks.receipt import (
+    CONFIG_KEY,
+    CarrierNote,
+    Receipt,
+    SavedReceipt,
+    biases_digest,
+    raw_bytes,
+    weights_digest,
+)
+from fastlock.models.columns import present_columns
 from fastlock.models.saving import AroundRelocked, PartOfRelocked, Relocked, swapped_class, unlocked_class
 from fastlock.models.sites import Site, check_foldable, family_of, is_peft_model, text_config
 from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, announce, keep, locked_sites, remove_bias, set_receipt
@@ -79,11 +89,18 @@ def take_over(model: nn.Module, undo: ExitStack) -> None:
 
     Raises:
         DamagedError: the checkpoint is damaged, or its biases were changed since fastlock wrote them.
-        UnsupportedError: its receipt is of a newer format.
+        UnsupportedError: its receipt is of a newer format; or it was saved with a gate in its weights.
     """
     if not is_loaded(model):
         return
     receipt = _saved(model).receipt
+    if receipt.rank:
+        raise UnsupportedError(
+            f"{_where(model)}: the gate of a lock is in its weights, and the columns that were there before did not "
+            "come with it: it can be neither unlocked nor relocked in memory. Load the original checkpoint, which "
+            "`fastlock unlock` gives back if `fastlock relock` wrote this one; and unlock a model before you save it "
+            "if it is to be relocked later."
+        )
     sites = locked_sites(model, receipt)
     for site in sites:
         check_foldable(site)
@@ -116,7 +133,7 @@ def mark(model: nn.Module, receipt: Receipt | None, undo: ExitStack) -> None:
     known = receipt or model.__dict__[RECEIPT]
     undo.callback(set_receipt, model, model.__dict__.get(RECEIPT))
     set_receipt(model, receipt)
-    announce(model, receipt is not None, undo)
+    announce(model, receipt, undo)
     _swap(model, Relocked if receipt else None, undo)
     path = known.sites[0].name.split(".")
     for length in range(1, len(path)):
@@ -165,16 +182,37 @@ def _drop_added_biases(model: nn.Module, receipt: Receipt, carrier: CarrierNote,
 
 
 def unchanged(model: nn.Module, receipt: Receipt) -> bool:
-    """Whether the locked biases are those that fastlock wrote, as far as the dtype they were loaded in can tell."""
-    written = []
-    for name, site in zip(receipt.dtypes, locked_sites(model, receipt), strict=True):
+    """Whether the locked biases are those that fastlock wrote, and the locked columns if it wrote a gate into them.
+
+    As far as the dtype they were loaded in can tell.
+    """
+    biases, columns = [], []
+    for name, locked, site in zip(receipt.dtypes, receipt.sites, locked_sites(model, receipt), strict=True):
         dtype, bias = BY_TORCH_NAME.get(name), site.bias
-        if dtype is None or bias is None:
+        if dtype is None or (bias is None and receipt.constant):
             return False
-        if torch.promote_types(bias.dtype, dtype) != bias.dtype:  # rounded since: who could tell?
+        if not _holds(site.projection.dtype if bias is None else bias.dtype, dtype):  # rounded since: who could tell?
             return True
-        written.append(bias.to(dtype))
-    return biases_digest(written) == receipt.biases_digest
+        if bias is not None and receipt.constant:
+            biases.append(bias.to(dtype))
+        if receipt.rank:
+            columns.append(hashlib.sha256(raw_bytes(present_columns(site, locked.heads).to(dtype))).digest())
+    if receipt.rank and weights_digest(columns) != receipt.written_digest:
+        return False
+    return biases_digest(biases) == receipt.biases_digest
+
+
+def can_tell(model: nn.Module, receipt: Receipt) -> bool:
+    """Whether the weights were loaded in a dtype that holds all that was written."""
+    dtypes = (BY_TORCH_NAME.get(name) for name in receipt.dtypes)
+    return all(
+        dtype is not None and _holds(site.projection.dtype, dtype)
+        for dtype, site in zip(dtypes, locked_sites(model, receipt), strict=True)
+    )
+
+
+def _holds(dtype: torch.dtype, written: torch.dtype) -> bool:
+    return torch.promote_types(dtype, written) == dtype
 
 
 def _decoded(model: nn.Module, data: bytes | None, site: Site, dtype: str) -> torch.Tensor:
@@ -197,7 +235,7 @@ def _saved(model: nn.Module) -> SavedReceipt:
 def _carrier(model: nn.Module) -> CarrierNote:
     """How the checkpoint says that it carries the lock, if that can be true of this model."""
     carrier = _saved(model).carrier
-    if carrier.flag != family_of(model).bias_flag:
+    if carrier.form != "weights" and carrier.flag != family_of(model).bias_flag:
         raise DamagedError(f"{_where(model)}: the receipt is damaged (carrier). Download the checkpoint again.")
     return carrier
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from fastlock.errors import FastlockError
 from fastlock.fold import check_not_capturing, fold, rounded_fold
+from fastlock.gate_fold import gate_fold
 from fastlock.locks.lock import Lock, check_lock
 from fastlock.locks.receipt import LockedSite, Receipt
 from fastlock.models.base_check import check_against
-from fastlock.models.members import Member, folds_of, prepare
-from fastlock.models.placing import original_bias, place_all, still_locked, take_out
+from fastlock.models.members import Member, folds_of, gate_folds_of, prepare
+from fastlock.models.placing import Placement, original_bias, place_all, still_locked, take_out
 from fastlock.models.reloaded import guard_saving, receipt_of, take_over
 from fastlock.models.sites import text_config, unwrapped
 
@@ -30,6 +31,10 @@ def relock(model: nn.Module, lock: Lock, strength: float | None = None, *, base:
     at every position (arXiv 2410.10343): (x + d) Wᵀ + c = x Wᵀ + (c + W d). A model that is relocked already, now or
     before it was saved, gets this lock instead of the earlier one. No gradients are needed. Biases that the lock adds
     do not require any; those that were there keep their `requires_grad` and their identity.
+
+    A lock with a gate is written into the weights, too, W + s·(W U) Vᵀ, in place and rounded once: x (W + s·(W U) Vᵀ)ᵀ
+    is what W makes of x + s·U Vᵀ x. The model keeps the columns that were there before, for `unlock`. A gate alone
+    adds no bias.
 
     Args:
         model: a transformers model, on any device, in float16, bfloat16, float32 or float64; it may be
@@ -45,9 +50,10 @@ def relock(model: nn.Module, lock: Lock, strength: float | None = None, *, base:
     Raises:
         MismatchError: the lock does not fit.
         UnsupportedError: the fold would not be exact in this family, its weights cannot be folded, or its heads are not
-            in the basis that the lock was found in.
+            in the basis that the lock was found in; or the lock has a gate, and the weights are quantised or adapted,
+            share their memory with others, or were saved with a gate in them.
         DamagedError: weights hold NaN or infinities or do not belong to their config, a receipt is damaged, or a bias
-            was changed since an earlier lock was put in.
+            was changed since an earlier lock was put in, or a weight that holds its gate.
         FastlockError: the strength cannot be applied, or is too large for the dtype. After any error the model is as
             it was.
     """
@@ -62,7 +68,8 @@ def relock_many(
 ) -> list[Receipt]:
     """Relock several models, all of them or none: one kernel launch per CUDA device, dtype, layout and head_dim.
 
-    Models that share their output projections (the same memory) are folded once, and share the biases.
+    Models that share their output projections (the same memory) are folded once, and share the biases. A lock with a
+    gate is refused there: it would be written into the other's weights as well.
 
     Args:
         models: as for `relock`; their shapes and families may differ.
@@ -84,15 +91,16 @@ def relock_many(
 def _relock(models: Sequence[nn.Module], locks: Sequence[Lock], strengths: Sequence[float | None]) -> list[Receipt]:
     with changing() as undo:
         members = prepare(models, locks, strengths, undo)
-        return [receipt for receipt in put_in(members, fold(folds_of(members)), undo) if receipt is not None]
+        return [receipt for receipt in fold_in(members, undo) if receipt is not None]
 
 
 def unlock(model: nn.Module) -> None:
     """Put back exactly what was there before relocking, bit for bit, and no bias where there was none.
 
     Raises:
-        DamagedError: a bias was changed since (by training, say), and putting the original back would lose that
-            change; or the receipt of a loaded model is damaged.
+        UnsupportedError: the model was saved with the gate of a lock in its weights, and what was there before is gone.
+        DamagedError: a bias, or a weight that holds a gate, was changed since (by training, say), and putting the
+            original back would lose that change; or the receipt of a loaded model is damaged.
         FastlockError: the model is not relocked.
     """
     inner = unwrapped(model, adapters=True)
@@ -115,21 +123,15 @@ def relocked(model: nn.Module, lock: Lock, strength: float | None = None) -> Ite
         guard_saving(model, undo)
         take_over(inner, undo)
         earlier = receipt_of(inner)
-        before = still_locked(inner, earlier) if earlier else []
-        kept = [site.module.bias.detach().clone() for site in before]
-        members = prepare([inner], [lock], [strength], undo)
-        put_in(members, fold(folds_of(members)), undo)
+        before = _placements_of(inner, earlier) if earlier else []
+        fold_in(prepare([inner], [lock], [strength], undo), undo)
     try:
         yield model
     finally:
         with changing() as undo:
             take_out(inner, undo)
             if earlier:
-                biases = [
-                    bias.to(site.projection.device, site.projection.dtype)
-                    for site, bias in zip(before, kept, strict=True)
-                ]
-                place_all(inner, earlier, before, biases, undo)
+                place_all(inner, earlier, [placement.converted() for placement in before], undo)
 
 
 @contextlib.contextmanager
@@ -172,23 +174,51 @@ def each(values: _T | Sequence[_T], count: int, name: str) -> list[_T]:
     return [values] * count
 
 
-def put_in(members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack) -> list[Receipt | None]:
-    """Put the biases in, in the order of `folds_of`, in place of an earlier lock's.
+def fold_in(members: Sequence[Member], undo: ExitStack) -> list[Receipt | None]:
+    """Fold the locks of all members, and put them in. Takes and returns as `put_in`."""
+    columns = gate_fold(gate_folds_of(members))
+    return put_in(members, fold(folds_of(members)), undo, columns)
+
+
+def put_in(
+    members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack, columns: Sequence[torch.Tensor] = ()
+) -> list[Receipt | None]:
+    """Put the locks in, in place of earlier ones.
+
+    Args:
+        members: whose they are.
+        biases: of all members, in the order of `folds_of`.
+        undo: what undoes it.
+        columns: of all members, in the order of `gate_folds_of`.
 
     Returns:
         A receipt per member; None for bare projections.
     """
     receipts: list[Receipt | None] = []
-    rest = iter(biases)
+    biases_left, columns_left = iter(biases), iter(columns)
     for member in members:
-        biases_of_member = [rounded_fold(next(rest), site.projection.dtype, site.name) for site in member.sites]
+        placements = [
+            Placement(
+                site,
+                member.heads(site),
+                rounded_fold(next(biases_left), site.projection.dtype, site.name) if member.has_bias else None,
+                next(columns_left) if member.gates else None,
+            )
+            for site in member.sites
+        ]
         if member.model is None:
             receipts.append(None)
             continue
         receipt = receipt_for(member)
         take_out(member.model, undo)
-        receipts.append(place_all(member.model, receipt, member.sites, biases_of_member, undo))
+        receipts.append(place_all(member.model, receipt, placements, undo))
     return receipts
+
+
+def _placements_of(model: nn.Module, receipt: Receipt) -> list[Placement]:
+    """Copies of what a lock put into a model, where it still is."""
+    heads = {site.layer: site.heads for site in receipt.sites}
+    return [Placement.present(site, heads[site.layer]) for site in still_locked(model, receipt)]
 
 
 def receipt_for(member: Member) -> Receipt:
@@ -201,9 +231,11 @@ def receipt_for(member: Member) -> Receipt:
         model_type=text_config(model).model_type,
         dtype=member.sites[0].dtype_name,
         sites=tuple(
-            LockedSite(site.layer, site.name, member.displacements[site.layer].heads, original_bias(site) is not None)
+            LockedSite(site.layer, site.name, member.heads(site), original_bias(site) is not None)
             for site in member.sites
         ),
-        original_config=earlier.original_config if earlier else None,
+        rank=member.lock.rank,
+        constant=member.has_bias,
+        original_config=earlier.original_config if earlier and member.has_bias else None,
     )
     return receipt.with_dtypes([site.dtype_name for site in member.sites])

@@ -1,8 +1,9 @@
 """How a relocked model is saved so that the lock is still there after loading.
 
-A checkpoint brings a bias back only if the class that its config names has a place for it; transformers silently drops
-any other bias. The carrier is the form that has the place: the family's own config flag (native), or the same model
-written as a Llama (where that is exact). Where there is neither, saving is refused.
+A gate is in the weights, which every checkpoint brings back. A bias comes back only if the class that the config names
+has a place for it; transformers silently drops any other one. The carrier is the form that has the place: the family's
+own config flag (native), or the same model written as a Llama (where that is exact). Where there is neither, saving is
+refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastlock.architectures.bias_paths import keys_that_use_the_bias
 from fastlock.architectures.llama_form import llama_config
 from fastlock.errors import FastlockError, FastlockWarning, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
-from fastlock.models.sites import family_of
+from fastlock.models.sites import Site, family_of
 from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, flag_before, locked_sites, with_digests_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Relocked(_Swapped):
         `save_pretrained`, and no config of the family asks for the biases.
         """
         model: Any = self
-        if family_of(model).bias_flag is None:
+        if family_of(model).bias_flag is None and getattr(model, RECEIPT).constant:
             warnings.warn(
                 f"{type(model).__name__} is relocked, and its state_dict holds biases that this class drops when it "
                 "loads them, and the lock with them. To write it to disk, use model.save_pretrained, which keeps the "
@@ -166,7 +167,12 @@ def _check_state(model: PreTrainedModel, own: dict[str, torch.Tensor], state: di
             f"{type(model).__name__}: {offloaded[0]} is offloaded, and cannot be saved with the lock. Load the whole "
             "model into memory to save it. Nothing was saved."
         )
-    for site in locked_sites(model, getattr(model, RECEIPT)):
+    receipt: Receipt = getattr(model, RECEIPT)
+    for site in locked_sites(model, receipt):
+        if receipt.rank:
+            _check_weight(site, state.get(f"{site.name}.weight"))
+        if not receipt.constant:
+            continue
         name, bias = f"{site.name}.bias", site.bias
         saved = state.get(name)
         if saved is None:
@@ -181,6 +187,17 @@ def _check_state(model: PreTrainedModel, own: dict[str, torch.Tensor], state: di
             )
     if missing := [name for name in own if name.endswith(".bias") and name not in state]:
         raise FastlockError(f"the state_dict lacks {missing[0]}. Nothing was saved. Give the model's own state_dict.")
+
+
+def _check_weight(site: Site, saved: torch.Tensor | None) -> None:
+    """Refuse a state_dict without the weight that holds a gate."""
+    weight: torch.Tensor = site.module.weight
+    if saved is None or saved.dtype != weight.dtype or not torch.equal(saved.to(weight.device), weight):
+        raise FastlockError(
+            f"the state_dict does not have the numbers of {site.name}.weight that the relocked model has, or has them "
+            "in another dtype: the lock would be lost. Nothing was saved. Give the model's own state_dict; to save in "
+            "another dtype, unlock the model, convert it, and relock it."
+        )
 
 
 def in_class(cls: Callable[[Any], PreTrainedModel], config: Any, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -226,7 +243,9 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
     cls: Callable[[Any], PreTrainedModel] = unlocked_class(type(model))
     biases = {site.layer: getattr(site.module, ORIGINAL_BIAS) for site in sites if hasattr(site.module, ORIGINAL_BIAS)}
     own_biases = any(bias.count_nonzero() for bias in biases.values())
-    if family.bias_flag is None:
+    if not receipt.constant:
+        carrier = CarrierNote("weights", "", True)
+    elif family.bias_flag is None:
         if own_biases:
             raise UnsupportedError(
                 f"{type(model).__name__}: its output projections had biases before it was relocked, and its own class "

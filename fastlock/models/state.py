@@ -1,4 +1,7 @@
-"""What a relocked model carries: its receipt, the biases that were there before, and those that the lock put there."""
+"""What a relocked model carries: its receipt, the biases that were there before, and those that the lock put there.
+
+`columns` has the same of weights that a gate was written into.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ import torch
 from torch import nn
 
 from fastlock.errors import DamagedError, FastlockError, shown
-from fastlock.locks.receipt import KnownDigests, LockedSite, Receipt, biases_digest, raw_bytes, weights_digest
+from fastlock.locks.receipt import KnownDigests, Receipt, biases_digest, raw_bytes, weights_digest
+from fastlock.models.columns import holds_gate, original_columns, present_columns
 from fastlock.models.sites import Site, family_of
 from fastlock.models.sites import sites as every_site
 
@@ -44,6 +48,11 @@ def locked_sites(model: nn.Module, receipt: Receipt) -> list[Site]:
             "The receipt belongs to another model: relock the original checkpoint."
         )
     return [by_layer[site.layer] for site in receipt.sites]
+
+
+def holds_lock(module: Any) -> bool:
+    """Whether a lock was put into a projection: into its bias, its weight or both."""
+    return hasattr(module, PLACED_BIAS) or holds_gate(module)
 
 
 def keep(module: nn.Module, original: torch.Tensor | None, placed: torch.Tensor, undo: ExitStack) -> None:
@@ -81,12 +90,13 @@ _BEFORE = "_fastlock_before"
 _RELOCKED = " (relocked by fastlock)"
 
 
-def announce(model: Any, relocked: bool, undo: ExitStack) -> None:
+def announce(model: Any, receipt: Receipt | None, undo: ExitStack) -> None:
     """Let the model itself say that it is relocked, for what saves it without asking fastlock; or no longer.
 
-    Its config (a copy: others may share the original) asks for the biases that its files will hold, and adapters that
-    are trained on it do not name the unlocked model as their base.
+    Its config (a copy: others may share the original) asks for the biases that its files will hold, if any, and
+    adapters that are trained on it do not name the unlocked model as their base.
     """
+    relocked = receipt is not None
     if relocked == (_BEFORE in model.__dict__):
         return
     attributes = ("config", "name_or_path", _BEFORE)
@@ -97,9 +107,9 @@ def announce(model: Any, relocked: bool, undo: ExitStack) -> None:
         copy.copy(model.config) if model.config.get_text_config() is model.config else copy.deepcopy(model.config)
     )
     text = model.config.get_text_config()
-    if relocked:
+    if receipt is not None:
         model.__dict__[_BEFORE] = (getattr(text, flag) if flag else None, model.__dict__.get("name_or_path"))
-        if flag:
+        if flag and receipt.constant:
             setattr(text, flag, True)
         if model.__dict__.get("name_or_path"):
             model.__dict__["name_or_path"] += _RELOCKED
@@ -129,8 +139,8 @@ class SiteDigests:
     It keeps no model alive, and notices changed weights. A copy of it holds the digests that are known by then.
     """
 
-    def __init__(self, locked: Sequence[LockedSite], sites: Sequence[Site]) -> None:
-        self._locked = locked
+    def __init__(self, receipt: Receipt, sites: Sequence[Site]) -> None:
+        self._locked, self._rank, self._constant = receipt.sites, receipt.rank, receipt.constant
         self._sites = [(_references(site), site.layer, site.name, site.num_heads, site.head_dim) for site in sites]
         self._versions = _versions(sites)
 
@@ -145,7 +155,17 @@ class SiteDigests:
     @cached_property
     def biases(self) -> str:
         """As `Receipt.biases_digest`."""
-        return biases_digest(site.bias for site in self._unchanged())
+        return biases_digest(site.bias for site in self._unchanged() if self._constant)
+
+    @cached_property
+    def written(self) -> str | None:
+        """As `Receipt.written_digest`."""
+        if not self._rank:
+            return None
+        return weights_digest(
+            hashlib.sha256(raw_bytes(present_columns(site, locked.heads))).digest()
+            for locked, site in zip(self._locked, self._unchanged(), strict=True)
+        )
 
     def _unchanged(self) -> list[Site]:
         sites = []
@@ -162,8 +182,8 @@ class SiteDigests:
         return sites
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if {"weights", "biases"} <= self.__dict__.keys():
-            return KnownDigests, (self.weights, self.biases)
+        if {"weights", "biases", *(["written"] if self._rank else [])} <= self.__dict__.keys():
+            return KnownDigests, (self.weights, self.biases, self.written)
         return type(None), ()
 
 
@@ -172,15 +192,15 @@ def with_digests_of(receipt: Receipt, sites: Sequence[Site]) -> Receipt:
 
     Those of quantised sites are taken now: their modules put other tensors in the place of the weights.
     """
-    digests = SiteDigests(receipt.sites, sites)
+    digests = SiteDigests(receipt, sites)
     if all(site.projection.in_place for site in sites):
         return replace(receipt, digests=digests)
     return replace(receipt, digests=KnownDigests(digests.weights, digests.biases))
 
 
 def _side_by_side(site: Site, heads: Sequence[int]) -> torch.Tensor:
-    """The columns of W that a lock reads, [hidden, len(heads) * head_dim]."""
-    columns = site.head_columns(heads)
+    """The columns of W that a lock reads, [hidden, len(heads) * head_dim]: as they were before its gate."""
+    columns = original_columns(site, heads)
     return torch.cat([columns.matrix[:, start : start + site.head_dim] for start in columns.starts], dim=1)
 
 

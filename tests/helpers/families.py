@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,6 +176,18 @@ def random_lock(
         scales=torch.rand(len(rows), generator=generator) + 0.1,
         **geometry,
     )
+
+
+def gated_lock(
+    model: nn.Module, rows: list[tuple[int, int]] | None = None, seed: int = 1, rank: int = 2, constant: bool = True
+) -> fastlock.Lock:
+    """As `random_lock`, with a random gate besides; or with nothing else."""
+    lock = random_lock(model, rows, seed)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    readers, writers = (0.2 * torch.randn(len(lock), rank, lock.head_dim, generator=generator) for _ in range(2))
+    parts = (lock.directions, lock.scales) if constant else (torch.zeros_like(lock.directions), torch.zeros(len(lock)))
+    directions, scales = parts
+    return replace(lock, directions=directions, scales=scales, readers=readers, writers=writers)
 
 
 def tokens(length: int = 12, seed: int = 2) -> torch.Tensor:
