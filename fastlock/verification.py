@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
@@ -16,7 +17,7 @@ from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.evidence import AdapterEvidence, gather_evidence
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
-from fastlock.checkpoints.layout import bypass
+from fastlock.checkpoints.layout import ORIGINAL_COLUMNS, bypass
 from fastlock.checkpoints.relocked import (
     change_since,
     original_biases_on_disk,
@@ -24,13 +25,24 @@ from fastlock.checkpoints.relocked import (
     receipt_in,
     was_relocked_here,
 )
+from fastlock.checkpoints.stored_gate import StoredGate
 from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import FastlockError
-from fastlock.judgement import SiteEvidence, Verification, evidence_of, judge, not_this_lock
+from fastlock.judgement import (
+    SiteEvidence,
+    Verification,
+    evidence_of,
+    is_rewritten,
+    judge,
+    judge_by_digests,
+    not_this_lock,
+)
 from fastlock.locks.band import Band, check_band
+from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, SavedReceipt
-from fastlock.models.reloaded import is_loaded, original_biases, receipt_of, unchanged
+from fastlock.models.columns import check_not_around, holds_gate, original_columns, present_columns
+from fastlock.models.reloaded import can_tell, is_loaded, original_biases, receipt_of, unchanged
 from fastlock.models.sites import Site, sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
 from fastlock.threads import in_threads
@@ -90,7 +102,9 @@ def verify(
 ) -> Verification | BandVerification:
     """Whether this lock is in place: every fold recomputed in float64 from the weights that are there, and compared.
 
-    A bias counts as right within one unit in the last place of its dtype, plus the rounding of a float32 sum. Of a
+    A bias counts as right within one unit in the last place of its dtype, plus the rounding of a float32 sum; and so
+    does a weight that a gate was written into, recomputed from what was there before. Where that is not at hand, as in
+    a model that was saved with the gate and loaded again, weights are compared with the digest in the receipt. Of a
     directory, only configs, headers and the locked columns are read, and it must carry the biases to the stacks that
     its receipt names. A lock without a receipt is recognised too, if the layers have no biases of their own.
 
@@ -167,7 +181,7 @@ def _verify_band(
     else:
         reason = f"all {found.tensors} tensors {told} are the base's"
     if of_lock is not None:
-        reason += f"; {_beside(of_lock, checked)}"
+        reason += f"; {_beside(of_lock, checked, lock)}"
         if found.differences and in_place and not was_relocked_here(files):
             reason += "; transformers saved it with the lock: verify what fastlock unlock makes of it"
     elif found.differences and receipt_in(files, where) is not None:
@@ -180,23 +194,29 @@ def _verify_band(
     )
 
 
-def _beside(of_lock: Verification, band: Band) -> str:
+def _beside(of_lock: Verification, band: Band, lock: Lock | None) -> str:
     """What is to be said of a lock in a directory whose band is verified."""
     if not of_lock:
         return f"the lock is not in place: {of_lock.reason}"
     within = [str(layer) for layer in of_lock.layers if layer in band.layers]
     which = f"those of layers {', '.join(within)} lie in the band" if within else "none lies in the band"
-    return f"the biases that were added at strength {of_lock.strength:g} are the lock's ({which})"
+    what = "weights that were rewritten" if lock is not None and lock.rank else "biases that were added"
+    return f"the {what} at strength {of_lock.strength:g} are the lock's ({which})"
 
 
 def _verify_model(model: nn.Module, lock: Lock) -> Verification:
     sites, receipt = sites_for(model, lock), receipt_of(model)
-    unit = lock.displacement(1.0)
-    evidence = [_evidence_in_memory(site, unit[site.layer]) for site in sites]
-
-    if receipt is not None:
-        written = dict(zip(receipt.layers, receipt.dtypes, strict=True))
-        evidence = [replace(e, rounding=_rounding(written.get(e.layer), e.dtype)) for e in evidence]
+    if receipt is not None and receipt.rank and is_loaded(model):
+        problem_found = None if unchanged(model, receipt) else "the locked weights are not those that were written"
+        if not can_tell(model, receipt):
+            problem_found = (
+                f"its weights, written in {receipt.dtype}, were loaded in a narrower dtype, in which nobody can tell "
+                "whether they hold the lock"
+            )
+        return judge_by_digests(receipt, lock, tuple(site.layer for site in sites), problem_found)
+    written = {} if receipt is None else dict(zip(receipt.layers, receipt.dtypes, strict=True))
+    unit, gates = lock.constant(1.0), {} if receipt is None else lock.gates(receipt.strength)
+    evidence = [_evidence_in_memory(site, unit[site.layer], written, gates.get(site.layer)) for site in sites]
 
     def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
         by_name = original_biases(model, known)
@@ -215,12 +235,19 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
     files = files_in(as_place(directory))
     saved = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
-    sites, unit = checkpoint.sites_for(lock), lock.displacement(1.0)
-    evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer]), sites)
+    sites, unit = checkpoint.sites_for(lock), lock.constant(1.0)
+    gate = _stored_gate(checkpoint, saved, lock)
 
     def problem(_: Receipt) -> str | None:
         unlocked = bypass(checkpoint.files, checkpoint.shards.files)
-        return unlocked if saved is None else _lost(checkpoint, saved) or change_since(checkpoint, saved) or unlocked
+        if saved is None:
+            return unlocked
+        changed = change_since(checkpoint, saved) or (None if gate is None else gate.kept_others())
+        return _lost(checkpoint, saved) or changed or unlocked
+
+    if saved is not None and saved.receipt.rank and gate is None:
+        return judge_by_digests(saved.receipt, lock, tuple(site.layer for site in sites), problem(saved.receipt))
+    evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer], gate), sites)
 
     def originals(_: Receipt) -> dict[int, torch.Tensor | None]:
         return {} if saved is None else original_biases_on_disk(checkpoint, saved)
@@ -228,6 +255,13 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
     checkpoint.check_unchanged()
     receipt = None if saved is None else saved.receipt
     return judge(evidence, lock, receipt, originals, problem, _why_lost(checkpoint, "transformers"))
+
+
+def _stored_gate(checkpoint: Checkpoint, saved: SavedReceipt | None, lock: Lock) -> StoredGate | None:
+    """The gate of this lock in a checkpoint's weights, with the columns before it; None where there is none."""
+    if saved is None or not saved.receipt.rank or ORIGINAL_COLUMNS not in checkpoint.files:
+        return None
+    return StoredGate(checkpoint, saved.receipt, lock) if saved.receipt.lock_digest == lock.digest else None
 
 
 def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
@@ -256,8 +290,14 @@ def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
 def _verify_adapter(found: AdapterEvidence, lock: Lock) -> Verification:
     of_base = None if found.base.saved is None else found.base.saved.receipt
     in_base = of_base is not None and of_base.lock_digest == lock.digest
-    if in_base if found.receipt is None else found.receipt.carrier == "base bias":
+    if found.of_gate is not None:
+        verification = found.of_gate
+    elif in_base if found.receipt is None else found.receipt.carrier == "base bias":
         verification = _verify_over_base(found, lock)
+    elif lock.rank and found.receipt is None:
+        layers = tuple(fold.layer for fold in found.folds)
+        reason = "it has no receipt, and without one no gate is recognised in an adapter"
+        verification = Verification("not locked", None, layers, (), reason)
     else:
         verification = judge(list(found.sites), lock, found.receipt, lambda _: found.originals, lambda _: found.problem)
     reasons = [verification.reason]
@@ -282,6 +322,11 @@ def _verify_over_base(found: AdapterEvidence, lock: Lock) -> Verification:
         return Verification("altered", of_base.strength, layers, layers, reason)
     if found.problem is not None:
         return Verification("altered", of_base.strength, layers, layers, found.problem)
+    if lock.rank and (touched := tuple(fold.layer for fold in found.folds if fold.touched)):
+        reason = (
+            f"the adapter touches {len(touched)} of the locked projections, and the gate in its base leaves that out"
+        )
+        return Verification("altered", of_base.strength, layers, touched, reason)
     allowed = 0.0 if receipt is None or receipt.allowed_gap is None else receipt.allowed_gap
     gaps = {fold.layer: 0.0 if fold.shares_base else fold.gap for fold in found.folds}
     if altered := tuple(layer for layer, gap in gaps.items() if gap > allowed):
@@ -300,7 +345,9 @@ def _why_lost(checkpoint: Checkpoint, stack: str) -> str | None:
 
 
 def _lost(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
-    """Why one of the stacks that the receipt names would drop the biases; None where all use them."""
+    """Why one of the stacks that the receipt names would drop the biases; None where none does or there are none."""
+    if not saved.receipt.constant:
+        return None
     for stack in saved.carrier.stacks or ["transformers"]:
         if (reason := _why_lost(checkpoint, stack[:40])) is not None:
             return reason
@@ -313,14 +360,24 @@ def _rounding(written: str | None, loaded: torch.dtype) -> float:
     return 0.0 if torch.promote_types(dtype, loaded) == loaded else torch.finfo(loaded).eps
 
 
-def _evidence_in_memory(site: Site, unit: Displacement) -> SiteEvidence:
-    columns = site.head_columns(unit.heads)
+def _evidence_in_memory(site: Site, unit: Displacement, written: Mapping[int, str], gate: Gate | None) -> SiteEvidence:
+    check_not_around(site)
+    columns = original_columns(site, unit.heads)
     dtypes = [columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype]
     coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)  # bitsandbytes brings its biases to other dtypes
-    return evidence_of(site.layer, columns, unit.values, site.bias, coarser)
+    found = evidence_of(site.layer, columns, unit.values, site.bias, coarser)
+    if written:
+        found = replace(found, rounding=_rounding(written.get(site.layer), found.dtype))
+    if gate is None:
+        return found
+    right = holds_gate(site.module) and is_rewritten(columns, gate, present_columns(site, gate.heads), found.rounding)
+    return replace(found, gate=right)
 
 
-def _stored_evidence(checkpoint: Checkpoint, site: StoredSite, unit: Displacement) -> SiteEvidence:
-    columns = checkpoint.read_columns(site, unit.heads).columns
+def _stored_evidence(
+    checkpoint: Checkpoint, site: StoredSite, unit: Displacement, gate: StoredGate | None
+) -> SiteEvidence:
     bias = None if site.bias is None else checkpoint.read_vector(site.bias)
-    return evidence_of(site.layer, columns, unit.values, bias, site.dtype)
+    columns = checkpoint.read_columns(site, unit.heads).columns if gate is None else gate.before(site, unit.heads)
+    evidence = evidence_of(site.layer, columns, unit.values, bias, site.dtype)
+    return evidence if gate is None else replace(evidence, gate=gate.is_in_place(site, columns))

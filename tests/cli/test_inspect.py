@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import fastlock
-from tests.helpers.families import random_lock, tiny_model
+from tests.helpers.families import gated_lock, random_lock, tiny_model
 
 
 def test_it_shows_a_lock_and_a_receipt(files, run) -> None:
@@ -56,3 +56,15 @@ def test_names_cannot_command_the_terminal(files, run) -> None:
     printed = run("inspect", files / "\x1b[31mbase")
     assert "\\x1b[31mbase" in printed
     assert "\x1b" not in printed
+
+
+def test_it_shows_a_gate(files, run) -> None:
+    """Its rank, how many columns it rewrites, and whether there is a constant part beside it."""
+    gated_lock(tiny_model("llama"), rank=5, constant=False).save(files / "gated.safetensors")
+    shown = json.loads(run("inspect", files / "gated.safetensors", "--json"))
+    assert (shown["gate_rank"], shown["rewritten_columns"], shown["constant"]) == (5, 3 * 32, False)
+    assert "gate_rank" not in json.loads(run("inspect", files / "lock.safetensors", "--json"))
+    run("relock", files / "base", "--lock", files / "gated.safetensors", "--out", files / "gated", "--for", "llama.cpp")
+    receipt = json.loads(run("inspect", files / "gated", "--json"))["receipt"]
+    assert (receipt["rank"], receipt["constant"]) == (5, False)
+    assert receipt["written_digest"] in run("inspect", files / "gated").replace("\n", "")
