@@ -1,4 +1,7 @@
-"""What a user would pick instead of a lock, each in a few lines from its paper."""
+"""What a user would pick instead of a lock, each in a few lines from its paper.
+
+peer_weights.py has those that read examples and change weights, peer_steering.py those that act at run time.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,23 @@ from typing import Any
 import torch
 
 from fastlock.inference.chat import prompt_tokens
+
+# What each needs at hand, beside the fine-tune.
+NEEDS = {
+    "resta": "the aligned model, and the same model unaligned",
+    "lox": "the aligned model, and the same model unaligned",
+    "safe_lora": "the aligned model, and the same model unaligned; a fine-tune that is a LoRA",
+    "antidote": "the aligned model; harmful questions with harmful answers, read by every fine-tune",
+    "nlsr": "the aligned model, and the same model unaligned; harmful questions with refusals",
+    "one-shot": "a harmful question with a refusal; gradients and optimizer state of the whole fine-tune",
+    "added": "the aligned model; harmful and harmless prompts; a hook in the serving stack",
+    "alphasteer": "the aligned model; harmful and harmless prompts; a hook in the serving stack, which knows prompt "
+    "from answer, and a matrix as large as an attention projection in each steered layer",
+    "cast": "the aligned model; harmful and harmless prompts, refusals and compliant answers; a hook in the serving "
+    "stack, which keeps what it found of each request",
+    "scans": "the aligned model; harmful and harmless prompts; a hook in the serving stack, which keeps what it found "
+    "of each request, and one more forward pass over each prompt",
+}
 
 
 @torch.no_grad()
