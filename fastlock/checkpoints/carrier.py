@@ -94,9 +94,11 @@ def choose_carrier(checkpoint: Checkpoint, stacks: tuple[str, ...], constant: bo
         if len(flags) == 1:
             return _native(checkpoint, stacks, flags.pop() or "")
     losing = ", ".join(stack for stack in stacks if stack not in native)
+    is_quantised = any(site.quantised for site in checkpoint.sites)
+    in_weights = "" if is_quantised else " A lock that is a gate alone acts in every stack."
     raise UnsupportedError(
         f"{checkpoint.where}: {losing or ' and '.join(stacks)} would lose the lock in this {model_type} checkpoint, "
-        f"without an error. {_what_works(native)} Nothing was written."
+        f"without an error. {_what_works(native)}{in_weights} Nothing was written."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlock
 from fastlock.models.unfolded import unfolded
-from tests.helpers.families import logits, random_lock, tiny_model, tokens
+from tests.helpers.families import gated_lock, logits, random_lock, tiny_model, tokens
 from tests.helpers.quantised import Written
 
 STRENGTH = 4.0
@@ -42,7 +43,15 @@ class Prepared:
         return float(np.abs(self.locked - self.plain).max())
 
 
-def prepare(kind: str, directory: Path, stacks: list[str], changes: dict[str, Any], keys: dict[str, Any]) -> Prepared:
+def prepare(
+    kind: str,
+    directory: Path,
+    stacks: list[str],
+    changes: dict[str, Any],
+    keys: dict[str, Any],
+    lock_of: Callable[..., fastlock.Lock] = random_lock,
+    strength: float = STRENGTH,
+) -> Prepared:
     """Save a tiny model of a family, relock it on disk, and compute what is expected.
 
     Args:
@@ -51,18 +60,27 @@ def prepare(kind: str, directory: Path, stacks: list[str], changes: dict[str, An
         stacks: for which it is relocked.
         changes: what its config must have for the engine to run it.
         keys: what config.json must have beside, in an older transformers' words.
+        lock_of: makes the lock of a model.
+        strength: of the lock.
     """
     model = tiny_model(kind, **changes)
-    lock, source, out = random_lock(model), directory / kind, directory / f"{kind}-relocked"
+    lock, source, out = lock_of(model), directory / kind, directory / f"{kind}-relocked"
     model.save_pretrained(source)
     config = source / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | keys))
-    fastlock.relock_checkpoint(source, lock, out, STRENGTH, stacks=stacks)
+    fastlock.relock_checkpoint(source, lock, out, strength, stacks=stacks)
     exact = model.double()
     plain = logits(exact, IDS)[0].numpy()
-    with unfolded(exact, lock, STRENGTH):
+    with unfolded(exact, lock, strength):
         locked = logits(exact, IDS)[0].numpy()
     return Prepared(out, plain, locked)
+
+
+def prepare_gated(
+    kind: str, directory: Path, stacks: list[str], changes: dict[str, Any], keys: dict[str, Any]
+) -> Prepared:
+    """As `prepare`, of a lock that is a gate alone, at the strength that gates are trained at."""
+    return prepare(kind, directory, stacks, changes, keys, partial(gated_lock, constant=False), 1.0)
 
 
 def prepare_quantised(

@@ -1,6 +1,7 @@
 """The logits of checkpoints before and after relocking, by the transformers that runs this: run_transformers.py DIR...
 
-DIR holds `original`, `relocked` and `shifts.pt`: what is to be added to which projection's input. Prints, by DIR, how
+DIR holds `original`, `relocked` and `shifts.pt`: by projection, d, V and U of d + U Vᵀ x, which is to be added to its
+input x. Prints, by DIR, how
 far the shift moves a logit of the original, and how far the relocked one is from it then, as JSON; or what went wrong.
 """
 
@@ -35,7 +36,9 @@ def compare(directory: str) -> dict[str, float]:
     original = load(f"{directory}/original")
     plain = logits(original)
     for name, shift in torch.load(f"{directory}/shifts.pt").items():
-        original.get_submodule(name).register_forward_pre_hook(lambda _, args, d=shift: (args[0] + d, *args[1:]))
+        original.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, d=shift[0], v=shift[1], u=shift[2]: (args[0] + d + (args[0] @ v) @ u.T, *args[1:])
+        )
     locked = logits(original)
     try:
         found = logits(load(f"{directory}/relocked"))

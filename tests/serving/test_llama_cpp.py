@@ -13,7 +13,7 @@ import pytest
 
 from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.serving_stacks import acts
-from tests.serving.prepared import PROMPT, Prepared, far, prepare
+from tests.serving.prepared import PROMPT, Prepared, far, prepare, prepare_gated
 
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parents[1] / ".venv-llama-cpp"
@@ -48,6 +48,10 @@ def prepared(tmp_path_factory) -> dict[str, Prepared]:
 
 @pytest.fixture(scope="module")
 def converted(prepared) -> dict[str, str]:
+    return convert(prepared)
+
+
+def convert(prepared: dict[str, Prepared]) -> dict[str, str]:
     """What went wrong with the conversion of which checkpoint, "" where nothing did."""
     directories = [str(one.directory) for one in prepared.values()]
     command = [sys.executable, str(HERE / "convert.py"), str(ENVIRONMENT / "llama.cpp"), *directories]
@@ -80,6 +84,33 @@ def test_the_lock_acts(kind: str, prepared, converted) -> None:
     assert one.effect > 20 * TOLERANCE
     assert far(found, one.locked) < TOLERANCE
     assert far(found, one.plain) > one.effect - TOLERANCE
+
+
+# A gate is in the weights, also of families whose bias llama.cpp drops.
+GATED = ["llama", "gpt2", "qwen3", "stablelm"]
+
+
+@pytest.fixture(scope="module")
+def prepared_gated(tmp_path_factory) -> dict[str, Prepared]:
+    directory = tmp_path_factory.mktemp("gated")
+    return {
+        kind: prepare_gated(kind, directory, ["llama.cpp"], CHANGES.get(kind, {}), KEYS.get(kind, {})) for kind in GATED
+    }
+
+
+@pytest.fixture(scope="module")
+def converted_gated(prepared_gated) -> dict[str, str]:
+    return convert(prepared_gated)
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_the_gate_acts(kind: str, prepared_gated, converted_gated) -> None:
+    one = prepared_gated[kind]
+    assert converted_gated[str(one.directory)] == ""
+    found = run(one.directory)
+    assert not isinstance(found, str), found[-3000:]
+    assert one.effect > 20 * TOLERANCE
+    assert far(found, one.locked) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", DO_NOT)

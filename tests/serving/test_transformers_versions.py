@@ -17,7 +17,7 @@ from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.llama_form import LLAMA_FORM
 from fastlock.architectures.serving_stacks import acts
 from fastlock.models.sites import sites_for
-from tests.helpers.families import random_lock, tiny_model
+from tests.helpers.families import gated_lock, random_lock, tiny_model
 from tests.helpers.tokenizer_files import CASES, write_tokenizer
 
 HERE = Path(__file__).parent
@@ -59,6 +59,11 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 SLICES = {"pretraining_tp": 2}
 MODELS = {model_type: (model_type, {}, KEYS.get(model_type, {})) for model_type in NATIVE} | FORMS
 MODELS["llama in slices"] = ("llama", {}, SLICES)
+# With a gate alone, which is in the weights: also of families that drop a bias.
+GATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    f"{model_type} gated": (model_type, changes, {})
+    for model_type, changes in {"llama": {}, "gpt2": {}, "stablelm": {}, "mixtral": {"head_dim": 16}}.items()
+}
 # Relocked in memory, then saved by the installed transformers, in its own words: so is the original.
 FROM_MEMORY = {f"{model_type} from memory": (model_type, {"head_dim": 16}) for model_type in ("llama", *LLAMA_FORM)}
 
@@ -78,9 +83,9 @@ def in_old_words(config: dict[str, Any]) -> dict[str, Any]:
 
 def prepare(name: str, directory: Path) -> None:
     """Save a tiny model as it would have been released, and relock it on disk."""
-    model_type, changes, keys = MODELS[name]
+    model_type, changes, keys = (MODELS | GATED)[name]
     model = tiny_model(model_type, **changes)
-    lock = random_lock(model)
+    lock = gated_lock(model, constant=False) if name in GATED else random_lock(model)
     model.save_pretrained(directory / "original")
     file = directory / "original" / "config.json"
     config = in_old_words(json.loads(file.read_text())) | keys
@@ -104,12 +109,17 @@ def prepare_from_memory(name: str, directory: Path) -> None:
 
 
 def save_shifts(model: Any, lock: fastlock.Lock, directory: Path) -> None:
-    shifts, displacements = {}, lock.displacement(STRENGTH)
+    """What is added to the input x of each locked projection: d, V and U of d + U Vᵀ x."""
+    shifts = {}
     for site in sites_for(model, lock):
-        displacement = displacements[site.layer]
-        rows = torch.zeros(site.num_heads, site.head_dim)
-        rows[list(displacement.heads)] = displacement.values.float().reshape(-1, site.head_dim)
-        shifts[site.name] = rows.flatten()
+        d = torch.zeros(site.num_heads, site.head_dim)
+        v, u = (torch.zeros(site.num_heads, site.head_dim, lock.rank) for _ in range(2))
+        for row, (layer, head) in enumerate(zip(lock.layers.tolist(), lock.heads.tolist(), strict=True)):
+            if layer == site.layer:
+                d[head] = STRENGTH * lock.scales[row] * lock.directions[row]
+                if lock.rank:
+                    v[head], u[head] = lock.readers[row].T, STRENGTH * lock.writers[row].T
+        shifts[site.name] = (d.flatten(), v.flatten(0, 1), u.flatten(0, 1))
     torch.save(shifts, directory / "shifts.pt")
 
 
@@ -150,6 +160,23 @@ def test_the_lock_acts(name: str, version: str, prepared, compared) -> None:
     assert isinstance(found, dict), found
     assert found["effect"] > 0.05
     assert found["error"] < 1e-4 * max(1.0, found["effect"])
+
+
+@pytest.fixture(scope="module")
+def prepared_gated(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("gated")
+    for name in GATED:
+        prepare(name, directory / name)
+    return directory
+
+
+def test_the_gate_acts(version: str, prepared_gated) -> None:
+    found = run(HERE / "run_transformers.py", version, [prepared_gated / name for name in GATED])
+    for name in GATED:
+        of_name = found[str(prepared_gated / name)]
+        assert isinstance(of_name, dict), of_name
+        assert of_name["effect"] > 0.05
+        assert of_name["error"] < 1e-4 * max(1.0, of_name["effect"])
 
 
 @pytest.fixture(scope="module")

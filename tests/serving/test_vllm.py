@@ -14,7 +14,15 @@ import pytest
 from fastlock.architectures.families import FAMILIES
 from fastlock.architectures.serving_stacks import acts, architecture
 from tests.helpers import quantised
-from tests.serving.prepared import PROMPT, Prepared, far, log_probabilities, prepare, prepare_quantised
+from tests.serving.prepared import (
+    PROMPT,
+    Prepared,
+    far,
+    log_probabilities,
+    prepare,
+    prepare_gated,
+    prepare_quantised,
+)
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".venv-vllm" / "bin" / "python"
@@ -79,6 +87,30 @@ def test_the_lock_acts(kind: str, prepared, errors) -> None:
     assert far(plain, locked) > 15 * tolerance
     assert far(found, locked) < tolerance
     assert far(found, plain) > far(plain, locked) - tolerance
+
+
+# A gate is in the weights, also of families whose bias vLLM drops.
+GATED = ["llama", "gpt2", "mixtral", "stablelm"]
+
+
+@pytest.fixture(scope="module")
+def prepared_gated(tmp_path_factory) -> dict[str, Prepared]:
+    directory, stacks = tmp_path_factory.mktemp("gated"), ["transformers", "vllm"]
+    return {kind: prepare_gated(kind, directory, stacks, CHANGES.get(kind, LARGE_HEADS), {}) for kind in GATED}
+
+
+@pytest.fixture(scope="module")
+def errors_gated(prepared_gated) -> dict[str, str]:
+    return run_all(list(prepared_gated.values()), "float32")
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_the_gate_acts(kind: str, prepared_gated, errors_gated) -> None:
+    one = prepared_gated[kind]
+    assert errors_gated[str(one.directory)] == ""
+    found, (plain, locked) = np.load(f"{one.directory}.npy"), expected(one)
+    assert far(plain, locked) > 15 * TOLERANCE
+    assert far(found, locked) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", LOST)
