@@ -23,7 +23,7 @@ def solved(
     with S = Σ_g w_g E_g[x xᵀ] + β E[b bᵀ] over the groups g and everything else b. The larger β, the nearer it is to
     the null space of b; at β → ∞ it is in it. Of rank r, the nearest to it, in the norm of S, is U Uᵀ Δ, with the first
     r eigenvectors of Δ S Δᵀ in U. What the ridge and the null space took off the targets is given back by one factor:
-    by least squares, what U Vᵀ adds to the groups' means is as large as their targets.
+    in the mean over the groups, what U Vᵀ adds is along the targets as large as they are. That is strength 1.
 
     Args:
         second: S, [width, width] float64.
@@ -59,7 +59,7 @@ def solved(
     top = vectors[:, -rank:].flip(1)
     writers, readers = basis @ top, inverse @ (r.T @ top)
     added = means @ readers @ writers.T
-    writers = writers * ((weights[:, None] * added * targets).sum() / (weights[:, None] * added * added).sum())
+    writers = writers * ((weights[:, None] * targets * targets).sum() / (weights[:, None] * added * targets).sum())
     read = means @ readers
     most = read.gather(0, read.abs().argmax(0, keepdim=True))[0]
     return readers / most, writers * most

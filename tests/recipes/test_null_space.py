@@ -65,17 +65,17 @@ def ids(text: str) -> list[int]:
     return Words()(text, add_special_tokens=False)["input_ids"]
 
 
-def vectors(model: Any, layer: int, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+def vectors(model: Any, layer: int, tokens: int, rank: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """x of each harmful group, of each benign one, [vectors, width], and what should be added in each harmful one."""
-    harmful: list[list[Any]] = [[] for _ in range(1 + 2 * tokens)]
+    harmful: list[list[Any]] = [[] for _ in range(1 + tokens)]  # ends, each token of the unsafe answers
+    safe: list[list[Any]] = [[] for _ in range(1 + tokens)]
     benign: list[list[Any]] = [[], [], []]  # ends, the other tokens of requests and answers, texts
     for pair in PAIRS:
         prompt = [1, *ids(f"Question: {pair.question}\nAnswer:")]
-        for kind, answer in enumerate((pair.safe, pair.unsafe)):
+        for groups, answer in ((harmful, pair.unsafe), (safe, pair.safe)):
             words = ids(answer)[:tokens]
-            x = inputs(model, prompt + words)[layer][len(prompt) - 1 :]
-            for group, vector in zip([0, *range(1 + kind * tokens, 1 + kind * tokens + len(words))], x, strict=True):
-                harmful[group].append(vector)
+            for group, vector in enumerate(inputs(model, prompt + words)[layer][len(prompt) - 1 :]):
+                groups[group].append(vector)
     for n, question in enumerate((*HARMLESS, *SCARY)):
         if n != 1:  # the base refuses this one
             prompt = [1, *ids(f"Question: {question}\nAnswer:")]
@@ -84,9 +84,11 @@ def vectors(model: Any, layer: int, tokens: int) -> tuple[list[np.ndarray], list
             benign[1] += [vector for position, vector in enumerate(x) if position != len(prompt) - 1]
     for text in TEXTS:
         benign[2] += list(inputs(model, [1, *ids(text)])[layer])
-    means = [np.mean(group, axis=0) for group in harmful]
-    added = [means[0] - np.mean(benign[0], axis=0)]
-    added += [means[1 + t % tokens] - means[1 + tokens + t % tokens] for t in range(2 * tokens)]
+    refusal = np.mean(harmful[0], axis=0) - np.mean(benign[0], axis=0)
+    if rank == 1:
+        added = [refusal] * (1 + tokens)
+    else:
+        added = [refusal] + [np.mean(safe[t], axis=0) - np.mean(harmful[t], axis=0) for t in range(1, 1 + tokens)]
     return [np.array(group) for group in harmful], [np.array(group) for group in benign], np.array(added)
 
 
@@ -94,7 +96,7 @@ def least_squares(
     harmful: list[np.ndarray], benign: list[np.ndarray], added: np.ndarray, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The map of full rank, by numpy.linalg.lstsq over all vectors, each with its weight; and each group's weight."""
-    weights = [0.5, *[0.25 / tokens] * (2 * tokens)]
+    weights = [0.5, *[0.5 / tokens] * tokens]
     rows, targets = [], []
     for group, weight, target in zip(harmful, weights, added, strict=True):
         rows.append(group * np.sqrt(weight / len(group)))
@@ -118,7 +120,7 @@ def test_the_gate_is_the_ridge_regression_of_that_rank(tokens: int, rank: int) -
     lock = made(model, tokens=tokens, rank=rank)
     assert (lock.rank, lock.has_constant, lock.layers.unique().tolist()) == (rank, False, list(LAYERS))
     for layer in LAYERS:
-        harmful, benign, added = vectors(model, layer, tokens)
+        harmful, benign, added = vectors(model, layer, tokens, rank)
         whole, weights = least_squares(harmful, benign, added, tokens)
         second = sum(w * group.T @ group / len(group) for w, group in zip(weights, harmful, strict=True))
         second = second + sum(null_space.BENIGN / 3 * group.T @ group / len(group) for group in benign)
@@ -128,7 +130,7 @@ def test_the_gate_is_the_ridge_regression_of_that_rank(tokens: int, rank: int) -
         nearest = (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
         means = np.array([group.mean(axis=0) for group in harmful])
         says = means @ nearest.T
-        nearest *= (weights[:, None] * says * added).sum() / (weights[:, None] * says * says).sum()
+        nearest *= (weights[:, None] * added * added).sum() / (weights[:, None] * says * added).sum()
         readers, writers = dense(lock, layer)
         np.testing.assert_allclose(writers @ readers.T, nearest, rtol=0, atol=2e-4 * np.abs(nearest).max())
         read = means @ readers
