@@ -7,7 +7,7 @@ import torch
 from fastlock.errors import FastlockError
 
 # What keeps the inverse finite where few texts were read, as a share of the mean eigenvalue.
-RIDGE = 1e-3
+RIDGE = 1e-2
 
 
 def solved(
