@@ -22,6 +22,7 @@ from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.locks.receipt import Receipt
 from fastlock.models.addresses import Addresses
 from fastlock.models.copies import Copies
+from fastlock.models.gated_plan import GatedBuilt, take_new_originals
 from fastlock.models.links import Links
 from fastlock.models.members import Member, displacements_of, folds_of, prepare
 from fastlock.models.relocking import changing, check_list, each, put_in, receipt_for
@@ -41,6 +42,10 @@ class Plan:
     The first `relock` checks everything, as `fastlock.relock_many` does. The next ones write to the biases where they
     are, and captured CUDA graphs go on reading them. They notice what was replaced or moved since (a weight, a module,
     a device, the lock removed): then everything is checked and built again, as at first.
+
+    A lock with a gate is written into the weights, and everything is checked and folded anew each time. A projection
+    whose locked columns are those that were written last starts from the original ones, which are kept; any other from
+    what is there now.
 
     Attributes:
         biases: of each model the bias of each locked layer, [hidden] of the weight's dtype and device, as the last
@@ -71,7 +76,7 @@ class Plan:
         self._models = list(models)
         self._locks = each(lock, len(models), "lock")
         self._strengths = self._checked(self._locks, each(strength, len(models), "strength"))
-        self._built: _Built | None = None
+        self._built: _Built | GatedBuilt | None = None
         self._one_at_a_time, self._process = threading.Lock(), os.getpid()
 
     @property
@@ -124,7 +129,11 @@ class Plan:
             built = self._built
             try:
                 if built is None or not built.again(locks, strengths):
-                    self._built = _Built(self._models, locks, strengths)
+                    earlier = built if isinstance(built, GatedBuilt) else None
+                    if any(lock.rank for lock in locks):
+                        self._built = GatedBuilt(self._models, locks, strengths, earlier)
+                    else:
+                        self._built = _Built(self._models, locks, strengths, earlier)
             except BaseException:
                 if built is not None and not built.sound:
                     self._built = None
@@ -152,10 +161,16 @@ class _Built:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module | BareProjections], locks: Sequence[Lock], strengths: Sequence[float]
+        self,
+        models: Sequence[nn.Module | BareProjections],
+        locks: Sequence[Lock],
+        strengths: Sequence[float],
+        earlier: GatedBuilt | None,
     ) -> None:
         self._models, self._locks, self._strengths = models, locks, strengths
         with changing() as undo:
+            if earlier is not None:
+                take_new_originals(models, undo)
             self._members = prepare(models, locks, strengths, undo)
             _check_read_in_place(self._members)
             self._plan = FoldPlan(folds_of(self._members))
