@@ -1,4 +1,4 @@
-"""Locks per request, y = (x + s d[lock of the row]) Wᵀ + c, for servers whose tenants share one model's weights.
+"""Locks per request, y = (x + s·(d + U Vᵀ x)) Wᵀ + c with those of the row's lock, for tenants of one model's weights.
 
 Nothing is put into the weights or biases: each request of a batch has the lock that it was assigned, or none.
 """
@@ -8,21 +8,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.kernels.fold.reference import HeadColumns, exact_fold
+from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock, check_lock, check_strength, strength_for
 from fastlock.models.assignment import Assignment
 from fastlock.models.base_check import check_basis
 from fastlock.models.locked_linear_op import check_lock_id, locked_linear
 from fastlock.models.projections import REPLACED, StandIn, Transposed
 from fastlock.models.reloaded import check_unlocked
+from fastlock.models.request_gates import GATE_TABLES, gate_tables, with_gates, written_by
 from fastlock.models.sites import Site, sites_for, unwrapped
-from fastlock.models.state import PLACED_BIAS, version_of
+from fastlock.models.state import holds_lock, version_of
 
 
 class LockedLinear(StandIn):
@@ -34,7 +36,8 @@ class LockedLinear(StandIn):
     Attributes:
         weight, bias: those of the plain projection.
         transposed: whether it keeps W as [num_heads * head_dim, hidden] (GPT-2's Conv1D).
-        heads, slots, values, folds: as in `locked_linear`; buffers, at the same address until the device changes.
+        heads, slots, values, folds: as in `locked_linear`; buffers, at the same address until the device changes. The
+            `GATE_TABLES` are, too, where a lock has a gate here.
         lock_of_row, strength_of_row: as in `locked_linear`, from the `Assignment`. They are not buffers: DDP would
             overwrite them with those of another process, and torch.compile would compile anew for each batch size.
         packed: whether each row has an entry of its own, rather than each request.
@@ -51,13 +54,20 @@ class LockedLinear(StandIn):
     strength_of_row: torch.Tensor
     limits: torch.Tensor
 
-    def __init__(self, site: Site, displacements: Sequence[Displacement | None], assigned: Assignment) -> None:
+    def __init__(
+        self,
+        site: Site,
+        displacements: Sequence[Displacement | None],
+        assigned: Assignment,
+        gates: Sequence[Gate | None] = (),
+    ) -> None:
         """Stand in for a site's module, which is not changed.
 
         Args:
             site: a plain or transposed projection.
             displacements: of each lock at strength 1; None for a lock that does not shift this layer.
             assigned: shared by all layers of the model.
+            gates: of each lock at strength 1; None for a lock without one here.
 
         Raises:
             DamagedError: a fold is not finite.
@@ -73,6 +83,8 @@ class LockedLinear(StandIn):
         self.transposed = isinstance(site.projection, Transposed)
         tables = _tables(self._displacements, site.num_heads, site.head_dim)
         tables |= {"folds": torch.zeros(len(displacements), len(site.weight), device="cpu")}
+        of_gates = gate_tables(gates, site.num_heads * site.head_dim, len(site.weight))
+        self._gated, tables = bool(of_gates), tables | of_gates
         for name, table in tables.items():
             self.register_buffer(name, table.to(site.weight.device), persistent=False)
         self._assigned = assigned
@@ -101,7 +113,7 @@ class LockedLinear(StandIn):
         bias: torch.Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
-        return locked_linear(
+        y = locked_linear(
             x,
             weight,
             bias,
@@ -112,6 +124,11 @@ class LockedLinear(StandIn):
             self.lock_of_row,
             self.strength_of_row,
         )
+        if not self._gated:
+            return y
+        tables = {name: self._buffers[name] for name in GATE_TABLES}
+        with torch.autocast(x.device.type, enabled=False):
+            return with_gates(y, x, weight, cast(Any, tables), self.lock_of_row, self.strength_of_row)
 
     def _refuse(self, count: int) -> None:
         entries = "rows of packed requests" if self.packed else "requests"
@@ -147,6 +164,8 @@ class LockedLinear(StandIn):
             folds = self._folds()
             self.folds.copy_(folds)
             self.limits = self._limits(folds)
+            if self._gated:
+                self._buffers["written"].copy_(self._written())  # type: ignore[union-attr]
         self._folded, self._folded_from = now, weakref.ref(weight)
 
     def _folds(self) -> torch.Tensor:
@@ -164,6 +183,17 @@ class LockedLinear(StandIn):
                 "or download the checkpoint again."
             )
         return table
+
+    def _written(self) -> torch.Tensor:
+        """W U of each rank, as `written_by` gives it."""
+        weight = self.weight.detach().t() if self.transposed else self.weight.detach()
+        written = written_by(weight, cast(torch.Tensor, self._buffers["writers"]))
+        if not written.isfinite().all():
+            raise DamagedError(
+                f"{self.name}: what a gate writes is not finite: the columns of its locked heads hold NaN or infinite "
+                "weights. Check the model, or download the checkpoint again."
+            )
+        return written
 
     def _limits(self, folds: torch.Tensor) -> torch.Tensor:
         """The strength at which what is added to x or y is infinite in their dtype, [num_locks] float64."""
@@ -240,18 +270,20 @@ class RequestLocks:
         _check_free(inner)
         sites: dict[int, Site] = {}
         displacements: dict[int, list[Displacement | None]] = {}
+        gates: dict[int, list[Gate | None]] = {}
         for i, lock in enumerate(self.locks):
-            by_layer, of_lock = lock.displacement(1.0), sites_for(inner, lock)
+            by_layer, of_lock, gated = lock.constant(1.0), sites_for(inner, lock), lock.gates(1.0)
             check_basis(of_lock, by_layer, lock, type(inner).__name__)
             for site in of_lock:
                 sites[site.layer] = site
                 displacements.setdefault(site.layer, [None] * len(self.locks))[i] = by_layer[site.layer]
+                gates.setdefault(site.layer, [None] * len(self.locks))[i] = gated.get(site.layer)
         for site in sites.values():
             _check_replaceable(site)
         self._assigned = Assignment()
         with torch.inference_mode(False), torch.no_grad():
             stand_ins = [
-                (site, LockedLinear(site, displacements[layer], self._assigned))
+                (site, LockedLinear(site, displacements[layer], self._assigned, gates[layer]))
                 for layer, site in sorted(sites.items())
             ]
         self._placed: list[tuple[nn.Module, str, nn.Module, LockedLinear]] = []
@@ -369,7 +401,7 @@ def _check_replaceable(site: Site) -> None:
             f"{site.name} is a {type(site.outer).__name__}, and locks per request run plain linear layers alone. Use "
             "fastlock.relock, or load the checkpoint unquantised."
         )
-    if hasattr(site.module, PLACED_BIAS):
+    if holds_lock(site.module):
         raise FastlockError(f"{site.name} is part of another model too, which is relocked. Unlock that model first.")
     if "forward" in site.module.__dict__ and not hasattr(site.module, "_hf_hook"):
         raise UnsupportedError(
