@@ -168,9 +168,10 @@ class _ByKernel:
 
     def __del__(self) -> None:
         # torch would give the flags' memory to others, and a kernel that still runs would write to it.
-        if getattr(self, "_stream", None) is not None:
+        stream = getattr(self, "_stream", None)
+        if stream is not None:
             with contextlib.suppress(Exception):
-                self._stream.synchronize()
+                stream.synchronize()
 
 
 class _ByReference:

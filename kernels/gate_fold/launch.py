@@ -378,7 +378,7 @@ def _check_vectors(site: GateSite, where: str) -> None:
 def _interpreted() -> bool:
     """Whether Triton is there and interprets its kernels, which then run on a CPU."""
     try:
-        from fastlock.kernels.gate_fold import triton_kernel as jit
+        from fastlock.kernels.fold import triton_kernel as jit
     except ImportError:
         return False
     return jit.INTERPRETED

@@ -81,8 +81,8 @@ def gate_fold_kernel(  # noqa: PLR0915 - the table, and each block twice
     """Program (i, j, k) rewrites rows [i * BR, (i + 1) * BR) of a site: C + (C U) V^T over its chunks of columns.
 
     The site is number k * (programs in y) + j of the table: y alone would end at 65535 sites. The rows are read twice:
-    for C U, and to be written; the second time they come from the cache. Nothing is written before all of the first
-    reads are done, and each number by the thread that read it, or after a barrier: the target may be the source.
+    for C U, and to be written; the second time they come from the cache. Between the two is a barrier, and each chunk
+    is written after it was read the second time: the target may be the source.
 
     p_sites: [sites, SITE_FIELDS] int64. p_chunks: [chunks, CHUNK_FIELDS] int64. p_vectors: [chunks, CHUNK_VECTORS,
     LANES, BC] fp32, of each chunk U, then V, both zero beyond the chunk and the rank; the lane CONSTANT has d for U and
@@ -117,7 +117,7 @@ def gate_fold_kernel(  # noqa: PLR0915 - the table, and each block twice
         b_zero = tl.zeros([BR, BC // SUMMED], dtype=tl.float32)
     b_sums = (b_zero,)
     for _ in tl.static_range(LANES - 1):
-        b_sums = b_sums + (b_zero,)  # noqa: RUF005 - Triton has no other way
+        b_sums = b_sums + (b_zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no other way
 
     p_chunks += first * CHUNK_FIELDS
     p_vectors += vectors * CHUNK_VECTORS * LANES * BC
@@ -135,13 +135,16 @@ def gate_fold_kernel(  # noqa: PLR0915 - the table, and each block twice
         b_more = ()
         for lane in tl.static_range(LANES):
             b_u = tl.load(p_vectors + (i * CHUNK_VECTORS * LANES + lane) * BC + o_c)  # [BC]
-            b_more = b_more + (b_sums[lane] + products(b_w, b_u, SUMMED, TRANSPOSED),)  # noqa: RUF005
-        b_sums = b_more
+            b_sum = b_sums[lane] + products(b_w, b_u, SUMMED, TRANSPOSED)
+            b_more = b_more + (b_sum,)  # type: ignore[assignment]  # noqa: RUF005
+        b_sums = b_more  # type: ignore[assignment]
 
     b_cu = ()  # of each lane, [BR]
     for lane in tl.static_range(LANES):
-        b_cu = b_cu + (tl.sum(b_sums[lane], axis=0 if TRANSPOSED else 1),)  # noqa: RUF005
+        b_row = tl.sum(b_sums[lane], axis=0 if TRANSPOSED else 1)
+        b_cu = b_cu + (b_row,)  # type: ignore[assignment]  # noqa: RUF005
 
+    tl.debug_barrier()  # no thread writes where another has not read yet
     o_target = in_memory(o_r, o_c, target_stride, TRANSPOSED)
     o_kept = in_memory(o_r, o_c, kept_stride, TRANSPOSED)
     p_vectors += LANES * BC

@@ -52,9 +52,19 @@ def test_nothing_is_written_before_all_that_is_read_first(reports) -> None:
     """W may be rewritten where it is: the stores stand after the second wait for copies, behind C U of all chunks."""
     for report in reports:
         first_store = report.ptx.index("st.global")
-        sums = report.ptx.index("shfl.sync.bfly") if not BY_NAME[report.kernel].transposed else 0
-        assert sums < first_store
+        assert report.ptx.index("shfl.sync.bfly") < first_store
         assert report.ptx[:first_store].count("cp.async.wait_group") >= 2
+
+
+def test_what_is_not_finite_shows_in_products_with_zero(reports) -> None:
+    """Which the compiler must not leave out: one for each number that a thread writes; on sm_100, for every two."""
+    for report in reports:
+        if report.arch == 100:
+            elements = BY_NAME[report.kernel].elements
+            assert len(re.findall(r"\bfma\.rn\.f32x2\b", report.ptx)) >= 3 * elements // 2, "C U, (C U) V, and these"
+            continue
+        assert len(re.findall(r"(?:mul|fma\.rn)\.f32 .*0f00000000", report.ptx)) >= BY_NAME[report.kernel].elements
+        assert "bar.sync" in report.ptx
 
 
 def test_16_bit_results_are_rounded_once_and_to_the_nearest(reports) -> None:

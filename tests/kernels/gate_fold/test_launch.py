@@ -15,32 +15,36 @@ from fastlock.kernels.gate_fold.launch import Chunk, chunks_of
 from tests.kernels.gate_fold.made import DEVICE, check, make, matrix, run
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float16, 2), (torch.bfloat16, 1), (torch.float32, 7)])
-def test_sites_of_all_kinds_in_one_launch(dtype, rank) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rank", "hidden", "sites"),
+    [(torch.float16, 2, 70, 4), (torch.bfloat16, 1, 20, 4), (torch.float32, 7, 20, 2)],
+)
+def test_sites_of_all_kinds_in_one_launch(dtype, rank, hidden, sites) -> None:
     """Heads, sizes, ranks and padding differ; in place or elsewhere, kept or not, with a constant part or none."""
-    table = check(
-        make(70, 32, (0, 2, 3, 4, 5, 6), rank, dtype, constant=True, seed=1),
-        make(33, 16, (5, 1, 2), 1, dtype, to=(2, 0, 4), seed=2),
+    made = [
+        make(hidden, 32, (0, 2, 3, 4, 5, 6), rank, dtype, constant=True, seed=1),
+        make(hidden // 2, 16, (5, 1, 2), 1, dtype, to=(2, 0, 4), seed=2),
         make(1, 8, (0,), rank, dtype, to=(1,), keep=False, constant=True, pad=16, seed=3),
         make(9, 32, (), 1, dtype, seed=4),
-    )
+    ]
+    table = check(*made[:sites])
     lanes = {1: 2, 2: 4, 7: 8}[rank]
     assert (table.variant.lanes, table.variant.aligned, table.variant.shape) == (lanes, True, "narrow")
-    assert table.grid == (3, 4, 1)
-    assert table.flags.tolist() == [0] * 5
+    assert table.grid == (-(-hidden // 32), sites, 1)
+    assert table.flags.tolist() == [0] * (1 + sites)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.bfloat16, {"transposed": True}), (torch.float32, {"pad": 3})])
 def test_columns_in_memory_and_addresses_between_16_bytes(dtype, layout) -> None:
     table = check(
-        make(35, 20, (1, 2, 3, 4, 5, 6, 7), 1, dtype, constant=True, seed=1, **layout),
-        make(17, 6, (0, 3), 1, dtype, to=(1, 0), keep=False, offset=1, seed=2, **layout),
+        make(17, 20, (1, 2, 3, 4, 5, 6, 7), 1, dtype, constant=True, seed=1, **layout),
+        make(5, 6, (0, 3), 1, dtype, to=(1, 0), keep=False, offset=1, seed=2, **layout),
     )
     assert (table.variant.aligned, table.variant.transposed) == (False, "transposed" in layout)
 
 
 def test_aligned_columns_in_memory() -> None:
-    table = check(make(40, 48, (1, 2, 4), 2, torch.float16, transposed=True))
+    table = check(make(24, 48, (1, 2, 4), 2, torch.float16, transposed=True))
     assert (table.variant.aligned, table.variant.transposed) == (True, True)
 
 
@@ -65,7 +69,7 @@ def test_heads_side_by_side_are_one_run() -> None:
 
 def test_from_what_was_kept_the_same_bits_again() -> None:
     """A first relock in place keeps what was there; from that, the next ones write the same into W."""
-    first = make(40, 16, (3, 0, 1))
+    first = make(20, 16, (3, 0, 1))
     check(first)
     written = first.written
     first.site.target.matrix[:, :16] = 0
@@ -75,7 +79,7 @@ def test_from_what_was_kept_the_same_bits_again() -> None:
 
 
 def test_a_table_can_be_launched_again() -> None:
-    made = make(40, 16, (0, 2), to=(0, 1))
+    made = make(20, 16, (0, 2), to=(0, 1))
     table = run(made)
     made.site.columns.matrix[:, :16] *= 2
     made.before = torch.cat([made.site.columns.matrix[:, :16], made.site.columns.matrix[:, 32:48]], dim=1)
@@ -89,8 +93,8 @@ def test_a_table_can_be_launched_again() -> None:
 
 def test_what_is_not_finite_is_flagged_site_by_site() -> None:
     """In whichever chunk and row; a number that only rounding makes infinite; a bias; nothing that is not locked."""
-    made = [make(40, 48, (0, 2, 3, 4), 1, torch.float16, constant=seed > 2, seed=seed) for seed in range(5)]
-    made[0].site.columns.matrix[39, 4 * 48 + 47] = math.inf
+    made = [make(20, 48, (0, 2, 3, 4), 1, torch.float16, constant=seed > 2, seed=seed) for seed in range(5)]
+    made[0].site.columns.matrix[19, 4 * 48 + 47] = math.inf
     made[2].site.columns.matrix[3, 0] = 65504
     made[2].site.writers[0, 0, 0], made[2].site.readers[0, 3, 5] = 1.0, 2.0
     made[4].site.bias[0] = math.nan
@@ -116,7 +120,7 @@ def test_more_sites_than_a_grid_has_in_y(monkeypatch) -> None:
 
 
 def test_sites_of_one_layer_share_their_vectors_and_all_is_one_buffer() -> None:
-    one, other = make(9, 16, (0, 1), to=(0, 1), seed=1), make(33, 16, (2, 5), to=(0, 1), seed=2)
+    one, other = make(9, 16, (0, 1), to=(0, 1), seed=1), make(20, 16, (2, 5), to=(0, 1), seed=2)
     other.site = dataclasses.replace(other.site, readers=one.site.readers, writers=one.site.writers)
     again = make(9, 16, (0, 1), to=(0, 1), seed=3)
     again.site = dataclasses.replace(again.site, readers=one.site.readers, writers=one.site.writers)
