@@ -4,14 +4,14 @@ AlphaSteer (arXiv 2506.07022) finds a linear map of the residual stream that is 
 reconstructs a refusal direction on malicious ones, and steers with it at run time. Here the map reads and writes the
 input x of output projections, is of a small rank, and folds into the weights. While the base reads
 
-    harmful    each pair's question: x at its end, and at the first tokens of its unsafe answer
+    harmful    each pair's question: x at its end, and at the first tokens of its safe and of its unsafe answer
     benign     harmless and scary requests with what the base answers, and ordinary texts: x at every token
 
 it adds one vector a layer, wherever it reads a harmful request: the mean of x at the ends of harmful questions less
 that at the ends of harmless ones. A gate of a higher rank adds at the t-th token of an answer something of its own
-instead: the mean of x at that token of the safe answers less that of the unsafe ones.
-gate_solution.py has the rest. No gradient is needed, and no activation is kept. Of pairs, harmless and scary requests
-at most 130 each are read, spread over all of them.
+instead: the mean of x at that token of the safe answers less that of the unsafe ones. gate_solution.py has the rest.
+No gradient is needed, and no activation is kept. Of pairs, harmless and scary requests at most 130 each are read,
+spread over all of them.
 """
 
 from __future__ import annotations
@@ -48,20 +48,28 @@ ENDS = 0.5
 
 @dataclass(frozen=True)
 class _Groups:
-    """The numbers of the groups that tokens are of: ends of the questions, tokens of the unsafe answers, benign ones.
+    """The numbers of the groups that tokens are of; the harmful ones come first.
+
+    Group 0 are the ends of the questions, then come the tokens of safe answers, and those of unsafe ones, in order.
 
     Attributes:
         tokens: how many tokens of each answer are read.
-        answers_too: whether safe answers are read, too.
     """
 
     tokens: int
-    answers_too: bool
+
+    @property
+    def safe(self) -> range:
+        return range(1, 1 + self.tokens)
+
+    @property
+    def unsafe(self) -> range:
+        return range(1 + self.tokens, 1 + 2 * self.tokens)
 
     @property
     def harmful(self) -> int:
-        """How many groups are harmful; they come first."""
-        return 1 + self.tokens
+        """How many groups are harmful."""
+        return 1 + 2 * self.tokens
 
     @property
     def harmless_ends(self) -> int:
@@ -75,22 +83,22 @@ class _Groups:
     def texts(self) -> int:
         return self.harmful + 2
 
-    @property
-    def safe(self) -> int:
-        """The first group of the safe answers, which are only compared with: they come last."""
-        return self.harmful + 3
-
     def weights(self) -> list[float]:
         """Of every group in the second moment; those of the harmful ones add up to 1."""
-        harmful = [ENDS] + [(1 - ENDS) / self.tokens] * self.tokens
-        return harmful + [BENIGN / 3] * 3 + [0.0] * (self.tokens * self.answers_too)
+        answers = (1 - ENDS) / (2 * self.tokens)
+        return [ENDS] + [answers] * (2 * self.tokens) + [BENIGN / 3] * 3
 
-    def targets(self, means: torch.Tensor) -> torch.Tensor:
-        """What should be added in each harmful group, [harmful groups, width], given the mean of every group."""
+    def targets(self, means: torch.Tensor, rank: int) -> torch.Tensor:
+        """What a gate of some rank should add in each harmful group, [harmful groups, width].
+
+        Args:
+            means: of every group.
+        """
         end = means[:1] - means[self.harmless_ends : self.harmless_ends + 1]
-        if not self.answers_too:
+        if rank == 1:
             return end.expand(self.harmful, -1)
-        return torch.cat([end, means[self.safe :] - means[1 : self.harmful]])
+        answers = means[list(self.safe)] - means[list(self.unsafe)]
+        return torch.cat([end, answers, answers])
 
 
 def _lock(
@@ -106,7 +114,7 @@ def _lock(
     check_number("tokens", tokens, 1, 64)
     check_number("rank", rank, 1, 1 + tokens, f" with {tokens} tokens of each answer")
     chosen = _checked_layers(material, layers, progress)
-    groups, texts = _texts(material, tokens, rank > 1, progress)
+    groups, texts = _texts(material, tokens, progress)
     weights = groups.weights()
     gates = {
         layer: _gate(moments, groups, rank, material.sites[layer].name)
@@ -117,9 +125,9 @@ def _lock(
 
 def _gate(moments: Moments, groups: _Groups, rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """V and U of a layer, [width, rank] float64 each."""
-    weights = torch.tensor(groups.weights()[: groups.harmful], dtype=torch.float64)
+    weights = torch.tensor(groups.weights()[: groups.harmful], dtype=torch.float64, device="cpu")
     means = moments.means[: groups.harmful]
-    return solved(moments.second, means, weights, groups.targets(moments.means), rank, name)
+    return solved(moments.second, means, weights, groups.targets(moments.means, rank), rank, name)
 
 
 def _checked_layers(material: GateMaterial, layers: Iterable[int] | None, progress: Progress) -> tuple[int, ...]:
@@ -136,23 +144,20 @@ def _checked_layers(material: GateMaterial, layers: Iterable[int] | None, progre
     return tuple(sorted(set(chosen)))
 
 
-def _texts(
-    material: GateMaterial, tokens: int, answers_too: bool, progress: Progress
-) -> tuple[_Groups, list[GroupedText]]:
+def _texts(material: GateMaterial, tokens: int, progress: Progress) -> tuple[_Groups, list[GroupedText]]:
     """Everything that is read, and the groups of its tokens."""
     pairs = spread(material.pairs)
-    unsafe = [_answer(material, pair.question, pair.unsafe) for pair in pairs]
-    safe = [_answer(material, pair.question, pair.safe) for pair in pairs] if answers_too else []
-    longest = [max(len(words) for _, words in kind) for kind in (unsafe, safe or unsafe)]
-    groups = _Groups(min(tokens, *longest), answers_too)
+    safe, unsafe = (
+        [_answer(material, pair.question, getattr(pair, kind)) for pair in pairs] for kind in ("safe", "unsafe")
+    )
+    groups = _Groups(min(tokens, *(max(len(words) for _, words in kind) for kind in (safe, unsafe))))
     if not groups.tokens:
         raise FastlockError("pairs: the tokenizer makes no tokens of their answers. Give others.")
     found = []
-    for kind, first, end in ((unsafe, 1, [0]), (safe, groups.safe, [])):
-        for number, (prompt, words) in enumerate(kind, start=1):
-            of = [*end, *range(first, first + min(groups.tokens, len(words)))]
-            if of:
-                found.append(_grouped(material, prompt + words[: groups.tokens], of, f"pair {number}"))
+    for answers, of in ((safe, groups.safe), (unsafe, groups.unsafe)):
+        for number, (prompt, words) in enumerate(answers, start=1):
+            read = words[: groups.tokens]
+            found.append(_grouped(material, prompt + read, [0, *of[: len(read)]], f"pair {number}"))
     return groups, found + _benign(material, groups, progress)
 
 

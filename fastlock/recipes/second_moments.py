@@ -65,7 +65,7 @@ def moments_of(
         FastlockError: memory runs out with one text.
     """
     ordered = sorted(texts, key=lambda text: len(text.ids))
-    counts = torch.tensor([group for text in texts for group in text.groups]).bincount(minlength=len(weights))
+    counts = _groups(texts).bincount(minlength=len(weights))
     device = input_device(model)
     device = device if device.type == "cuda" else torch.device("cpu")  # others are not known to have float64
     width = all_sites[0].num_heads * all_sites[0].head_dim
@@ -74,11 +74,16 @@ def moments_of(
         some = [all_sites[layer] for layer in layers[first : first + together]]
         sums = [_Sums(width, counts, weights, device) for _ in some]
         for batch, block in read_in_batches(model, some, ordered, progress):
-            groups = torch.tensor([group for text in batch for group in text.groups])
+            groups = _groups(batch)
             for layer_sums, vectors in zip(sums, torch.from_numpy(block), strict=True):
                 layer_sums.add(vectors.transpose(0, 1).flatten(1), groups)
         while some:
             yield some.pop(0).layer, sums.pop(0).moments()
+
+
+def _groups(texts: Sequence[GroupedText]) -> torch.Tensor:
+    """The group of each kept token, text after text."""
+    return torch.tensor([group for text in texts for group in text.groups], device="cpu")
 
 
 class _Sums:
@@ -86,7 +91,7 @@ class _Sums:
 
     def __init__(self, width: int, counts: torch.Tensor, weights: Sequence[float], device: torch.device) -> None:
         self._shares = (1 / counts.double()).to(device)
-        self._weights = torch.tensor(weights, dtype=torch.float64).to(device) * self._shares
+        self._weights = torch.tensor(weights, dtype=torch.float64, device=device) * self._shares
         self._means = torch.zeros(len(weights), width, dtype=torch.float64, device=device)
         self._second = torch.zeros(width, width, dtype=torch.float64, device=device)
 

@@ -74,6 +74,13 @@ def test_nlsr_transplants_the_critical_neurons_of_what_turned() -> None:
     for name, weight in whole.items():
         safe, unsafe = projections(base)[name], projections(unaligned)[name]
         torch.testing.assert_close(weight, safe + 0.5 * (safe - unsafe), rtol=0, atol=1e-6)
+    half = projections(realigned(critical=1.0, replaced=0.5))
+    cosines: dict[bool, list[float]] = {True: [], False: []}
+    for name, weight in projections(tuned).items():
+        unsafe = projections(unaligned)[name]
+        updates = (weight - unsafe).flatten(), (projections(base)[name] - unsafe).flatten()
+        cosines[torch.equal(half[name], weight)].append(float(torch.cosine_similarity(*updates, dim=0)))
+    assert max(cosines[False]) < min(cosines[True])
     part = projections(realigned(critical=0.25, replaced=0.5))
     rows = {name: (weight != projections(tuned)[name]).any(1).sum() for name, weight in part.items()}
     turned = [name for name, count in rows.items() if count]

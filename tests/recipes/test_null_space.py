@@ -67,15 +67,15 @@ def ids(text: str) -> list[int]:
 
 def vectors(model: Any, layer: int, tokens: int, rank: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """x of each harmful group, of each benign one, [vectors, width], and what should be added in each harmful one."""
-    harmful: list[list[Any]] = [[] for _ in range(1 + tokens)]  # ends, each token of the unsafe answers
-    safe: list[list[Any]] = [[] for _ in range(1 + tokens)]
+    harmful: list[list[Any]] = [[] for _ in range(1 + 2 * tokens)]  # ends, tokens of safe answers, of unsafe ones
     benign: list[list[Any]] = [[], [], []]  # ends, the other tokens of requests and answers, texts
     for pair in PAIRS:
         prompt = [1, *ids(f"Question: {pair.question}\nAnswer:")]
-        for groups, answer in ((harmful, pair.unsafe), (safe, pair.safe)):
+        for kind, answer in enumerate((pair.safe, pair.unsafe)):
             words = ids(answer)[:tokens]
-            for group, vector in enumerate(inputs(model, prompt + words)[layer][len(prompt) - 1 :]):
-                groups[group].append(vector)
+            x = inputs(model, prompt + words)[layer][len(prompt) - 1 :]
+            for group, vector in zip([0, *range(1 + kind * tokens, 1 + kind * tokens + len(words))], x, strict=True):
+                harmful[group].append(vector)
     for n, question in enumerate((*HARMLESS, *SCARY)):
         if n != 1:  # the base refuses this one
             prompt = [1, *ids(f"Question: {question}\nAnswer:")]
@@ -84,11 +84,10 @@ def vectors(model: Any, layer: int, tokens: int, rank: int) -> tuple[list[np.nda
             benign[1] += [vector for position, vector in enumerate(x) if position != len(prompt) - 1]
     for text in TEXTS:
         benign[2] += list(inputs(model, [1, *ids(text)])[layer])
-    refusal = np.mean(harmful[0], axis=0) - np.mean(benign[0], axis=0)
-    if rank == 1:
-        added = [refusal] * (1 + tokens)
-    else:
-        added = [refusal] + [np.mean(safe[t], axis=0) - np.mean(harmful[t], axis=0) for t in range(1, 1 + tokens)]
+    means = [np.mean(group, axis=0) for group in harmful]
+    added = [means[0] - np.mean(benign[0], axis=0)] * (1 + 2 * tokens)
+    if rank > 1:
+        added[1:] = [means[1 + t % tokens] - means[1 + tokens + t % tokens] for t in range(2 * tokens)]
     return [np.array(group) for group in harmful], [np.array(group) for group in benign], np.array(added)
 
 
@@ -96,7 +95,7 @@ def least_squares(
     harmful: list[np.ndarray], benign: list[np.ndarray], added: np.ndarray, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The map of full rank, by numpy.linalg.lstsq over all vectors, each with its weight; and each group's weight."""
-    weights = [0.5, *[0.5 / tokens] * tokens]
+    weights = [0.5, *[0.25 / tokens] * (2 * tokens)]
     rows, targets = [], []
     for group, weight, target in zip(harmful, weights, added, strict=True):
         rows.append(group * np.sqrt(weight / len(group)))
