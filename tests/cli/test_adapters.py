@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.adapters import config_of, save_adapter
+from tests.helpers.families import gated_lock, tiny_model
 from tests.helpers.relocked_adapters import contents
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
@@ -63,3 +64,23 @@ def test_what_goes_with_an_adapter_alone(files: Path, run) -> None:
     assert "relocked into a new directory" in run(*in_place, code=2)
     assert "not changed in place" in run("unlock", source, "--in-place", "--yes", code=3)
     assert "--for is about a checkpoint" in run("doctor", "--lock", lock, code=2)
+
+
+def test_a_gate_as_an_adapter_and_within_one(files: Path, run) -> None:
+    lock, base, out = files / "gate.safetensors", files / "base", files / "out"
+    gated_lock(tiny_model("llama"), constant=False).save(lock)
+    said = run("relock", base, "--lock", lock, "--out", out, "--as", "adapter", "--for", "vllm")
+    assert "2 layers relocked at strength 1 (" in said
+    assert f"adapter gate: Serve it over {base} as it is, as any LoRA" in said
+    assert "all 2 layers hold their gate" in run("verify", out, "--lock", lock)
+    assert "uses the adapter gate" in run("doctor", out, "--for", "sglang,llama.cpp")
+    assert "was none before" in run("unlock", out, "--out", files / "back", code=3)
+    source = save_adapter(config_of("lora"), files / "adapter")
+    said = run("relock", source, "--base", base, "--lock", lock, "--out", files / "within")
+    assert "adapter gate: Serve it over" in said
+    run("unlock", files / "within", "--out", files / "back")
+    assert contents(files / "back") == contents(source)
+    alone = ("relock", base, "--lock", lock, "--as", "adapter")
+    assert "Give --lock and --out alone" in run(*alone, "--out", files / "no", "--base", base, code=2)
+    assert "Give --lock and --out alone" in run(*alone, "--in-place", "--yes", code=2)
+    assert not (files / "no").exists()

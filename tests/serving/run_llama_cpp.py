@@ -1,4 +1,7 @@
-"""The logits at every position of a prompt, by llama.cpp in float32: run_llama_cpp.py MODEL.gguf OUT.npy IDS."""
+"""The logits at every position of a prompt, by llama.cpp in float32: run_llama_cpp.py MODEL OUT.npy IDS [LORA].
+
+MODEL and LORA are GGUF files.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,19 @@ import llama_cpp
 import numpy as np
 
 model, out, ids = sys.argv[1], sys.argv[2], [int(word) for word in sys.argv[3].split(",")]
+lora = sys.argv[4] if len(sys.argv) > 4 else None
 F32 = 0
 loaded = llama_cpp.Llama(
-    model, n_ctx=64, n_batch=64, n_threads=1, logits_all=True, type_k=F32, type_v=F32, flash_attn=False, verbose=True
+    model,
+    n_ctx=64,
+    n_batch=64,
+    n_threads=1,
+    logits_all=True,
+    type_k=F32,
+    type_v=F32,
+    flash_attn=False,
+    lora_path=lora,
+    verbose=True,
 )
 loaded.eval(ids)
 np.save(out, loaded.scores[: len(ids)])

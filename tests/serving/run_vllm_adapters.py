@@ -1,7 +1,7 @@
 """The logarithms of the probabilities of every token after every prompt position, by vLLM, with adapters over one base.
 
-run_vllm_adapters.py IDS BASE ADAPTER...: ADAPTER.npy gets [tokens - 1, vocab], all of one engine. Prints what went
-wrong with which, as JSON.
+run_vllm_adapters.py IDS BASE ADAPTER...: ADAPTER.npy gets [tokens - 1, vocab], all of one engine. The base itself,
+named as an adapter, stands for none. Prints what went wrong with which, as JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
     for number, adapter in enumerate(sys.argv[3:], start=1):
         try:
-            request = LoRARequest(adapter, number, adapter)
+            request = None if adapter == sys.argv[2] else LoRARequest(adapter, number, adapter)
             prompt = {"prompt_token_ids": ids}
             (answer,) = engine.generate([prompt], sampling, use_tqdm=False, lora_request=request)
             rows = [{token: found.logprob for token, found in row.items()} for row in answer.prompt_logprobs[1:]]

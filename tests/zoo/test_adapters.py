@@ -16,7 +16,7 @@ from fastlock.zoo import tasks
 from fastlock.zoo.bases import adapter_bases, base_of
 from fastlock.zoo.find import ADAPTER, CHECKPOINT, find_sources, shared_files
 from tests.helpers.adapters import save_adapter
-from tests.helpers.families import tiny_model
+from tests.helpers.families import gated_lock, tiny_model
 
 LORA = {"r": 4, "lora_alpha": 12}
 
@@ -362,3 +362,14 @@ def test_a_broken_adapter_stops_no_other(spoil, mixed, adapted, lock, tmp_path) 
     assert str(broken) in summary.wrong[0].error
     assert "\x1b" not in summary.wrong[0].error
     assert not (tmp_path / "out" / "b").exists()
+
+
+def test_a_gate_goes_into_every_adapter_and_only_once(mixed, adapted, tmp_path) -> None:
+    lock, out = gated_lock(tiny_model("llama"), constant=False), tmp_path / "out"
+    job = job_for(lock, adapted / "base", out)
+    for name in ("b", "d/final"):
+        first, second = (do(job, mixed / name, out) for _ in range(2))
+        assert (first.status, first.carrier) == ("relocked", "adapter gate"), first.error
+        assert second.status == "done already"
+        made = str(out / (mixed / name).name)
+        assert zoo_adapters.verify_adapter_over(made, lock, adapter_bases(adapted / "base"))
