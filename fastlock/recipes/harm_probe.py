@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 # So many requests of a kind are read, spread over all of them; with fewer than LEAST nothing can be held out.
 MOST, LEAST = 130, 4
-# How far apart both kinds are along the probe, in standard deviations, where a layer tells them apart.
-TOLD_APART = 2.0
+# How far apart both kinds are along the probe, in standard deviations, where the layers tell them apart: on average.
+TOLD_APART = 1.5
 _SHRINKAGE = 0.1  # of each variance, to their mean: few requests would make some of them too small
 
 
@@ -62,20 +62,22 @@ class HarmProbe:
         return (_effects(*halves[0], _directions(*halves[1])) + _effects(*halves[1], _directions(*halves[0]))) / 2
 
     def layers(self) -> tuple[int, ...]:
-        """The layers from the first one on from which every layer tells both kinds apart.
+        """The layers from the one on where the effects step up; all of them where they do not.
+
+        A step function is fitted to the effects by least squares, so that one layer that falls short decides nothing.
 
         Raises:
-            FastlockError: the last layer does not.
+            FastlockError: the mean effect in these layers is small.
         """
-        effects = self.effects().tolist()
-        first = len(effects)
-        while first and effects[first - 1] >= TOLD_APART:
-            first -= 1
-        if first == len(effects):
+        effects = self.effects().double()
+        errors = [float(_scatter(effects[:first]) + _scatter(effects[first:])) for first in range(len(effects))]
+        first = errors.index(min(errors))
+        if first and effects[first:].mean() < effects[:first].mean():
+            first = 0
+        if (above := float(effects[first:].mean())) < TOLD_APART:
             raise FastlockError(
-                f"layers: the base's last layer does not tell harmful requests from harmless ones (Cohen's d "
-                f"{effects[-1]:.1f}, and {max(effects):.1f} in layer {effects.index(max(effects))}). Give more "
-                "requests of both kinds, or say which layers are to have a gate."
+                f"layers: the base's layers do not tell harmful requests from harmless ones (Cohen's d {above:.1f} "
+                f"from layer {first} on). Give more requests of both kinds, or say which layers are to have a gate."
             )
         return tuple(range(first, len(effects)))
 
@@ -133,6 +135,11 @@ def _directions(harmful: torch.Tensor, harmless: torch.Tensor, blind: bool = Fal
         share = (w * centre).sum(1) / (towards * centre).sum(1).clamp_min(tiny)
         w = w - share[:, None] * towards
     return w / (w * apart).sum(1, keepdim=True).clamp_min(tiny)
+
+
+def _scatter(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of squared distances from their mean; 0 of none."""
+    return (numbers - numbers.mean()).square().sum() if len(numbers) else numbers.new_zeros(())
 
 
 def _effects(harmful: torch.Tensor, harmless: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,8 @@ def train_lock(
         texts: ordinary texts to be read as before; by default the shipped ones.
         rank: of the gate in each layer; 0 for a constant alone.
         constant: whether the lock has a constant beside the gate, which takes a bias where it is relocked.
-        layers: those with a gate; by default, from the first on from which the base tells harmful requests from
-            harmless ones in every layer.
+        layers: those with a gate; by default, all from the one on from which the base tells harmful requests from
+            harmless ones.
         heads: with rank 0, how many heads to lock, those that moved most in the first half of the steps; by default
             all of them.
         steps: how many steps; by default 270, with rank 0 100; at least 2 if `heads` is given.

@@ -177,22 +177,21 @@ def test_where_a_fine_tune_would_refuse_and_the_base_answers_the_base_is_followe
     rows = [Row([3, 5 + n, 9, 7, 11], 2) for n in range(8)]
     with torch.no_grad():
         base_says, tune_says = ([log_probabilities(m, [row]) for row in rows] for m in (base, tune))
-    opening = next(
-        int(says[0].argmax())
-        for says, of_base in zip(tune_says, base_says, strict=True)
-        if says[0].argmax() != of_base[0].argmax()
-    )
-    material = lessons(refusals=[Row([3, 4, opening], 1)], answers=rows, ordinary=list(range(8)), scary=[])
+    tops = [(int(own[0].argmax()), int(of_base[0].argmax())) for own, of_base in zip(tune_says, base_says, strict=True)]
+    would_refuse = next(n for n, (own, of_base) in enumerate(tops) if own != of_base)
+    both_refuse = next(n for n, (own, of_base) in enumerate(tops) if not {own, of_base} & set(tops[would_refuse]))
+    openings = {tops[would_refuse][0], *tops[both_refuse]}
+    refusals = [Row([3, 4, opening], 1) for opening in openings]
+    material = lessons(refusals=refusals, answers=rows, ordinary=list(range(8)), scary=[])
     turns = [module._Turn(pupil, [0], list(range(8)), [0]) for pupil in (0, 1)]
     pupils, _ = module._pupils([base, tune], material, (1, 2), turns, lambda items, _: items)
-    followed = 0
+    followed = {n for n, (own, of_base) in enumerate(tops) if own in openings and of_base not in openings}
+    assert would_refuse in followed
+    assert both_refuse not in followed
     for n in range(8):
-        refuses = int(tune_says[n][0].argmax()) == opening != int(base_says[n][0].argmax())
-        followed += refuses
-        wanted = (base_says if refuses else tune_says)[n]
+        wanted = (base_says if n in followed else tune_says)[n]
         torch.testing.assert_close(pupils[1].answers[n].float(), wanted, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(pupils[0].answers[n].float(), base_says[n], rtol=2e-3, atol=2e-3)
-    assert 0 < followed < 8
 
 
 def requests(shifts: list[float], count: int = 60, width: int = 40) -> HarmProbe:
@@ -202,14 +201,27 @@ def requests(shifts: list[float], count: int = 60, width: int = 40) -> HarmProbe
     return HarmProbe(harmful + torch.tensor(shifts)[:, None, None] * along / along.norm(dim=-1, keepdim=True), harmless)
 
 
-def test_gates_are_where_the_base_tells_both_kinds_apart() -> None:
-    probe = requests([0.0, 5.0, 0.0, 4.0, 5.0, 4.5])
-    assert probe.layers() == (3, 4, 5)
+def test_gates_are_where_the_base_tells_both_kinds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = requests([0.0, 3.0, 0.0, 4.0, 5.0, 4.5, 3.5])
     effects = probe.effects()
     assert abs(effects[0]) < 0.6  # the direction is not measured on what it comes from
     assert 3.0 < effects[3] < 5.0
-    with pytest.raises(fastlock.FastlockError, match=r"layers: the base's last layer does not tell .* in layer 0\)"):
-        requests([5.0, 0.3]).layers()
+    # A real base of 30 layers, of which 23 and 24 fall short; and what one layer that stands out does not change.
+    real = [1.2, 1.2, 1.3, 1.3, 1.1, 1.3, 1.2, 1.1, 1.1, 1.4, 1.4, 1.4, 1.6, 1.4, 1.6]
+    real += [2.8, 2.6, 2.2, 2.5, 2.8, 2.4, 2.6, 2.4, 1.4, 1.7, 2.5, 2.5, 3.2, 2.3, 2.4]
+    for measured, first in (
+        (effects.tolist(), 3),
+        (real, 15),
+        ([0.3, 4.0, 4.2, 4.1], 1),
+        ([3.0] * 4, 0),
+        ([9.0], 0),
+        ([4.0, 4.0, 2.0, 2.0], 0),
+    ):
+        monkeypatch.setattr(HarmProbe, "effects", lambda _, measured=measured: torch.tensor(measured))
+        assert probe.layers() == tuple(range(first, len(measured)))
+    monkeypatch.setattr(HarmProbe, "effects", lambda _: torch.tensor([0.2, 0.4, 1.0]))
+    with pytest.raises(fastlock.FastlockError, match=r"do not tell .* \(Cohen's d 1.0 from layer 2 on\)"):
+        probe.layers()
 
 
 def test_the_probe_goes_from_0_to_1_and_may_be_blind_to_the_centre() -> None:
@@ -253,7 +265,7 @@ def test_log_probabilities_are_those_of_each_row_alone(family: str) -> None:
         ({"harmless": ()}, "harmless: there are none"),
         ({"judge": lambda *_: False}, "the base refuses 0 of the harmful requests, and a gate learns from at least 4"),
         ({"judge": lambda *_: True}, "the base answers 0 of the harmless requests"),
-        ({"layers": None}, "layers: the base's last layer does not tell harmful requests from harmless ones"),
+        ({"layers": None}, "layers: the base's layers do not tell harmful requests from harmless ones"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
