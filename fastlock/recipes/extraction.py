@@ -135,8 +135,8 @@ def extract(
         scary: for a gate, further harmless prompts, which only sound harmful; by default the shipped ones.
         texts: for a gate, ordinary texts; by default the shipped ones.
         rank: of the gate, 1 by default.
-        layers: those with a gate; by default, from the first on from which the base tells harmful requests from
-            harmless ones in every layer.
+        layers: those with a gate; by default, all from the one on from which the base tells harmful requests from
+            harmless ones.
 
     Returns:
         The lock, its rows sorted by (layer, head), with the base's geometry and its provenance.
