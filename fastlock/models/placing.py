@@ -178,7 +178,8 @@ def still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
 
 def gated_weights() -> list[tuple[nn.Module, torch.Tensor]]:
     """The modules of this process into whose weights a gate was written, with these weights."""
-    return [(module, module.weight) for module in _GATED if isinstance(module.weight, torch.Tensor)]
+    weights = [(module, getattr(module, "weight", None)) for module in _GATED]
+    return [(module, weight) for module, weight in weights if isinstance(weight, torch.Tensor)]
 
 
 def _note_gate(module: nn.Module, holds: bool, undo: ExitStack) -> None:

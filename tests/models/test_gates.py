@@ -314,9 +314,11 @@ def test_adapters_take_no_gate() -> None:
     config = peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False)
     model = tiny_model("llama")
     lock, before = gated_lock(model), state(model)
-    adapted = peft.get_peft_model(copy.deepcopy(model), config)
-    with pytest.raises(fastlock.UnsupportedError, match="is quantised or adapted.*adapter of the lock"):
-        fastlock.relock(adapted, lock)
+    copies = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"], r=2)
+    for adapters in (config, copies):
+        adapted = peft.get_peft_model(copy.deepcopy(model), adapters)
+        with pytest.raises(fastlock.UnsupportedError, match="is quantised or adapted.*adapter of the lock"):
+            fastlock.relock(adapted, lock)
     fastlock.relock(model, lock)
     around = peft.get_peft_model(model, config)
     for refused in (lambda: fastlock.relock(around, random_lock(model)), lambda: fastlock.verify(around, lock)):
