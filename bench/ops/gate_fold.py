@@ -19,7 +19,7 @@ import torch
 from bench.lib import machine
 from bench.lib.figures import interval_of_median
 from bench.lib.tiny import sized
-from bench.lib.workloads import COLD, SHAPES, STRENGTH, lock_for
+from bench.lib.workloads import COLD, MOST_MODELS, SHAPES, STRENGTH, lock_for
 from fastlock.gate_fold import GateFold, GateFoldPlan
 from fastlock.kernels.ahead_of_time import cubins
 from fastlock.kernels.fold.reference import HeadColumns
@@ -32,7 +32,7 @@ ROUNDS = sized(20 if ON_GPU else 5, tiny=1)
 # The GPU waits this many cycles, some 5 ms, while the host queues.
 WAIT = sized(10**7, tiny=1000)
 # The most bytes of locked columns that lie ready, and the rows of a site that are held against float64.
-MOST_BYTES, CHECKED_ROWS = (16 * 10**9 if ON_GPU else 10**8), 16
+MOST_BYTES, CHECKED_ROWS = (16 * 10**9 if ON_GPU else 5 * 10**7), 16
 # Which heads have a gate, and its rank: those of the lock whose shape it is, or all of the upper half of the layers.
 CASES = [("locked heads", 1), ("all heads", 1), ("all heads", 4)]
 
@@ -132,7 +132,8 @@ def make(heads: str, rank: int, device: torch.device) -> Resident:
     if bytes_of_one > MOST_BYTES:  # a CPU takes its time: some of the layers
         most = max(1, len(locked) * MOST_BYTES // bytes_of_one)
         locked, bytes_of_one = dict(list(locked.items())[:most]), MOST_BYTES
-    count = max(1, min(math.ceil(COLD * machine.cache_bytes() / bytes_of_one), MOST_BYTES // bytes_of_one))
+    cold = math.ceil(COLD * machine.cache_bytes() / bytes_of_one)
+    count = max(1, min(cold, MOST_BYTES // bytes_of_one, MOST_MODELS))
     size = shape.hidden, shape.num_heads * shape.head_dim
     return Resident(
         [

@@ -91,10 +91,11 @@ def runs_on(device: torch.device) -> bool:
 
 
 def takes(site: GateSite) -> bool:
-    """Whether there is a kernel for its dtype, its layout and its rank."""
+    """Whether there is a kernel for its dtype, its layout, the same wherever it reads and writes, and its rank."""
     weights = [site.columns.matrix, site.target.matrix, *([] if site.kept is None else [site.kept])]
     known = all(weight.dtype in DTYPES and 1 in weight.stride() for weight in weights)
-    return known and lanes_for(_vectors_of(site)) is not None
+    alike = len({weight.stride(1) == 1 for weight in weights}) == 1
+    return known and alike and lanes_for(_vectors_of(site)) is not None
 
 
 def build_table(sites: Sequence[GateSite], shape: str | None = None) -> GateTable:

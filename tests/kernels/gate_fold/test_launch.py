@@ -186,4 +186,5 @@ def test_what_there_is_a_kernel_for() -> None:
     assert not kernels.takes(make(4, 16, (0,), dtype=torch.float64).site)
     _, strided = matrix(4, 64, torch.float32)
     site = make(4, 16, (0,), dtype=torch.float32).site
+    assert not kernels.takes(dataclasses.replace(site, kept=strided[:, :16].t().contiguous().t()))
     assert not kernels.takes(dataclasses.replace(site, columns=HeadColumns(strided[:, ::2], (0,))))
