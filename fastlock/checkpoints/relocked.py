@@ -190,10 +190,10 @@ def _original_bytes(checkpoint: Checkpoint) -> dict[str, list[tuple[int, bytes |
     if saved.carrier.config_digest is None:
         raise _changed(checkpoint.where, f"its receipt lacks the digest of {CONFIG}")
     _check_set_aside(checkpoint, saved.carrier)
-    patches: dict[str, list[tuple[int, bytes | ByteColumns]]] = {}
+    columns: dict[str, list[tuple[int, ByteColumns]]] = {}
     if saved.receipt.rank:
         columns = OriginalColumns(checkpoint.files, checkpoint.where).patches(checkpoint, saved.receipt)
-        patches |= {name: list(of_file) for name, of_file in columns.items()}
+    patches: dict[str, list[tuple[int, bytes | ByteColumns]]] = {name: list(some) for name, some in columns.items()}
     for layer, original in original_biases_on_disk(checkpoint, saved).items():
         stored = checkpoint.sites[layer].bias
         if original is not None and stored is not None:

@@ -190,6 +190,10 @@ def test_what_was_changed_is_found(tmp_path) -> None:
             with pytest.raises(fastlock.DamagedError):
                 use(tmp_path / case, tmp_path / "out")
             assert not (tmp_path / "out").exists()
+    shutil.copytree(tmp_path / "locked", tmp_path / "bit")
+    kept = name.replace("weight", "columns")
+    alter(tmp_path / "bit" / ORIGINAL_COLUMNS, kept, lambda t: t.view(torch.int16)[5, 3:4].bitwise_xor_(1))
+    assert "holds others" in fastlock.verify(tmp_path / "bit", lock).reason  # which gives the same, within its bound
     alter(tmp_path / "locked" / RENAMED, name, lambda t: t[5, :32].mul_(1.5))  # of head 0
     assert fastlock.verify(tmp_path / "locked", lock)
     fastlock.unlock_checkpoint(tmp_path / "locked", tmp_path / "unlocked")
