@@ -41,10 +41,11 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def layer_range(text: str) -> range:
     """The type of an option that names layers, "14-29" or "14"."""
-    first, _, last = text.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise ArgumentTypeError(f"{text} was given; name the first layer and the last, such as 14-29.")
-    return range(int(first), int(last or first) + 1)
+    return range(int(first), int(last) + 1)
 
 
 CHECKPOINT = option(
