@@ -210,7 +210,7 @@ class _Folding:
         before = None if original is None else raw_bytes(original)
         key = (*self.checkpoint.identity_of(site), before, *self.of_lock)
         heads = self.displacements[site.layer].heads
-        if not self.gates and (known := self.folds.get(key)) is not None:
+        if (known := self.folds.get(key)) is not None:
             bias, digest = torch.frombuffer(bytearray(known.bias), dtype=site.dtype), Future[bytes]()
             digest.set_result(known.columns_digest)
             return FoldedSite(site, heads, key, bias, original, digest, None)
