@@ -156,8 +156,8 @@ def _constant_lock(d: torch.Tensor, base: nn.Module, models: int, steps: int, se
     )
 
 
-def _lock(base: nn.Module, recipe: str, digest: str, **rows: torch.Tensor) -> Lock:
-    """The lock of these rows, with the base's geometry and its provenance."""
+def _lock(base: nn.Module, recipe: str, digest: str, **rows: Any) -> Lock:
+    """The lock of these tensors, with the base's geometry and its provenance."""
     model = unwrapped(base)
     base_sites, config = sites(model), text_config(model)
     norms = base_norms(base_sites)
