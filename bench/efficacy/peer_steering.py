@@ -167,7 +167,7 @@ def _similarity(h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def _component(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The first principal component of both kinds less their midpoint, towards the first: [hidden], of length 1."""
     middle = (one.mean(0) + other.mean(0)) / 2
-    vector = torch.linalg.svd(torch.cat([one, other]) - middle, full_matrices=False).Vh[0]
+    vector: torch.Tensor = torch.linalg.svd(torch.cat([one, other]) - middle, full_matrices=False).Vh[0]
     return vector * torch.sign(vector.dot(one.mean(0) - other.mean(0)))
 
 

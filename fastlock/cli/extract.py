@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastlock.cli.commands import Command, option
 from fastlock.cli.options import BASE, JSON, LOCK_OUT, check_lock_file, layer_range, path
@@ -42,7 +42,7 @@ def _extract(
     with spinner(f"loading {base}", as_json):
         model, tokenizer = load_model(base, to_run=True), load_tokenizer(base)
     with progress_bar(as_json) as progress:
-        how = {"recipe": recipe, "harmless": prompts, **gate}
+        how: dict[str, Any] = {"recipe": recipe, "harmless": prompts, **gate}
         lock = extract(model, tokenizer, chosen, heads, tokens, progress=progress, work=work, **how)
     lock.save(out)
     if as_json:

@@ -204,14 +204,10 @@ def _grouped(material: GateMaterial, ids: Sequence[int], groups: Sequence[int], 
 
 def _as_lock(material: GateMaterial, gates: dict[int, tuple[torch.Tensor, torch.Tensor]], recipe: str) -> Lock:
     site, count = material.sites[0], len(gates)
-    rows = {
-        name: torch.stack([gate[number] for gate in gates.values()])
-        .float()  # [layers, width, rank]
-        .view(count, site.num_heads, site.head_dim, -1)
-        .flatten(0, 1)
-        .transpose(1, 2)
-        for number, name in enumerate(("readers", "writers"))
-    }
+    readers, writers = (
+        torch.stack(part).float().view(count, site.num_heads, site.head_dim, -1).flatten(0, 1).transpose(1, 2)
+        for part in zip(*gates.values(), strict=True)  # of each layer [width, rank]
+    )
     layers = torch.tensor(list(gates), device="cpu").repeat_interleave(site.num_heads)
     heads = torch.arange(site.num_heads, device="cpu").repeat(count)
     norms = base_norms(material.sites)
@@ -229,8 +225,9 @@ def _as_lock(material: GateMaterial, gates: dict[int, tuple[torch.Tensor, torch.
         recipe=recipe,
         extraction_digest=material.digest,
         fastlock_version=__version__,
+        readers=readers,
+        writers=writers,
         column_norms=None if norms is None else norms[layers, heads],
-        **rows,
     )
 
 
