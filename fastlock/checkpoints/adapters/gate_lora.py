@@ -123,7 +123,10 @@ def gate_lora(folds: AdapterFolds, gates: Mapping[int, Gate], stacks: tuple[str,
         after = dict.fromkeys(after, max(after.values()))
         config = _uniform_config(adapter.config, max(after.values()), next(iter(scales.values()), 1.0), list(after))
     else:
-        config = _config(adapter.config, {path: after[path] for path in paths.values()}, scales, new, list(before))
+        adapted = [
+            path for path, parameters in adapter.modules.items() if any(n.startswith("lora_") for n in parameters)
+        ]
+        config = _config(adapter.config, {path: after[path] for path in paths.values()}, scales, new, adapted)
     modules = []
     for fold in folds:
         path, rows = paths[fold.layer], gate_rows(folds, fold, gates[fold.layer])
@@ -268,7 +271,7 @@ def _tensors(
 
 def _padded(adapter: Adapter, stored: StoredTensor, shape: tuple[int, int]) -> NewTensor:
     """A matrix with zeros after its last row, or its last column."""
-    dtype = adapter.read(stored).dtype
+    dtype = stored.torch_dtype or adapter.read(stored).dtype  # which refuses it
 
     def make() -> torch.Tensor:
         whole = torch.zeros(shape, dtype=dtype)

@@ -70,8 +70,9 @@ def relock_adapter(
     """Relock a PEFT adapter into a new directory: what the lock does to the adapted model, exactly, over its base.
 
     The first carrier that is exact in all of the stacks brings it: a base relocked once for all adapters that leave the
-    locked projections alone; a bias in the adapter itself (transformers, PEFT); else the adapter is merged into its
-    base, if that is not quantised, and the result is relocked: a whole checkpoint. docs/adapters.md tells them apart.
+    locked projections alone; a bias in the adapter itself (transformers, PEFT); of a lock that is a gate alone, further
+    rows of a LoRA's own A and B; else the adapter is merged into its base, if that is not quantised, and the result is
+    relocked: a whole checkpoint. docs/adapters.md tells them apart.
     An adapter that is relocked already gets this lock instead of the earlier one.
 
     Args:
@@ -81,7 +82,8 @@ def relock_adapter(
         out: the directory to make; it must not exist yet.
         strength: the paper's α, 0 or more; by default as for `fastlock.relock`.
         stacks: the serving stacks in which the lock must act, of "transformers", "vllm", "sglang" and "llama.cpp".
-        carrier: the carrier, "base bias", "adapter bias", "merge" or "sidecar", instead of the first that fits.
+        carrier: "base bias", "adapter bias", "adapter gate", "merge" or "sidecar", instead of the first carrier that
+            fits.
         gap: lets the base's own fold serve an adapter for which it is only nearly exact: how far it may be off in each
             layer, ‖f − W d‖ / ‖W d‖. How far it is, is in the receipt.
         relocked_base: where the base with the lock in its biases is, or is to be made, if the carrier needs it; by

@@ -140,6 +140,17 @@ def test_a_relocked_adapter_is_relocked_anew_from_its_original(base: Path, lock,
     assert contents(tmp_path / "twice") == contents(tmp_path / "direct")
 
 
+def test_with_a_constant_part_besides_the_adapter_is_merged(base: Path, tmp_path: Path) -> None:
+    lock, source = gated_lock(tiny_model("llama")), save_adapter(config_of("lora"), tmp_path / "adapter")
+    assert fastlock.relock_adapter(source, base, lock, tmp_path / "out", STRENGTH).carrier == "merge"
+    merged: Any = loaded(base, source).merge_and_unload()
+    plain = logits(merged, tokens())
+    with unfolded(merged, lock, STRENGTH):
+        truth = logits(merged, tokens())
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64, attn_implementation="eager")
+    assert near(logits(found.eval(), tokens()), truth, plain)
+
+
 def test_the_numbers_of_a_bfloat16_lora_stay_and_the_gate_is_not_rounded_to_it(
     base: Path, lock, tmp_path: Path
 ) -> None:
