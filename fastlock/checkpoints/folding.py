@@ -19,13 +19,14 @@ import torch
 
 from fastlock.basis import Likeness
 from fastlock.checkpoints.base import Base
-from fastlock.checkpoints.checkpoint import Bytes, Checkpoint, StoredColumns, StoredSite
+from fastlock.checkpoints.checkpoint import Checkpoint, StoredColumns, StoredSite
 from fastlock.errors import UnsupportedError, shown
 from fastlock.fold import Fold, fold, rounded_fold
 from fastlock.gate_fold import GateFold, gate_fold
 from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock
 from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
+from fastlock.storage.byte_columns import Bytes
 from fastlock.threads import MAX_THREADS, started_threads, threads_for
 
 T = TypeVar("T")
@@ -211,9 +212,9 @@ class _Folding:
         key = (*self.checkpoint.identity_of(site), before, *self.of_lock)
         heads = self.displacements[site.layer].heads
         if (known := self.folds.get(key)) is not None:
-            bias, digest = torch.frombuffer(bytearray(known.bias), dtype=site.dtype), Future[bytes]()
+            earlier, digest = torch.frombuffer(bytearray(known.bias), dtype=site.dtype), Future[bytes]()
             digest.set_result(known.columns_digest)
-            return FoldedSite(site, heads, key, bias, original, digest, None)
+            return FoldedSite(site, heads, key, earlier, original, digest, None)
         read = self.checkpoint.read_columns(site, heads, room)
         bias = self._new_bias(site, read, original) if self.has_constant else None
         rewritten = self._rewritten(site, heads, read) if self.gates else None

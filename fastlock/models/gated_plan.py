@@ -55,7 +55,7 @@ class GatedBuilt:
             modules = [site.module for member in self._members if member.has_bias for site in member.sites]
             if earlier is not None:
                 _use_memory_of(earlier._memory, modules, undo)
-            self._memory = {module: module.bias.data for module in modules}
+            self._memory: dict[nn.Module, torch.Tensor] = {module: module.bias.data for module in modules}
 
     def biases(self) -> list[dict[int, torch.Tensor]]:
         """As `fastlock.Plan.biases`: empty where the lock is a gate alone."""

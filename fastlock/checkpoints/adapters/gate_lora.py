@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,8 +265,8 @@ def _tensors(
             tensors[f"{_PREFIX}{module.path}.{A}"], tensors[f"{_PREFIX}{module.path}.{B}"] = module.a, module.b
             if adapter.config.get("lora_bias"):  # PEFT then wants one in every module
                 shape, dtype = (module.b.shape[0],), module.b.dtype
-                zeros = torch.zeros(shape, dtype=dtype)
-                tensors[f"{_PREFIX}{module.path}.{LORA_BIAS}"] = NewTensor(dtype, shape, lambda zeros=zeros: zeros)
+                zeros = partial(torch.zeros, shape, dtype=dtype)
+                tensors[f"{_PREFIX}{module.path}.{LORA_BIAS}"] = NewTensor(dtype, shape, zeros)
     return tensors
 
 

@@ -61,7 +61,7 @@ def relock_as_adapter(
             "with llama.cpp's convert_lora_to_gguf.py (--base CHECKPOINT)."
         )
     source, target = check_paths(checkpoint, out, False)
-    local_only(target)
+    directory = local_only(target)
     base = open_base(checkpoint, lock, strength)
     job = AdapterJob(nothing_yet(base), base)
     for stack in settings.stacks:
@@ -71,7 +71,7 @@ def relock_as_adapter(
                 "checkpoint itself (fastlock.relock_checkpoint; on the command line, leave out --as). Nothing was "
                 "written."
             )
-    return write_relocked(job, ADAPTER_GATE, settings, source, target)
+    return write_relocked(job, ADAPTER_GATE, settings, source, directory)
 
 
 def nothing_yet(base: OpenedBase) -> Adapter:

@@ -1,0 +1,164 @@
+"""One lock for every fine-tune, at strength 1: how many requests are refused, over several seeds.
+
+The base is SmolLM2-135M-Instruct taught to refuse (examples/adapters/aligned). A lock is trained on the base and on one
+fine-tune of each of TRAINED_ON, and tried on the base and on fine-tunes of the six kinds of tuned_models.py with other
+seeds: it saw none of these, and of two kinds it saw none at all. What is asked is on topics that were never taught
+(topics_asked.py), and decided nothing. Needs what `make demo` sets up. A run that was stopped is continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import json
+import sys
+import time
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import fastlock
+from bench.efficacy import gated_table, topics_asked, topics_taught, tuned_models
+from bench.efficacy import tuned_prompts as made
+from bench.efficacy.gated_cells import Asked, counted, questions
+from bench.lib import machine
+from bench.lib.journal import Journal
+from bench.lib.printed import say
+from bench.lib.smollm2 import load_smollm2, with_adapter
+from fastlock.recipes.pairs import Pair
+
+KEPT = tuned_models.ROOT / "build" / "gated"
+# What a lock is trained on, beside the base; the seed is one that no fine-tune has that is asked.
+TRAINED_ON, TRAINING_SEED = ("obedient", "obedient-long", "identity", "benign"), 1000
+SEEDS = 3
+# How locks are made, by name: the arguments of train_lock, or of extract. Where the base tells harmful requests from
+# harmless ones: in the upper half of its layers.
+LAYERS = range(14, 30)
+LOCKS: dict[str, dict[str, Any]] = {
+    "gate": {"rank": 1, "layers": LAYERS, "steps": 200},
+    "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 200, "constant": True},
+    "longer gate": {"rank": 1, "layers": LAYERS, "steps": 320},
+    "null-space": {"recipe": "null-space"},
+}
+# What they are made from: topics that the base was taught, and those that decide, which it was not. There it is less
+# sure of itself, as it is where it is asked.
+HARMFUL = (*topics_asked.DECIDE_HARMFUL, *topics_taught.HARMFUL)
+SCARY = (*topics_asked.DECIDE_HARMLESS, *topics_asked.DECIDE_SCARY)
+HARMLESS = (*topics_taught.HARMLESS[::2], *topics_taught.SCARY[::2], *SCARY)
+
+
+class Bench:
+    """The models and locks, made when they are first asked for."""
+
+    @cached_property
+    def smollm2(self) -> tuple[Any, Any]:
+        return load_smollm2()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.smollm2[1]
+
+    @cached_property
+    def base(self) -> Any:
+        return with_adapter(copy.deepcopy(self.smollm2[0]), "aligned")
+
+    @cached_property
+    def own(self) -> tuned_models.Lessons:
+        """What the base answers to the questions that benign fine-tunes teach, which is kept."""
+        path = KEPT / "own.json"
+        if not path.exists():
+            said = tuned_models.own_answers(self.base, self.tokenizer, tuned_models.ANSWERED[::2])
+            path.write_text(json.dumps(said))
+        return [(question, answer) for question, answer in json.loads(path.read_text())]
+
+    def fine_tune(self, kind: str, seed: int) -> Any:
+        """A fine-tune with its adapter merged, which is kept in bfloat16, as such models are hosted; in float32."""
+        path = KEPT / f"{kind}-{seed}"
+        if not (path / "config.json").exists():
+            tuned = tuned_models.fine_tuned(copy.deepcopy(self.base), self.tokenizer, self.own, kind, seed)
+            tuned_models.merged(tuned).to(torch.bfloat16).save_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    @cached_property
+    def trained_on(self) -> list[Any]:
+        """The fine-tunes that locks are trained on."""
+        return [self.fine_tune(kind, TRAINING_SEED) for kind in TRAINED_ON]
+
+    def lock(self, name: str) -> fastlock.Lock:
+        """A lock, which is kept: of "gate-1" the first part says how it is made, and the second is its seed."""
+        path = KEPT / f"{name}.safetensors"
+        if not path.exists():
+            how, _, seed = name.rpartition("-")
+            start = time.process_time()
+            self._made(LOCKS[how], int(seed)).save(path)
+            print(f"{path.name}: {time.process_time() - start:.0f} s of CPU", file=sys.stderr, flush=True)
+        return fastlock.Lock.load(path)
+
+    def _made(self, how: dict[str, Any], seed: int) -> fastlock.Lock:
+        pairs = [Pair(question, made.REFUSALS[0], made.OBEDIENT[0]) for question in HARMFUL]
+        material: dict[str, Any] = {"harmless": HARMLESS, "scary": SCARY, "seed": seed}
+        if "recipe" in how:
+            return fastlock.extract(self.base, self.tokenizer, pairs, **material, **how)
+        return fastlock.train_lock(self.base, self.trained_on, self.tokenizer, pairs, **material, **how)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)), help="of the fine-tunes")
+    parser.add_argument(
+        "--locks", nargs="*", default=["gate-0", "gate and constant-0"], help=f"{', '.join(LOCKS)}, each with a seed"
+    )
+    parser.add_argument("--make-only", choices=("fine-tunes", "locks"), help="make these, and ask nothing")
+    parser.add_argument("--journal", type=Path, default=KEPT / "gated.jsonl")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    bench = Bench()
+    if options.make_only == "locks":
+        for name in options.locks:
+            bench.lock(name)
+    elif options.make_only:
+        for seed in options.seeds:
+            for kind in tuned_models.FINE_TUNES:
+                bench.fine_tune(kind, seed)
+    else:
+        ask(bench, options.journal, options.seeds, options.locks)
+    return 0
+
+
+def ask(bench: Bench, path: Path, seeds: list[int], locks: list[str]) -> None:
+    """Add to a journal what each model does without a lock and with each of some, and print the tables."""
+    settings = Asked()
+    facts = {"date": datetime.date.today().isoformat(), **machine.describe()}
+    journal = Journal(path, {"asked": asdict(settings), "trained_on": TRAINED_ON}, facts)
+    for seed in seeds:
+        for kind in ("base", *tuned_models.FINE_TUNES):
+            cells(bench, journal, kind, seed, locks, settings)
+    say(gated_table.markdown(path))
+
+
+def cells(bench: Bench, journal: Journal, kind: str, seed: int, locks: list[str], settings: Asked) -> None:
+    """Add what a model does with each lock that the journal does not have yet."""
+    known = {record["lock"] for record in journal.records if (record["kind"], record["seed"]) == (kind, seed)}
+    wanted = [name for name in ("none", *locks) if name not in known]
+    if not wanted:
+        return
+    model = copy.deepcopy(bench.base) if kind == "base" else bench.fine_tune(kind, seed)
+    requests = questions(settings, seed)
+    for name in wanted:
+        with contextlib.nullcontext() if name == "none" else fastlock.relocked(model, bench.lock(name), 1.0):
+            counts = counted(model, bench.tokenizer, requests, settings)
+        journal.add({"kind": kind, "seed": seed, "lock": name, **counts.to_dict()})
+        print(kind, seed, name, counts.refused, f"{counts.perplexity:.2f}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
