@@ -21,8 +21,9 @@ NUM_WARPS = 8
 # Vectors that W is multiplied by at once: a gate's writers, and a displacement. Fewer are filled up with zeros.
 LANES = (1, 2, 4, 8)
 MAX_LANES = LANES[-1]
-# Of one thread, by lanes, where 16-bit weights are read 16 bytes at a time; MORE_REGISTERS for all others.
-MOST_REGISTERS = {1: 80, 2: 80, 4: 112, 8: 96}
+# Of one thread, by shape and lanes, where 16-bit weights are read 16 bytes at a time; MORE_REGISTERS for all others.
+# With fewer, Triton 3.6 spills in "wide" with two lanes, and 3.7 in "narrow" with four.
+MOST_REGISTERS = {"narrow": {1: 80, 2: 80, 4: 128, 8: 96}, "wide": {1: 80, 2: 96, 4: 128, 8: 96}}
 MORE_REGISTERS = 128
 # Of Triton's pipeline where W is read 16 bytes at a time.
 STAGES = 3
@@ -105,7 +106,7 @@ class GateVariant:
     def most_registers(self) -> int:
         """Of one thread."""
         narrow = self.aligned and self.dtype.itemsize == 2
-        return MOST_REGISTERS[self.lanes] if narrow else MORE_REGISTERS
+        return MOST_REGISTERS[self.shape][self.lanes] if narrow else MORE_REGISTERS
 
     def options(self) -> dict[str, Any]:
         """Triton's compile options. Fusion is set because its default is not the same in every Triton."""
