@@ -110,4 +110,4 @@ def test_a_site_that_cannot_be_is_damage(key: str, value: Any) -> None:
 
 def test_a_newer_format_asks_for_an_upgrade() -> None:
     with pytest.raises(fastlock.UnsupportedError, match="Upgrade fastlock"):
-        AdapterReceipt.from_dict(receipt().to_dict() | {"format_version": 2, "new": 1}, "x")
+        AdapterReceipt.from_dict(receipt().to_dict() | {"format_version": 3, "new": 1}, "x")
