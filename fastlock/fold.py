@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -58,33 +59,17 @@ def fold(folds: Sequence[Fold]) -> list[torch.Tensor]:
     return plan.results
 
 
-class FoldPlan:
-    """The folds of many sites, b = W d + c, prepared once and run as often as wanted.
+class FoldGroup(Protocol):
+    """Some folds that are begun together."""
 
-    Only the locked head columns of W are read. On a CUDA device, all sites of one dtype, layout and head_dim take one
-    kernel launch (so do a model, or a zoo). It accumulates in float32, in an order that does not change from run to
-    run. Elsewhere, and on a GPU where no kernel passed its check (`fastlock.kernels.ahead_of_time.ways`), the reference
-    folds in float64. Both round once. Sites that read the same memory with the same displacement are folded once, and
-    share one result.
+    def start(self) -> None: ...
+    def finish(self) -> FastlockError | None: ...
 
-    A plan holds addresses: it is valid while weights and biases stay where they are. Their numbers may change.
 
-    Attributes:
-        results: b of each site, [hidden], of the columns' dtype and device, as the last run left it.
-        by_torch: whether torch writes some of them, and counts that (`Tensor._version`); it does not count the kernel.
-    """
+class GroupedPlan:
+    """A plan whose folds are in groups, each of one device, dtype and layout, begun all before the first is awaited."""
 
-    def __init__(self, folds: Sequence[Fold]) -> None:
-        check_not_capturing()
-        self._firsts = _firsts_alike(folds)
-        groups: dict[tuple[object, ...], list[int]] = {}
-        for first in dict.fromkeys(self._firsts):
-            groups.setdefault(_group(folds[first]), []).append(first)
-        with torch.inference_mode(False), torch.no_grad():
-            self._groups = [(members, _prepared([folds[i] for i in members])) for members in groups.values()]
-        results = {i: b for members, group in self._groups for i, b in zip(members, group.results, strict=True)}
-        self.results = [results[first] for first in self._firsts]
-        self.by_torch = any(isinstance(group, _ByReference) for _, group in self._groups)
+    _groups: Sequence[FoldGroup]
 
     def run(self) -> None:
         """Fold from the numbers that are there now, and wait until it is done.
@@ -109,7 +94,7 @@ class FoldPlan:
         """
         check_not_capturing()
         try:
-            for _, group in self._groups:
+            for group in self._groups:
                 group.start()
         except BaseException:
             self.settle()
@@ -119,7 +104,7 @@ class FoldPlan:
         """Wait for what `start` began. Raises as `run` does."""
         try:
             first = None
-            for _, group in self._groups:
+            for group in self._groups:
                 error = group.finish()
                 first = first or error
         except BaseException:
@@ -130,9 +115,42 @@ class FoldPlan:
 
     def settle(self) -> None:
         """Wait for whatever was begun, and ignore what went wrong in it: to be called while an error is on its way."""
-        for _, group in self._groups:
+        for group in self._groups:
             with contextlib.suppress(BaseException):
                 group.finish()
+
+
+class FoldPlan(GroupedPlan):
+    """The folds of many sites, b = W d + c, prepared once and run as often as wanted.
+
+    Only the locked head columns of W are read. On a CUDA device, all sites of one dtype, layout and head_dim take one
+    kernel launch (so do a model, or a zoo). It accumulates in float32, in an order that does not change from run to
+    run. Elsewhere, and on a GPU where no kernel passed its check (`fastlock.kernels.ahead_of_time.ways`), the reference
+    folds in float64. Both round once. Sites that read the same memory with the same displacement are folded once, and
+    share one result.
+
+    A plan holds addresses: it is valid while weights and biases stay where they are. Their numbers may change.
+
+    Attributes:
+        results: b of each site, [hidden], of the columns' dtype and device, as the last run left it.
+        by_torch: whether torch writes some of them, and counts that (`Tensor._version`); it does not count the kernel.
+    """
+
+    _groups: list[_ByKernel | _ByReference]
+
+    def __init__(self, folds: Sequence[Fold]) -> None:
+        check_not_capturing()
+        self._firsts = _firsts_alike(folds)
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for first in dict.fromkeys(self._firsts):
+            alike.setdefault(_group(folds[first]), []).append(first)
+        self._members = list(alike.values())  # of each group, which of the folds are in it
+        with torch.inference_mode(False), torch.no_grad():
+            self._groups = [_prepared([folds[i] for i in members]) for members in self._members]
+        by_group = zip(self._members, self._groups, strict=True)
+        results = {i: b for members, group in by_group for i, b in zip(members, group.results, strict=True)}
+        self.results = [results[first] for first in self._firsts]
+        self.by_torch = any(isinstance(group, _ByReference) for group in self._groups)
 
     def displace(self, folds: Sequence[Fold]) -> bool:
         """Use other displacements of the same sites from now on: only these are sent to the device.
@@ -147,17 +165,18 @@ class FoldPlan:
         """
         if any(folds[i].values is not folds[first].values for i, first in enumerate(self._firsts)):
             return False
-        if any(folds[i].head_dim != group.head_dim for members, group in self._groups for i in members):
+        by_group = list(zip(self._members, self._groups, strict=True))
+        if any(folds[i].head_dim != group.head_dim for members, group in by_group for i in members):
             return False
         with torch.inference_mode(False), torch.no_grad():
-            for number, (members, group) in enumerate(self._groups):
+            for number, (members, group) in enumerate(by_group):
                 displaced = [folds[i] for i in members]
                 try:
                     group.displace(displaced)
                 except NoWayError:  # other heads may ask for another kernel
                     by_reference = _ByReference(displaced)
                     by_reference.results = group.results
-                    self._groups[number] = members, by_reference
+                    self._groups[number] = by_reference
                     self.by_torch = True
         return True
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastlock.errors import DamagedError, FastlockError
-from fastlock.fold import check_not_capturing
+from fastlock.fold import GroupedPlan, check_not_capturing
 from fastlock.kernels.ahead_of_time.ways import NoWayError
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.kernels.gate_fold.launch import build_table, launch, runs_on, takes  # this imports no Triton
@@ -72,7 +72,7 @@ def gate_fold(folds: Sequence[GateFold]) -> list[torch.Tensor]:
     return [columns.matrix.contiguous() for columns in plan.results]
 
 
-class GateFoldPlan:
+class GateFoldPlan(GroupedPlan):
     """The gates of many sites, C' = C + (C U) Vᵀ, prepared once and folded as often as wanted.
 
     Only the locked head columns of W are read, once for the gate and the constant part together, and only they are
@@ -81,7 +81,8 @@ class GateFoldPlan:
     take, and on a GPU where no kernel passed its check, the reference folds in float64. Both round once.
 
     A plan holds addresses: it is valid while weights, targets and biases stay where they are. Their numbers may change:
-    a gate that is folded where it is read goes on top of the earlier one at each run.
+    a gate that is folded where it is read goes on top of the earlier one at each run. After an error targets, biases
+    and what is kept hold what came out: whoever folds where W is has to put back what was kept.
 
     Attributes:
         results: C' of each site, as the last run left it: its target, or memory of the plan.
@@ -102,44 +103,6 @@ class GateFoldPlan:
         self.results = [site.target for site in sites]
         self.biases = [site.out for site in sites]
         self.by_torch = any(isinstance(group, _ByReference) for group in self._groups)
-
-    def run(self) -> None:
-        """Fold from the numbers that are there now, and wait until it is done.
-
-        Raises:
-            DamagedError: what came out is not finite, as weights or bias hold NaN or infinities.
-            FastlockError: it is not finite, as the strength is too large for the dtype. In both cases targets, biases
-                and what is kept hold what came out: whoever folds where W is has to put back what was kept.
-        """
-        try:
-            self.start()
-            self.finish()
-        except BaseException:
-            self.settle()
-            raise
-
-    def start(self) -> None:
-        """Begin to fold: on a CUDA device, what is launched on the current stream from now on finds the results.
-
-        Raises:
-            FastlockError: a CUDA graph is being captured; nothing was begun. Or a launch was refused.
-        """
-        check_not_capturing()
-        for group in self._groups:
-            group.start()
-
-    def finish(self) -> None:
-        """Wait for what `start` began. Raises as `run` does."""
-        errors = [group.finish() for group in self._groups]
-        for error in errors:
-            if error is not None:
-                raise error
-
-    def settle(self) -> None:
-        """Wait for whatever was begun, and ignore what went wrong in it: to be called while an error is on its way."""
-        for group in self._groups:
-            with contextlib.suppress(BaseException):
-                group.finish()
 
 
 class _ByKernel:

@@ -20,6 +20,7 @@ import fastlock
 from bench.lib import machine
 from bench.lib.figures import interval_of_median
 from bench.lib.tiny import sized
+from bench.lib.ways import seconds_of
 from bench.lib.workloads import SHAPES, STRENGTH, Shape, lock_for
 from fastlock.kernels.adapter_fold.launch import AdapterTable, build_table, launch
 from fastlock.kernels.adapter_fold.reference import LowRankSite, adapter_error_bound, exact_adapter_fold
@@ -102,7 +103,8 @@ def test_adapters(rank: int, dtype: torch.dtype, copy: float, record_property: C
         result = run()
         machine.synchronize(device)
         error = error_in_bounds(resident, result if isinstance(result, dict) else None)
-        measured[name] = {"seconds": interval_of_median(times(name, run)), "error_in_bounds": error}
+        of_rounds = seconds_of(run, ROUNDS, WAIT if ON_GPU and name != "call" else None)
+        measured[name] = {"seconds": interval_of_median(of_rounds), "error_in_bounds": error}
     row |= {"shape": resident.shape.name, "rank": rank, "dtype": str(dtype).removeprefix("torch."), "ways": measured}
     row |= {"adapters": ADAPTERS, "layers": len(resident.layers), "bytes": resident.bytes, "device": str(device)}
     record_property("row", row | {"copy_bytes_per_second": copy, "rounds": ROUNDS})
@@ -164,21 +166,6 @@ def by_call(resident: Resident) -> dict[int, torch.Tensor]:
     ]
     base: BareProjections = {number: layer.weight for number, layer in resident.layers.items()}
     return fastlock.fold_adapters(base, adapters, resident.lock, STRENGTH)
-
-
-def times(name: str, run: Callable[[], object]) -> list[float]:
-    """Seconds of each round: of a call by the host's clock, waited for; of what is only queued, on the device."""
-    found = []
-    for _ in range(ROUNDS):
-        machine.synchronize(machine.device())
-        if ON_GPU and name != "call":
-            found.append(machine.between_events(run, lambda: torch.cuda._sleep(WAIT)))
-            continue
-        start = time.perf_counter()
-        run()
-        machine.synchronize(machine.device())
-        found.append(time.perf_counter() - start)
-    return [seconds for seconds in found if not math.isnan(seconds)] or [math.inf]
 
 
 def error_in_bounds(resident: Resident, results: dict[int, torch.Tensor] | None) -> float:

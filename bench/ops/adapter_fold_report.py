@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench.lib.figures import span_text, time_text
+from bench.lib.figures import time_text
 from bench.lib.recording import Row
 from bench.lib.report import Report, Rows
-from bench.lib.tables import table
+from bench.lib.ways_report import launch_headline, ways_table
 
 HOW_TO_READ = """\
 Random LoRAs of the shape of Llama-3 8B over one base in bfloat16. No model was downloaded.
@@ -26,27 +26,17 @@ def section(rows: Rows) -> list[str]:
         by = f", launched by {row['launched_by']}; the table takes {time_text(row['table_seconds'])}"
         lines += [f"### {_what(row)}, {row['device']}", ""]
         lines += [f"{row['bytes'] / 1e6:.4g} MB{by if row['launched_by'] else ''}; {row['rounds']} rounds.", ""]
-        cells = [
-            [f"`{name}`", span_text(way["seconds"]), f"{_of_copy(row, name):.0%}", f"{way['error_in_bounds']:.2g}"]
-            for name, way in row["ways"].items()
-        ]
-        lines += table(["way", "median (95 %)", "of copy", "error"], cells)
+        lines += ways_table(row)
     return lines
 
 
 def headline(rows: Rows) -> list[str]:
     """What the kernel reaches on a GPU."""
-    on_gpu = [row for row in rows if "launch" in row["ways"]]
-    figures = [f"{_what(row)}: {_of_copy(row, 'launch'):.0%}" for row in on_gpu]
-    return [f"adapters, of the copy: {'; '.join(figures)}"] if figures else []
+    return launch_headline("adapters", rows, _what)
 
 
 def _what(row: Row) -> str:
     return f"{row['adapters']} adapters of rank {row['rank']}, {row['dtype']}, {row['layers']} layers"
-
-
-def _of_copy(row: Row, name: str) -> float:
-    return float(row["bytes"] / row["ways"][name]["seconds"][0] / row["copy_bytes_per_second"])
 
 
 REPORT = Report(section, headline=headline)

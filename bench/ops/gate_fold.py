@@ -19,6 +19,7 @@ import torch
 from bench.lib import machine
 from bench.lib.figures import interval_of_median
 from bench.lib.tiny import sized
+from bench.lib.ways import seconds_of
 from bench.lib.workloads import COLD, MOST_MODELS, SHAPES, STRENGTH, lock_for
 from fastlock.gate_fold import GateFold, GateFoldPlan
 from fastlock.kernels.ahead_of_time import cubins
@@ -108,7 +109,8 @@ def test_gates(heads: str, rank: int, copy: float, record_property: Callable[...
         run()
         machine.synchronize(device)
         error = error_in_bounds(resident)
-        seconds_of_one = [of_all / len(resident.models) for of_all in times(name, run)]
+        of_all = seconds_of(run, ROUNDS, WAIT if ON_GPU and name != "plan" else None)
+        seconds_of_one = [seconds / len(resident.models) for seconds in of_all]
         measured[name] = {"seconds": interval_of_median(seconds_of_one), "error_in_bounds": error}
     layers = resident.models[0]
     row |= {"heads": heads, "rank": rank, "layers": len(layers), "columns": sum(la.kept.shape[1] for la in layers)}
@@ -191,21 +193,6 @@ def each(runs: list[Callable[[], object]]) -> None:
     """All of them, one after the other."""
     for run in runs:
         run()
-
-
-def times(name: str, run: Callable[[], object]) -> list[float]:
-    """Seconds of each round: of a plan by the host's clock, waited for; of what is only queued, on the device."""
-    found = []
-    for _ in range(ROUNDS):
-        machine.synchronize(machine.device())
-        if ON_GPU and name != "plan":
-            found.append(machine.between_events(run, lambda: torch.cuda._sleep(WAIT)))
-            continue
-        start = time.perf_counter()
-        run()
-        machine.synchronize(machine.device())
-        found.append(time.perf_counter() - start)
-    return [seconds for seconds in found if not math.isnan(seconds)] or [math.inf]
 
 
 def spoil(layer: Gated) -> None:

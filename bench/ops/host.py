@@ -80,7 +80,7 @@ def record(what: str, models: int, plan: fastlock.Plan, record_property: Callabl
     parts = {
         "relock": plan.relock,
         "looking up": inside.moved,
-        "launch": inside._plan._groups[0][1].start,
+        "launch": inside._plan._groups[0].start,
         "copying": inside._spare.take,
     }
     row: dict[str, Any] = {"what": what, "models": models, "sites": sum(map(len, plan.biases))}

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -28,14 +27,11 @@ from fastlock.evaluation.prompts import Prompts
 from fastlock.inference.batching import Progress
 from fastlock.inference.chat import check_row, prompt_tokens
 from fastlock.locks.lock import Lock
-from fastlock.models.base_norms import base_norms
-from fastlock.models.names import base_name
-from fastlock.models.sites import text_config
+from fastlock.recipes.gate_lock import checked_layers, gated_rows, lock_of
 from fastlock.recipes.gate_recipe import GateMaterial, GateRecipe
 from fastlock.recipes.gate_solution import solved
 from fastlock.recipes.harm_probe import read_probe, spread
 from fastlock.recipes.second_moments import GroupedText, Moments, moments_of
-from fastlock.version import __version__
 
 RANK, TOKENS = 1, 3
 # Of each answer of the base to a harmless request, and of each text, so many tokens are read.
@@ -113,14 +109,17 @@ def _lock(
     rank, tokens = RANK if rank is None else rank, TOKENS if tokens is None else tokens
     check_number("tokens", tokens, 1, 64)
     check_number("rank", rank, 1, 1 + tokens, f" with {tokens} tokens of each answer")
-    chosen = _checked_layers(material, layers, progress)
+    chosen = _chosen_layers(material, layers, progress)
     groups, texts = _texts(material, tokens, progress)
     weights = groups.weights()
     gates = {
         layer: _gate(moments, groups, rank, material.sites[layer].name)
         for layer, moments in moments_of(material.base, material.sites, chosen, texts, weights, progress)
     }
-    return _as_lock(material, gates, f"null-space: rank {rank} gate, prompts' ends and first {tokens} answer tokens")
+    readers, writers = (torch.stack(part).float() for part in zip(*gates.values(), strict=True))
+    rows = gated_rows(material.sites[0], list(gates), readers, writers, None)
+    recipe = f"null-space: rank {rank} gate, prompts' ends and first {tokens} answer tokens"
+    return lock_of(material.base, recipe, material.digest, None, **rows)
 
 
 def _gate(moments: Moments, groups: _Groups, rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,18 +129,13 @@ def _gate(moments: Moments, groups: _Groups, rank: int, name: str) -> tuple[torc
     return solved(moments.second, means, weights, groups.targets(moments.means, rank), rank, name)
 
 
-def _checked_layers(material: GateMaterial, layers: Iterable[int] | None, progress: Progress) -> tuple[int, ...]:
+def _chosen_layers(material: GateMaterial, layers: Iterable[int] | None, progress: Progress) -> tuple[int, ...]:
     """The layers that are to have a gate, ascending."""
     if layers is None:
         questions = [pair.question for pair in material.pairs]
         probe = read_probe(material.base, material.tokenizer, questions, material.harmless, progress)
         return probe.layers()
-    chosen = tuple(layers)
-    if not chosen:
-        raise FastlockError("layers: there are none, and a gate is in at least one layer.")
-    for layer in chosen:
-        check_number("layers: one of them", layer, 0, len(material.sites) - 1, " of this base")
-    return tuple(sorted(set(chosen)))
+    return checked_layers(layers, len(material.sites))
 
 
 def _texts(material: GateMaterial, tokens: int, progress: Progress) -> tuple[_Groups, list[GroupedText]]:
@@ -200,35 +194,6 @@ def _answer(material: GateMaterial, question: str, answer: str) -> tuple[list[in
 def _grouped(material: GateMaterial, ids: Sequence[int], groups: Sequence[int], name: str) -> GroupedText:
     check_row(material.base, ids, name)
     return GroupedText(ids, len(groups), name, tuple(groups))
-
-
-def _as_lock(material: GateMaterial, gates: dict[int, tuple[torch.Tensor, torch.Tensor]], recipe: str) -> Lock:
-    site, count = material.sites[0], len(gates)
-    readers, writers = (
-        torch.stack(part).float().view(count, site.num_heads, site.head_dim, -1).flatten(0, 1).transpose(1, 2)
-        for part in zip(*gates.values(), strict=True)  # of each layer [width, rank]
-    )
-    layers = torch.tensor(list(gates), device="cpu").repeat_interleave(site.num_heads)
-    heads = torch.arange(site.num_heads, device="cpu").repeat(count)
-    norms = base_norms(material.sites)
-    config: Any = text_config(material.base)
-    return Lock(
-        layers=layers,
-        heads=heads,
-        directions=torch.zeros(len(layers), site.head_dim, device="cpu"),
-        scales=torch.zeros(len(layers), device="cpu"),
-        num_layers=len(material.sites),
-        num_heads=site.num_heads,
-        head_dim=site.head_dim,
-        hidden_size=config.hidden_size,
-        base_model=base_name(material.base),
-        recipe=recipe,
-        extraction_digest=material.digest,
-        fastlock_version=__version__,
-        readers=readers,
-        writers=writers,
-        column_norms=None if norms is None else norms[layers, heads],
-    )
 
 
 NULL_SPACE = GateRecipe("null-space", _lock)

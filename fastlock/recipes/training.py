@@ -16,11 +16,10 @@ from fastlock.evaluation.judging import Judge
 from fastlock.evaluation.keyword_judge import refuses
 from fastlock.inference.batching import Progress, no_progress
 from fastlock.locks.lock import Lock
-from fastlock.models.base_norms import base_norms
-from fastlock.models.names import base_name
 from fastlock.models.reloaded import check_unlocked
-from fastlock.models.sites import Site, sites, text_config, unwrapped
+from fastlock.models.sites import Site, sites, unwrapped
 from fastlock.recipes.constant_training import ConstantSettings, train_constant
+from fastlock.recipes.gate_lock import checked_layers, gated_rows, lock_of
 from fastlock.recipes.gate_training import Asked, GateSettings, TrainedGate, train_gate
 from fastlock.recipes.pairs import (
     Pair,
@@ -31,7 +30,6 @@ from fastlock.recipes.pairs import (
     shipped_scary,
     shipped_texts,
 )
-from fastlock.version import __version__
 
 GATE_STEPS, CONSTANT_STEPS = 270, 100
 
@@ -111,7 +109,7 @@ def train_lock(
         d = train_constant(aligned, models, tokenizer, learned, harmless, texts, settings, judge, shown)
         return _constant_lock(d, base, len(models), settings.steps, seed, pairs_digest(learned, (*harmless, *texts)))
     scary = shipped_scary() if scary is None else tuple(scary)
-    chosen = None if layers is None else _checked_layers(layers, len(all_sites))
+    chosen = None if layers is None else checked_layers(layers, len(all_sites))
     how = GateSettings(rank, bool(constant), chosen, GATE_STEPS if steps is None else steps, batch_size, seed)
     asked = Asked([pair.question for pair in learned], harmless, scary, texts)
     gate = train_gate(aligned, models, tokenizer, asked, how, judge, shown)
@@ -119,60 +117,27 @@ def train_lock(
 
 
 def _gated_lock(gate: TrainedGate, base: nn.Module, models: int, how: GateSettings, digest: str) -> Lock:
-    site = sites(unwrapped(base))[0]
-    count, num_heads, head_dim = len(gate.layers), site.num_heads, site.head_dim
-    layers = torch.tensor(gate.layers, device="cpu").repeat_interleave(num_heads)
-    readers, writers = (
-        part.view(count, num_heads, head_dim, -1).flatten(0, 1).transpose(1, 2) for part in (gate.readers, gate.writers)
-    )
-    d = torch.zeros(len(layers), head_dim, device="cpu") if gate.constant is None else gate.constant.view(-1, head_dim)
-    length = d.norm(dim=-1)
+    rows = gated_rows(sites(unwrapped(base))[0], gate.layers, gate.readers, gate.writers, gate.constant)
     both = "" if gate.constant is None else " and constant"
-    return _lock(
-        base,
-        f"trained: rank {how.rank} gate{both}, {len(layers)} heads, {how.steps} steps on the base and {models} "
-        f"fine-tunes, seed {how.seed}",
-        digest,
-        layers=layers,
-        heads=torch.arange(num_heads, device="cpu").repeat(count),
-        directions=torch.where(length[:, None] > 0, d / length[:, None], 0.0),
-        scales=length,
-        readers=readers,
-        writers=writers,
+    recipe = (
+        f"trained: rank {how.rank} gate{both}, {len(rows['layers'])} heads, {how.steps} steps on the base and {models} "
+        f"fine-tunes, seed {how.seed}"
     )
+    return lock_of(base, recipe, digest, 1.0, **rows)
 
 
 def _constant_lock(d: torch.Tensor, base: nn.Module, models: int, steps: int, seed: int, digest: str) -> Lock:
     length = d.norm(dim=-1)
     layers, heads = length.nonzero(as_tuple=True)
-    return _lock(
+    return lock_of(
         base,
         f"trained: {len(layers)} heads, {steps} steps on {models} fine-tunes, seed {seed}",
         digest,
+        1.0,
         layers=layers,
         heads=heads,
         directions=d[layers, heads] / length[layers, heads, None],
         scales=length[layers, heads],
-    )
-
-
-def _lock(base: nn.Module, recipe: str, digest: str, **rows: Any) -> Lock:
-    """The lock of these tensors, with the base's geometry and its provenance."""
-    model = unwrapped(base)
-    base_sites, config = sites(model), text_config(model)
-    norms = base_norms(base_sites)
-    return Lock(
-        **rows,
-        num_layers=len(base_sites),
-        num_heads=base_sites[0].num_heads,
-        head_dim=base_sites[0].head_dim,
-        hidden_size=config.hidden_size,
-        base_model=base_name(model),
-        recipe=recipe,
-        extraction_digest=digest,
-        fastlock_version=__version__,
-        strength=1.0,
-        column_norms=None if norms is None else norms[rows["layers"], rows["heads"]],
     )
 
 
@@ -217,13 +182,3 @@ def _refuse_with_rank_0(**given: Any) -> None:
             raise FastlockError(
                 f"{name}: a constant alone (rank 0) makes no use of it. Leave it out, or train a gate: rank 1 or more."
             )
-
-
-def _checked_layers(layers: Iterable[int], count: int) -> tuple[int, ...]:
-    """The layers, ascending."""
-    chosen = tuple(layers)
-    if not chosen:
-        raise FastlockError("layers: there are none, and a gate is in at least one layer.")
-    for layer in chosen:
-        check_number("layers: one of them", layer, 0, count - 1, " of this base")
-    return tuple(sorted(set(chosen)))

@@ -95,7 +95,7 @@ def test_interrupted_twice(monkeypatch) -> None:
 def test_flags_are_kept_until_the_kernel_that_writes_them_has_run(monkeypatch) -> None:
     """Of a plan that is thrown away while its kernel runs: torch would hand their memory to others."""
     plan, *_ = planned()
-    group = plan._built._plan._groups[0][1]
+    group = plan._built._plan._groups[0]
     waited = []
 
     class Stream:
@@ -115,7 +115,7 @@ def test_a_run_waits_for_the_stream_that_it_was_launched_on(monkeypatch) -> None
     """Whatever stream is current by then; and a Stream is made only for another one."""
     plan, *_ = planned()
     fold_plan = plan._built._plan
-    group = fold_plan._groups[0][1]
+    group = fold_plan._groups[0]
     waited, made = [], []
 
     class Stream:
