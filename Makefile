@@ -31,10 +31,9 @@ test: $(VENV)/ready
 	$(TEST) $(SHARED) tests --ignore tests/serving
 
 # The kernels under the oldest and the newest Triton: the pinned one is in `make test`.
-KERNELS ?= tests/kernels
 test-kernels: $(TRITONS:%=$(VENV)/triton-%)
 	set -e; for version in $(TRITONS); do \
-	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q $(SHARED) $(KERNELS); \
+	  echo "triton $$version"; PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(TEST) -q $(SHARED) tests/kernels; \
 	done
 
 # Real engines on relocked checkpoints, and SGLang's source. Each has an environment of its own, which takes minutes and
