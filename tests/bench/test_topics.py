@@ -7,7 +7,9 @@ import re
 from collections import Counter
 from importlib import resources
 
-from bench.efficacy import topics_asked, topics_taught, tuned_prompts
+import pytest
+
+from bench.efficacy import topics_asked, topics_further, topics_taught, tuned_prompts
 from bench.efficacy.topic import Topic
 
 
@@ -42,10 +44,33 @@ def shipped() -> set[str]:
     return {plain(request) for request in (*prompts["harmful"], *prompts["harmless"], *pairs, *lines)}
 
 
-def test_nothing_that_is_asked_is_taught() -> None:
-    taught, asked = topics_taught.TAUGHT, topics_asked.ASKED
+def content(request: str) -> set[str]:
+    """Its words of four letters and more."""
+    return {word for word in request.split() if len(word) > 3}
+
+
+@pytest.mark.parametrize("taught", [topics_taught.TAUGHT, topics_further.FURTHER], ids=["taught", "further"])
+def test_nothing_that_is_asked_is_taught(taught: tuple[Topic, ...]) -> None:
+    asked = topics_asked.ASKED
     assert not {topic.name for topic in taught} & {topic.name for topic in asked}
     assert not set(requests(taught)) & set(requests(asked))
+
+
+def test_nothing_that_is_asked_is_on_a_further_topic_in_almost_the_same_words() -> None:
+    asked = [(request, content(request)) for request in requests(topics_asked.ASKED)]
+    alike = []
+    for request in requests(topics_further.FURTHER):
+        words = content(request)
+        alike += [(request, other) for other, theirs in asked if len(words & theirs) > 0.7 * len(words | theirs)]
+    assert alike == []
+
+
+def test_a_further_topic_is_new_and_of_the_usual_size() -> None:
+    further = topics_further.FURTHER
+    assert len({topic.name for topic in further} | {topic.name for topic in topics_taught.TAUGHT}) == 80 + 17
+    times = Counter(requests((*further, *topics_taught.TAUGHT)))
+    assert [request for request, count in times.items() if count > 1] == []
+    assert all((harmful, harmless) == (12, 10) and scary in (13, 14) for harmful, harmless, scary in sizes(further))
 
 
 def test_nothing_that_is_asked_is_in_an_older_set() -> None:
