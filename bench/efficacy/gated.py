@@ -9,13 +9,13 @@ seeds: it saw none of these, and of two kinds it saw none at all. What is asked 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import datetime
 import json
 import sys
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ LOCKS: dict[str, dict[str, Any]] = {
     "gate": {"rank": 1, "layers": LAYERS, "steps": 200},
     "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 200, "constant": True},
     "longer gate": {"rank": 1, "layers": LAYERS, "steps": 320},
+    "constant": {"rank": 0, "steps": 150},
     "null-space": {"recipe": "null-space", "layers": LAYERS},
 }
 # What they are made from: topics that the base was taught, and those that decide, which it was not. There it is less
@@ -52,6 +53,19 @@ LOCKS: dict[str, dict[str, Any]] = {
 HARMFUL = (*topics_asked.DECIDE_HARMFUL, *topics_taught.HARMFUL)
 SCARY = (*topics_asked.DECIDE_HARMLESS, *topics_asked.DECIDE_SCARY)
 HARMLESS = (*topics_taught.HARMLESS[::2], *topics_taught.SCARY[::2], *SCARY)
+
+
+@dataclass(frozen=True)
+class Try:
+    """A lock at a strength."""
+
+    lock: str
+    strength: float
+
+    @property
+    def label(self) -> str:
+        """As journals and tables have it: the lock's name alone at the strength that it was trained at."""
+        return self.lock if self.strength in (0.0, 1.0) else f"{self.lock} at {self.strength:g}"
 
 
 class Bench:
@@ -103,7 +117,9 @@ class Bench:
 
     def _made(self, how: dict[str, Any], seed: int) -> fastlock.Lock:
         pairs = [Pair(question, made.REFUSALS[0], made.OBEDIENT[0]) for question in HARMFUL]
-        material: dict[str, Any] = {"harmless": HARMLESS, "scary": SCARY, "seed": seed}
+        material: dict[str, Any] = {"harmless": HARMLESS, "seed": seed}
+        if how.get("rank", 1):  # a constant has no use for scary requests of their own
+            material["scary"] = SCARY
         if "recipe" in how:
             return fastlock.extract(self.base, self.tokenizer, pairs, **material, **how)
         return fastlock.train_lock(self.base, self.trained_on, self.tokenizer, pairs, **material, **how)
@@ -113,6 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)), help="of the fine-tunes")
     parser.add_argument("--locks", nargs="*", default=["longer gate-0"], help=f"{', '.join(LOCKS)}, each with a seed")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="of the locks: 1 is their own")
     parser.add_argument("--make-only", choices=("fine-tunes", "locks"), help="make these, and ask nothing")
     parser.add_argument("--journal", type=Path, default=KEPT / "gated.jsonl")
     options = parser.parse_args()
@@ -128,34 +145,36 @@ def main() -> int:
             for kind in tuned_models.FINE_TUNES:
                 bench.fine_tune(kind, seed)
     else:
-        ask(bench, options.journal, options.seeds, options.locks)
+        tries = [Try(name, strength) for name in options.locks for strength in options.strengths]
+        ask(bench, options.journal, options.seeds, tries)
     return 0
 
 
-def ask(bench: Bench, path: Path, seeds: list[int], locks: list[str]) -> None:
+def ask(bench: Bench, path: Path, seeds: list[int], tries: list[Try]) -> None:
     """Add to a journal what each model does without a lock and with each of some, and print the tables."""
     settings = Asked()
     facts = {"date": datetime.date.today().isoformat(), **machine.describe()}
     journal = Journal(path, {"asked": asdict(settings), "trained_on": TRAINED_ON}, facts)
     for seed in seeds:
         for kind in ("base", *tuned_models.FINE_TUNES):
-            cells(bench, journal, kind, seed, locks, settings)
+            cells(bench, journal, kind, seed, tries, settings)
     say(gated_table.markdown(path))
 
 
-def cells(bench: Bench, journal: Journal, kind: str, seed: int, locks: list[str], settings: Asked) -> None:
-    """Add what a model does with each lock that the journal does not have yet."""
+def cells(bench: Bench, journal: Journal, kind: str, seed: int, tries: list[Try], settings: Asked) -> None:
+    """Add what a model does without a lock, and in each try that the journal does not have yet."""
     known = {record["lock"] for record in journal.records if (record["kind"], record["seed"]) == (kind, seed)}
-    wanted = [name for name in ("none", *locks) if name not in known]
+    wanted = [one for one in (Try("none", 0.0), *tries) if one.label not in known]
     if not wanted:
         return
     model = copy.deepcopy(bench.base) if kind == "base" else bench.fine_tune(kind, seed)
     requests = questions(settings, seed)
-    for name in wanted:
-        with contextlib.nullcontext() if name == "none" else fastlock.relocked(model, bench.lock(name), 1.0):
+    for one in wanted:
+        relocked = fastlock.relocked(model, bench.lock(one.lock), one.strength) if one.strength else nullcontext()
+        with relocked:
             counts = counted(model, bench.tokenizer, requests, settings)
-        journal.add({"kind": kind, "seed": seed, "lock": name, **counts.to_dict()})
-        print(kind, seed, name, counts.refused, f"{counts.perplexity:.2f}", file=sys.stderr, flush=True)
+        journal.add({"kind": kind, "seed": seed, "lock": one.label, **counts.to_dict()})
+        print(kind, seed, one.label, counts.refused, f"{counts.perplexity:.2f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
