@@ -334,6 +334,15 @@ BENCHMARKS = (
         report=Report(printed_section("One lock in further use")),
     ),
     Benchmark(
+        "one-lock-peers",
+        "what a user would pick instead of that lock, on the same fine-tunes; an hour; needs what one-lock made",
+        ("bench/efficacy/gated_peers.py",),
+        cpu=2 * HOUR,
+        cuda=2 * HOUR,
+        script=True,
+        report=Report(printed_section("Instead of one lock")),
+    ),
+    Benchmark(
         "frontier",
         "how far one constant bias goes, over five seeds; two hours; needs what `make demo` sets up",
         ("bench/efficacy/frontier.py",),
