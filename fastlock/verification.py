@@ -183,15 +183,24 @@ def _verify_band(
     if of_lock is not None:
         reason += f"; {_beside(of_lock, checked, lock)}"
         if found.differences and in_place and not was_relocked_here(files):
-            reason += "; transformers saved it with the lock: verify what fastlock unlock makes of it"
-    elif found.differences and receipt_in(files, where) is not None:
+            reason += f"; transformers saved it with the lock: {_without_lock(files, where)}"
+    elif found.differences and (saved := receipt_in(files, where)) is not None:
+        what = "biases" if not saved.receipt.rank else "biases and weights" if saved.receipt.constant else "weights"
         reason += (
-            "; it carries a lock, whose biases are its own: give the lock too, or verify it without (fastlock unlock)"
+            f"; it carries a lock, whose {what} are its own: give the lock too, or verify it without (fastlock unlock)"
         )
     state = "changed" if found.differences or (of_lock is not None and not in_place) else "unchanged"
     return BandVerification(
         state, tuple(checked.layers), found.tensors, found.digest, found.differences, reason, of_lock
     )
+
+
+def _without_lock(files: Any, where: str) -> str:
+    """What to verify in place of a directory that transformers saved with a lock."""
+    saved = receipt_in(files, where)
+    if saved is not None and saved.receipt.rank:
+        return "a gate is not taken out of that; verify the directory that fastlock relock wrote, or the original"
+    return "verify what fastlock unlock makes of it"
 
 
 def _beside(of_lock: Verification, band: Band, lock: Lock | None) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import fastlock
 from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError
 from fastlock.verification import BandVerification
-from tests.helpers.families import CONFIGS, random_lock, tiny_gemma3, tiny_model
+from tests.helpers.families import CONFIGS, gated_lock, random_lock, tiny_gemma3, tiny_model
 
 BAND = fastlock.Band(1, 1)
 
@@ -397,3 +398,69 @@ def test_large_tensors_are_digested_in_blocks(pair, monkeypatch) -> None:
     whole = verified(pair).digest
     monkeypatch.setattr("fastlock.checkpoints.band_digests._BLOCK_BYTES", 1000)
     assert verified(pair).digest == whole
+
+
+def gated(pair: Path, constant: bool) -> tuple[Path, fastlock.Lock]:
+    """The fine-tune, relocked with a gate in layers 0 and 1."""
+    lock = gated_lock(tiny_model("llama"), [(0, 0), (1, 2)], constant=constant)
+    fastlock.relock_checkpoint(pair / "tuned", lock, pair / "gated")
+    return pair / "gated", lock
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_of_a_gate_the_bands_weights_as_they_were_are_the_bases(constant: bool, pair) -> None:
+    directory, lock = gated(pair, constant)
+    found = fastlock.verify(directory, lock, base=pair / "base", band=BAND)
+    plain = fastlock.verify(pair / "tuned", base=pair / "base", band=BAND)
+    assert (found.state, found.digest, found.tensors) == ("unchanged", plain.digest, plain.tensors)
+    assert "the weights that were rewritten at strength 1 are the lock's (those of layers 1" in found.reason
+    alone = fastlock.verify(directory, base=pair / "base", band=BAND)
+    other_bytes = [one.name for one in alone.differences if one.what == "has other bytes"]
+    assert other_bytes == ["model.layers.1.self_attn.o_proj.weight"]
+    assert (len(alone.differences) > 1) == constant  # biases
+    assert f"whose {'biases and weights' if constant else 'weights'} are its own: give the lock too" in alone.reason
+
+
+@pytest.mark.parametrize("column", [64, 0], ids=["of the locked head", "of another"])
+def test_a_weight_of_the_band_beside_a_gate_that_was_changed_is_found(column: int, pair) -> None:
+    """Before it was relocked, so that the lock is in place all the same."""
+
+    def trained(tensors):
+        tensors["model.layers.1.self_attn.o_proj.weight"][3, column] += 1
+        return tensors
+
+    rewritten(pair / "tuned", trained)
+    directory, lock = gated(pair, constant=False)
+    found = fastlock.verify(directory, lock, base=pair / "base", band=BAND)
+    assert not found
+    assert found.lock
+    assert [one.name for one in found.differences] == ["model.layers.1.self_attn.o_proj.weight"]
+
+
+def test_a_gate_that_transformers_saved_is_told_from_a_lock_that_can_be_taken_out(pair) -> None:
+    directory, lock = gated(pair, constant=False)
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(pair / "saved")
+    found = fastlock.verify(pair / "saved", lock, base=pair / "base", band=BAND)
+    assert not found
+    assert found.lock
+    assert "a gate is not taken out of that; verify the directory that fastlock relock wrote" in found.reason
+    assert "what fastlock unlock makes" not in found.reason
+    directory, constant = relocked(pair)
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(pair / "saved too")
+    found = fastlock.verify(pair / "saved too", constant, base=pair / "base", band=fastlock.Band(0, 1))
+    assert "verify what fastlock unlock makes of it" in found.reason
+
+
+def test_a_frozen_band_that_a_gate_is_put_into_in_memory_counts_as_changed(pair) -> None:
+    """Freezing stops training; a gate rewrites weights all the same, and that is told."""
+    model = AutoModelForCausalLM.from_pretrained(pair / "tuned")
+    fastlock.freeze(model, BAND)
+    lock = gated_lock(model, [(0, 0), (1, 2)], constant=False)
+    fastlock.relock(model, lock)
+    model.save_pretrained(pair / "saved")
+    for given in (None, lock):
+        found = fastlock.verify(pair / "saved", given, base=pair / "base", band=BAND)
+        assert [one.name for one in found.differences] == ["model.layers.1.self_attn.o_proj.weight"]
+    fastlock.unlock(model)
+    model.save_pretrained(pair / "unlocked")
+    assert fastlock.verify(pair / "unlocked", base=pair / "base", band=BAND)

@@ -119,17 +119,19 @@ def kill_many(tmp_path: Path) -> dict[str, int]:
 
 
 class Failing:
-    """Every call that changes the file system, counted; the one of a given number fails."""
+    """Every call that changes the file system, counted; the one of a given number fails, or without a code, kills."""
 
-    CALLS = ("mkdir", "open", "link", "symlink", "rename", "fsync", "chmod", "fchmod", "unlink", "rmdir")
+    CHANGES = ("mkdir", "link", "symlink", "rename", "chmod", "fchmod", "unlink", "rmdir")
+    CALLS = (*CHANGES, "open", "fsync")
 
-    def __init__(self, monkeypatch, code: int) -> None:
+    def __init__(self, monkeypatch, code: int | None) -> None:
         self.monkeypatch, self.code, self.left = monkeypatch, code, None
-        for name in self.CALLS:
+        for name in self.CHANGES if code is None else self.CALLS:
             self._wrap(os, name)
         self._wrap(folders, "_exchange")
-        self._wrap(builtins, "open")
-        self._wrap(folders.Path, "open")
+        if code is not None:
+            self._wrap(builtins, "open")
+            self._wrap(folders.Path, "open")
 
     def _wrap(self, owner, name: str) -> None:
         original = getattr(owner, name)
@@ -138,6 +140,8 @@ class Failing:
             if self.left is not None:
                 self.left -= 1
                 if self.left == 0:
+                    if self.code is None:
+                        os.kill(os.getpid(), signal.SIGKILL)
                     raise OSError(self.code, os.strerror(self.code))
             return original(*args, **kwargs)
 

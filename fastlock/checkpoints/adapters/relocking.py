@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +42,11 @@ from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT, AdapterBase, Adapter
 from fastlock.locks.lock import Lock, check_lock
 from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
 from fastlock.storage.files import InMemoryFile, read_all
-from fastlock.storage.new_directory import NewDirectory, check_absent, check_paths, create_local_directory
+from fastlock.storage.new_directory import NewDirectory, check_paths, create_local_directory, place_of_making
 from fastlock.storage.places import Place, files_in
+
+# Where an adapter is merged into its base, in the directory that is being made: no file of a base has that name.
+_WORKSHOP = "model-fastlock-merged"
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
         settings: the rest.
     """
     where, target = str(source), local_only(out)
+    if isinstance(base.place, Path) and base.place.resolve().is_relative_to(place_of_making(target)):
+        raise FastlockError(f"{base.place}: is where {out} is made, and would be removed. Give it another name first.")
     files = original_adapter_files(files_in(source), where)
     if (name := next(filter(needs_adapter_name, files), None)) is not None:
         raise FastlockError(
@@ -158,21 +164,32 @@ def write_relocked(
 
 
 def _relock_merged(job: AdapterJob, carrier: AdapterCarrier, out: Path, settings: AdapterSettings) -> AdapterReceipt:
-    """Merge an adapter into its base, and relock that: it is made beside `out`, and moved there once it is whole."""
-    part, merged = job.base.part, out.with_name(f".{out.name}.merged")
-    write_merged(job.adapter, part.checkpoint, job.base.place, merged)
-    try:
+    """Merge an adapter into its base, and relock that: both where `out` is made, so that it appears with the lock."""
+    part = job.base.part
+    with create_local_directory(out, job.base.place, in_place=False) as new:
+        merged = new.path / _WORKSHOP / "checkpoint"
+        write_merged(job.adapter, part.checkpoint, job.base.place, merged)
         receipt = relock_checkpoint(merged, part.lock, merged, part.strength, stacks=settings.stacks, in_place=True)
-        check_absent(out)
-        merged.rename(out)
-    except OSError as error:
-        raise FastlockError(f"{out}: cannot be written ({error}); nothing was changed.") from None
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
-    folds = job.folds()
-    biases = [fold.bias.to(fold.site.dtype) for fold in folds]  # of which only the dtype is told
-    carried = Carried(biases, [fold.path or fold.site.name for fold in folds], job.base.place)
-    return replace(_receipt(job, carrier, carried, settings, {}), biases_digest=receipt.biases_digest)
+        folds = job.folds()  # these read the base: once the new directory is in its place nothing may fail
+        biases = [fold.bias.to(fold.site.dtype) for fold in folds]  # of which only the dtype is told
+        carried = Carried(biases, [fold.path or fold.site.name for fold in folds], job.base.place)
+        made = replace(_receipt(job, carrier, carried, settings, {}), biases_digest=receipt.biases_digest)
+        _move_entries(merged, new.path)
+        shutil.rmtree(merged.parent)  # with whatever could not be removed there before
+    return made
+
+
+def _move_entries(directory: Path, to: Path) -> None:
+    """Move what a directory holds into another one.
+
+    A directory that nobody may write to cannot be moved: it is made writable. Its permissions are the base's, and
+    it gets them again when the new directory is complete.
+    """
+    for path in (directory, *directory.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not path.stat().st_mode & stat.S_IWUSR:
+            path.chmod(0o700)
+    for path in list(directory.iterdir()):
+        path.rename(to / path.name)
 
 
 def checked_gap(gap: Any) -> float | None:
