@@ -105,6 +105,13 @@ class GateFoldPlan(GroupedPlan):
         self.by_torch = any(isinstance(group, _ByReference) for group in self._groups)
 
 
+def memory_for(columns: HeadColumns, head_dim: int) -> torch.Tensor:
+    """Memory for a copy of these columns, [hidden, heads * head_dim], of their dtype, device and layout; not filled."""
+    matrix, numbers = columns.matrix, len(columns.starts) * head_dim
+    by_rows = matrix.stride(1) == 1
+    return matrix.new_empty(len(matrix), numbers) if by_rows else matrix.new_empty(numbers, len(matrix)).t()
+
+
 class _ByKernel:
     """The gates of one device, dtype and layout, by one launch."""
 
@@ -194,14 +201,10 @@ def _group(site: GateSite) -> tuple[object, ...]:
 def _site(f: GateFold) -> GateSite:
     """With memory for what has none."""
     check_gate(f.columns, f.readers, f.writers)
-    matrix = f.columns.matrix
-    hidden, numbers = matrix.shape[0], f.readers[0].numel()
-    target = f.target
+    matrix, target = f.columns.matrix, f.target
     if target is None:
-        by_rows = matrix.stride(1) == 1
-        new = matrix.new_empty(hidden, numbers) if by_rows else matrix.new_empty(numbers, hidden).t()
-        target = HeadColumns.side_by_side(new, f.head_dim)
-    out = None if f.values is None else matrix.new_empty(hidden)
+        target = HeadColumns.side_by_side(memory_for(f.columns, f.head_dim), f.head_dim)
+    out = None if f.values is None else matrix.new_empty(matrix.shape[0])
     return GateSite(f.columns, f.readers, f.writers, target, f.kept, f.values, f.bias, out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,19 @@ PLACED_COLUMNS = "fastlock_placed_columns"
 _HEADS = "fastlock_gated_heads"
 
 _ADAPTER = "make an adapter of the lock on disk (fastlock relock), which leaves the weights as they are"
+
+
+@dataclass(frozen=True, eq=False)
+class GatedColumns:
+    """Columns of a weight that a gate is to be written into, [hidden, heads * head_dim] each, in memory of their own.
+
+    Attributes:
+        placed: with the gate.
+        original: without it; None for what is in the weight just before it is written to.
+    """
+
+    placed: torch.Tensor
+    original: torch.Tensor | None = None
 
 
 def holds_gate(module: Any) -> bool:
@@ -62,12 +76,12 @@ def write_columns(site: Site, heads: Sequence[int], columns: torch.Tensor) -> No
             matrix[:, head * size : (head + 1) * size].copy_(columns[:, i * size : (i + 1) * size])
 
 
-def place_columns(site: Site, heads: Sequence[int], columns: torch.Tensor, undo: ExitStack) -> None:
-    """Write columns of a gate, and keep what was there before, and a copy of what was written."""
-    original = present_columns(site, heads)
-    keep_columns(site.module, heads, original, columns.detach().clone(), undo)
+def place_columns(site: Site, heads: Sequence[int], columns: GatedColumns, undo: ExitStack) -> None:
+    """Write columns of a gate, and keep these, and what was there before: from now on they are the module's."""
+    original = present_columns(site, heads) if columns.original is None else columns.original
+    keep_columns(site.module, heads, original, columns.placed, undo)
     undo.callback(write_columns, site, heads, original)
-    write_columns(site, heads, columns)
+    write_columns(site, heads, columns.placed)
 
 
 def restore_columns(site: Site, undo: ExitStack) -> None:

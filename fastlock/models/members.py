@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlock.errors import FastlockError, UnsupportedError
 from fastlock.fold import Fold
-from fastlock.gate_fold import GateFold
+from fastlock.gate_fold import GateFold, memory_for
 from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock, check_lock, strength_for
 from fastlock.models.base_check import check_basis
@@ -20,6 +20,7 @@ from fastlock.models.columns import (
     check_not_around,
     check_rewritable,
     extent_of,
+    holds_gate,
     original_columns,
     overlap,
     shares_memory,
@@ -139,12 +140,19 @@ def folds_of(members: Sequence[Member]) -> list[Fold]:
 
 
 def gate_folds_of(members: Sequence[Member]) -> list[GateFold]:
-    """The folds of the gates of all members' locks, member by member and site by site."""
+    """The folds of the gates of all members' locks, member by member and site by site.
+
+    They keep the columns that they read of the weights themselves; all others are in memory of their own anyway.
+    """
     return [
-        GateFold(original_columns(site, gate.heads), gate.readers, gate.writers, site.name)
-        for member in members
-        for site, gate in ((site, member.gates[site.layer]) for site in member.sites if member.gates)
+        _gate_fold_of(site, member.gates[site.layer]) for member in members if member.gates for site in member.sites
     ]
+
+
+def _gate_fold_of(site: Site, gate: Gate) -> GateFold:
+    columns = original_columns(site, gate.heads)
+    kept = None if holds_gate(site.module) else memory_for(columns, site.head_dim)
+    return GateFold(columns, gate.readers, gate.writers, site.name, kept=kept)
 
 
 def _fold_of(site: Site, displacement: Displacement) -> Fold:

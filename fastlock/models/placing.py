@@ -16,6 +16,7 @@ from fastlock.errors import DamagedError
 from fastlock.locks.receipt import Receipt
 from fastlock.models.columns import (
     PLACED_COLUMNS,
+    GatedColumns,
     gated_heads,
     holds_gate,
     place_columns,
@@ -61,13 +62,13 @@ class Placement:
         site: where.
         heads: those that the lock shifts there, ascending.
         bias: the new bias, [hidden]; None for a lock that is a gate alone.
-        columns: the new columns of these heads, [hidden, len(heads) * head_dim]; None for a lock without a gate.
+        columns: the new columns of these heads; None for a lock without a gate.
     """
 
     site: Site
     heads: tuple[int, ...]
     bias: torch.Tensor | None
-    columns: torch.Tensor | None
+    columns: GatedColumns | None
 
     @classmethod
     def present(cls, site: Site, heads: tuple[int, ...]) -> Placement:
@@ -77,13 +78,14 @@ class Placement:
             site,
             heads,
             module.bias.detach().clone() if hasattr(module, PLACED_BIAS) else None,
-            present_columns(site, heads) if holds_gate(module) else None,
+            GatedColumns(present_columns(site, heads)) if holds_gate(module) else None,
         )
 
     def converted(self) -> Placement:
         """The same on the device, and in the dtype, that the site has now."""
         device, dtype = self.site.projection.device, self.site.projection.dtype
-        bias, columns = (None if x is None else x.to(device, dtype) for x in (self.bias, self.columns))
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        columns = None if self.columns is None else GatedColumns(self.columns.placed.to(device, dtype))
         return replace(self, bias=bias, columns=columns)
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from fastlock.errors import FastlockError
 from fastlock.fold import check_not_capturing, fold, rounded_fold
-from fastlock.gate_fold import gate_fold
+from fastlock.gate_fold import GateFoldPlan
 from fastlock.locks.lock import Lock, check_lock
 from fastlock.locks.receipt import LockedSite, Receipt
 from fastlock.models.base_check import check_against
+from fastlock.models.columns import GatedColumns
 from fastlock.models.members import Member, folds_of, gate_folds_of, prepare
 from fastlock.models.placing import Placement, original_bias, place_all, still_locked, take_out
 from fastlock.models.reloaded import guard_saving, receipt_of, take_over
@@ -175,13 +176,23 @@ def each(values: _T | Sequence[_T], count: int, name: str) -> list[_T]:
 
 
 def fold_in(members: Sequence[Member], undo: ExitStack) -> list[Receipt | None]:
-    """Fold the locks of all members, and put them in. Takes and returns as `put_in`."""
-    columns = gate_fold(gate_folds_of(members))
+    """Fold the locks of all members, and put them in. Takes and returns as `put_in`.
+
+    Gates are folded into the memory in which a model keeps what was written, and one read gives that and the original
+    columns. No weight is written to before all folds are known to be finite.
+    """
+    gates = gate_folds_of(members)
+    plan = GateFoldPlan(gates)
+    plan.run()
+    columns = [
+        GatedColumns(new.matrix, gate.columns.matrix if gate.kept is None else gate.kept)
+        for gate, new in zip(gates, plan.results, strict=True)
+    ]
     return put_in(members, fold(folds_of(members)), undo, columns)
 
 
 def put_in(
-    members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack, columns: Sequence[torch.Tensor] = ()
+    members: Sequence[Member], biases: Sequence[torch.Tensor], undo: ExitStack, columns: Sequence[GatedColumns] = ()
 ) -> list[Receipt | None]:
     """Put the locks in, in place of earlier ones.
 

@@ -177,6 +177,53 @@ def test_an_error_part_way_leaves_all_models_as_they_were(locked_before: bool, m
         assert all(fastlock.verify(model, lock) for model, lock in zip(models, locks, strict=True))
 
 
+@pytest.mark.parametrize("locked_before", [False, True])
+def test_an_interrupted_fold_writes_to_no_weight(locked_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, done = sys.modules["fastlock.gate_fold"], 0
+    models = [tiny_model(model_type, torch.bfloat16) for model_type in ("llama", "gpt2")]
+    locks = [gated_lock(model) for model in models]
+    if locked_before:
+        fastlock.relock_many(models, locks, 1.0)
+    before = [state(model) for model in models]
+
+    def interrupted(site: object, rewrite: Callable[[object], bool] = module.rewrite) -> bool:
+        nonlocal done
+        rewrite(site)
+        done += 1
+        if done == 3:
+            raise KeyboardInterrupt
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rewrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fastlock.relock_many(models, locks, 2.0)
+    assert all(same_state(state(model), earlier) for model, earlier in zip(models, before, strict=True))
+    fastlock.relock_many(models, locks, 2.0)
+    assert all(fastlock.verify(model, lock) for model, lock in zip(models, locks, strict=True))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_what_is_kept_lies_as_the_weight_does_and_stays_where_it_is(model_type: str) -> None:
+    """Bit for bit, the sign of a zero included; and relocked once more, the original columns are not copied again."""
+    model = tiny_model(model_type, torch.bfloat16)
+    lock, site = gated_lock(model, constant=False), sites(model)[2]
+    site.weight[3, 2 * lock.head_dim] = -0.0
+    of_head = slice(2 * lock.head_dim, 3 * lock.head_dim)  # the one head that is locked there
+    before, unlocked = site.weight[:, of_head].clone(), state(model)
+    fastlock.relock(model, lock, 1.0)
+    original, placed = site.module.fastlock_original_columns, site.module.fastlock_placed_columns
+    assert same_state({"": original.contiguous()}, {"": before})
+    assert torch.equal(placed, site.weight[:, of_head])
+    transposed = site.weight.stride(1) != 1
+    assert [kept.stride(1) != 1 for kept in (original, placed)] == [transposed] * 2 == [model_type == "gpt2"] * 2
+    fastlock.relock(model, lock, 2.0)
+    assert site.module.fastlock_original_columns.data_ptr() == original.data_ptr()
+    assert site.module.fastlock_placed_columns.data_ptr() not in (original.data_ptr(), placed.data_ptr())
+    fastlock.unlock(model)
+    assert same_state(state(model), unlocked)
+
+
 def test_the_receipt_has_digests_of_what_was_read_and_written() -> None:
     model = tiny_model("gpt2", torch.bfloat16)
     lock = gated_lock(model)
