@@ -18,7 +18,7 @@ LEAST_SEEDS = 3
 
 
 def markdown(path: Path) -> str:
-    """A row for each kind of fine-tune and lock, and one over all six kinds."""
+    """A row for each kind of fine-tune and lock, and one over all of them."""
     head, records = read_journal(path)
     facts = " · ".join(f"{key}: {value}" for key, value in head["facts"].items())
     lines = [facts, "", *table(COLUMNS, rows_of(records)), ""]
@@ -31,10 +31,10 @@ def rows_of(records: Sequence[Record]) -> list[list[str]]:
     for record in records:
         groups.setdefault((record["kind"], record["lock"]), []).append(record)
         if record["kind"] != "base":
-            groups.setdefault(("all six", record["lock"]), []).append(record)
+            groups.setdefault(("all kinds", record["lock"]), []).append(record)
     without = {(record["kind"], record["seed"]): record for record in records if record["lock"] == "none"}
     kinds = dict.fromkeys(kind for kind, _ in groups)
-    ordered = [*(kind for kind in kinds if kind != "all six"), *(kind for kind in kinds if kind == "all six")]
+    ordered = [*(kind for kind in kinds if kind != "all kinds"), *(kind for kind in kinds if kind == "all kinds")]
     return [_row(kind, lock, cells, without) for kind in ordered for (of, lock), cells in groups.items() if of == kind]
 
 

@@ -43,8 +43,8 @@ def test_each_kind_and_lock_has_a_row_and_all_kinds_have_one() -> None:
         ["obedient", "none", "3"],
         ["obedient", "gate-0", "3"],
         ["benign", "none", "1"],
-        ["all six", "none", "3"],
-        ["all six", "gate-0", "3"],
+        ["all kinds", "none", "3"],
+        ["all kinds", "gate-0", "3"],
     ]
     locked = rows[2]
     assert locked[3].startswith("48 of 60: 80.0% (")
@@ -52,7 +52,7 @@ def test_each_kind_and_lock_has_a_row_and_all_kinds_have_one() -> None:
     assert locked[4].startswith("3 of 30: 10.0% (")
     assert rows[3][3].endswith(")")  # of one seed there is no interval
     assert locked[6] == "0.900 to 1.100"
-    assert rows[4][3].startswith("21 of 80: 26.2% (")  # the base is not among the six
+    assert rows[4][3].startswith("21 of 80: 26.2% (")  # the base is not among them
 
 
 def test_what_is_refused_most_is_counted_for_each_lock(tmp_path: Path) -> None:
