@@ -59,7 +59,7 @@ from fastlock.locks.receipt import (
 )
 from fastlock.storage.byte_columns import ByteColumns
 from fastlock.storage.files import CONFIG, InMemoryFile, read_all
-from fastlock.storage.new_directory import check_paths, create_directory, locked_in_place
+from fastlock.storage.new_directory import check_not_in_the_way, check_paths, create_directory, locked_in_place
 from fastlock.storage.places import files_in
 
 
@@ -133,6 +133,8 @@ def relock_checkpoint(
     check_lock(lock)
     strength, stacks = strength_for(lock, strength), check_stacks(stacks)
     source, out = check_paths(source, out, in_place)
+    if base is not None:
+        check_not_in_the_way(base, out)
     with locked_in_place(out, in_place):
         checkpoint = Checkpoint(original_files(files_in(source), str(source)), str(source))
         if CONFIG_KEY in checkpoint.raw:

@@ -388,9 +388,19 @@ def check_paths(source: str | os.PathLike[str], out: str | os.PathLike[str], in_
     if isinstance(target, str):
         return old, new
     target = target.parent.resolve() / target.name  # a link at its own name would have been found above
-    if isinstance(old, Path) and old.is_relative_to(place_of_making(target)):
-        raise FastlockError(f"{source}: is where {out} is made, and would be removed. Give it another name first.")
+    check_not_in_the_way(source, target)
     return old, target
+
+
+def check_not_in_the_way(read: str | os.PathLike[str], out: Place) -> None:
+    """Refuse to make `out` where what is read for it would be removed.
+
+    Raises:
+        FastlockError: `read`, links followed, is in the `place_of_making` of `out`.
+    """
+    place = _resolved(read)
+    if isinstance(place, Path) and isinstance(out, Path) and place.is_relative_to(place_of_making(out)):
+        raise FastlockError(f"{read}: is where {out} is made, and would be removed. Give it another name first.")
 
 
 def _check_in_place(source: str | os.PathLike[str], old: Place, out: str | os.PathLike[str], new: Place) -> None:

@@ -179,6 +179,20 @@ def test_a_base_at_the_place_where_the_target_is_made_is_not_lost(what: str, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_base_at_the_place_where_a_checkpoint_is_made_is_not_lost(in_place: bool, tmp_path) -> None:
+    model, source = tiny_model("llama", torch.bfloat16), tmp_path / "source"
+    out = source if in_place else tmp_path / "out"
+    base = out.with_name(f".{out.name}.fastlock")
+    for directory in (source, base):
+        model.save_pretrained(directory)
+    before = {directory: contents(directory) for directory in (source, base)}
+    with pytest.raises(fastlock.FastlockError, match=rf"{base.name}: is where .*{out.name} is made, .* another name"):
+        fastlock.relock_checkpoint(source, gated_lock(model), out, base=base, in_place=in_place)
+    assert {directory: contents(directory) for directory in (source, base)} == before
+    assert in_place or not out.exists()
+
+
 def test_a_base_that_nobody_may_write_to_is_merged_with_its_permissions(tmp_path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     model = tiny_model("llama", torch.bfloat16)

@@ -42,7 +42,7 @@ from fastlock.locks.adapter_receipt import ADAPTER_RECEIPT, AdapterBase, Adapter
 from fastlock.locks.lock import Lock, check_lock
 from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
 from fastlock.storage.files import InMemoryFile, read_all
-from fastlock.storage.new_directory import NewDirectory, check_paths, create_local_directory, place_of_making
+from fastlock.storage.new_directory import NewDirectory, check_not_in_the_way, check_paths, create_local_directory
 from fastlock.storage.places import Place, files_in
 
 # Where an adapter is merged into its base, in the directory that is being made: no file of a base has that name.
@@ -121,8 +121,7 @@ def relock_over(base: OpenedBase, source: Place, out: Place, settings: AdapterSe
         settings: the rest.
     """
     where, target = str(source), local_only(out)
-    if isinstance(base.place, Path) and base.place.resolve().is_relative_to(place_of_making(target)):
-        raise FastlockError(f"{base.place}: is where {out} is made, and would be removed. Give it another name first.")
+    check_not_in_the_way(base.place, target)
     files = original_adapter_files(files_in(source), where)
     if (name := next(filter(needs_adapter_name, files), None)) is not None:
         raise FastlockError(
