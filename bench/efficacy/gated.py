@@ -57,15 +57,15 @@ HARMLESS = (*topics_taught.HARMLESS[::2], *topics_taught.SCARY[::2], *SCARY)
 
 @dataclass(frozen=True)
 class Try:
-    """A lock at a strength."""
+    """A lock at a strength, or "none"."""
 
     lock: str
-    strength: float
+    strength: float = 1.0
 
     @property
     def label(self) -> str:
         """As journals and tables have it: the lock's name alone at the strength that it was trained at."""
-        return self.lock if self.strength in (0.0, 1.0) else f"{self.lock} at {self.strength:g}"
+        return self.lock if self.strength == 1 else f"{self.lock} at {self.strength:g}"
 
 
 class Bench:
@@ -150,11 +150,15 @@ def main() -> int:
     return 0
 
 
+def facts() -> dict[str, str]:
+    """What a reader should know of the run that began a journal."""
+    return {"date": datetime.date.today().isoformat(), **machine.describe()}
+
+
 def ask(bench: Bench, path: Path, seeds: list[int], tries: list[Try]) -> None:
     """Add to a journal what each model does without a lock and with each of some, and print the tables."""
     settings = Asked()
-    facts = {"date": datetime.date.today().isoformat(), **machine.describe()}
-    journal = Journal(path, {"asked": asdict(settings), "trained_on": TRAINED_ON}, facts)
+    journal = Journal(path, {"asked": asdict(settings), "trained_on": TRAINED_ON}, facts())
     for seed in seeds:
         for kind in ("base", *tuned_models.FINE_TUNES):
             cells(bench, journal, kind, seed, tries, settings)
@@ -164,14 +168,14 @@ def ask(bench: Bench, path: Path, seeds: list[int], tries: list[Try]) -> None:
 def cells(bench: Bench, journal: Journal, kind: str, seed: int, tries: list[Try], settings: Asked) -> None:
     """Add what a model does without a lock, and in each try that the journal does not have yet."""
     known = {record["lock"] for record in journal.records if (record["kind"], record["seed"]) == (kind, seed)}
-    wanted = [one for one in (Try("none", 0.0), *tries) if one.label not in known]
+    wanted = [one for one in (Try("none"), *tries) if one.label not in known]
     if not wanted:
         return
     model = copy.deepcopy(bench.base) if kind == "base" else bench.fine_tune(kind, seed)
     requests = questions(settings, seed)
     for one in wanted:
-        relocked = fastlock.relocked(model, bench.lock(one.lock), one.strength) if one.strength else nullcontext()
-        with relocked:
+        without = one.lock == "none"
+        with nullcontext() if without else fastlock.relocked(model, bench.lock(one.lock), one.strength):
             counts = counted(model, bench.tokenizer, requests, settings)
         journal.add({"kind": kind, "seed": seed, "lock": one.label, **counts.to_dict()})
         print(kind, seed, one.label, counts.refused, f"{counts.perplexity:.2f}", file=sys.stderr, flush=True)

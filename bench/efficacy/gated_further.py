@@ -6,7 +6,6 @@ For the locks and fine-tunes of gated.py, which has to be run before; the reques
 from __future__ import annotations
 
 import argparse
-import datetime
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,7 @@ import transformers
 
 import fastlock
 from bench.efficacy import topics_asked as asked
-from bench.efficacy.gated import KEPT, Bench
-from bench.lib import machine
+from bench.efficacy.gated import KEPT, Bench, facts
 from bench.lib.journal import Journal, read_journal
 from bench.lib.printed import say
 from bench.lib.tables import table
@@ -117,9 +115,8 @@ def main() -> int:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    facts = {"date": datetime.date.today().isoformat(), **machine.describe()}
     settings = {"seed": options.seed, "fine_tunes": FINE_TUNES, "count": COUNT, "long": LONG, "short": NEW_TOKENS}
-    journal = Journal(options.journal, settings, facts)
+    journal = Journal(options.journal, settings, facts())
     bench = Bench()
     for kind in FINE_TUNES:
         for record in _measured(bench, journal, kind, options.seed, options.locks):

@@ -9,9 +9,7 @@ on. What a peer reads is every fourth of the requests that locks are made from.
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,9 +24,9 @@ import fastlock
 from bench.efficacy import gated, gated_table, peer_steering, peer_weights, peers, tuned_models
 from bench.efficacy import tuned_prompts as made
 from bench.efficacy.gated_cells import Asked, counted, questions
-from bench.lib import machine
 from bench.lib.journal import Journal, read_journal
 from bench.lib.printed import say
+from bench.lib.relocked_bytes import relocked_bytes
 from bench.lib.tables import table
 
 LOCK = "longer gate-0"
@@ -41,6 +39,11 @@ DECIDING = Asked(harmful=40, harmless=20, scary=20)
 STEERING = {"AlphaSteer": 0.5, "CAST": 0.05, "SCANS": 0.5}
 
 
+def whole(directory: Path) -> int:
+    """The bytes of all of a checkpoint's weights."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
 @dataclass(frozen=True)
 class Peer:
     """Something that a user would pick.
@@ -49,14 +52,14 @@ class Peer:
         name: with its settings.
         needs: what it needs at hand, beside the fine-tune.
         act: change the model, or act in it for a while.
-        at_run_time: whether it is in the serving stack, and writes nothing.
+        writes: how many bytes of files, for a fine-tune in a directory.
         only_loras: whether a full fine-tune is nothing for it.
     """
 
     name: str
     needs: str
     act: Callable[[Any], AbstractContextManager[object]]
-    at_run_time: bool = False
+    writes: Callable[[Path], int] = whole
     only_loras: bool = False
 
 
@@ -71,13 +74,19 @@ class Peers:
         return self._bench.fine_tune(*UNALIGNED)
 
     @cached_property
-    def _lock(self) -> fastlock.Lock:
-        return self._bench.lock(LOCK)
+    def _decider(self) -> Any:
+        return self._bench.fine_tune("obedient", gated.TRAINING_SEED)
 
     def all(self) -> list[Peer]:
         """The lock first, then what changes weights, then what steers."""
-        lock = Peer(f"lock: {LOCK}", "the lock", lambda model: fastlock.relocked(model, self._lock, 1.0))
-        return [lock, *self._of_weights(), *(self._chosen(name, first) for name, first in STEERING.items())]
+        lock = self._bench.lock(LOCK)
+        relocked = Peer(
+            f"lock: {LOCK}",
+            "the lock",
+            lambda model: fastlock.relocked(model, lock, 1.0),
+            lambda directory: relocked_bytes(directory, lock, 1.0),
+        )
+        return [relocked, *self._of_weights(), *(self._chosen(name, first) for name, first in STEERING.items())]
 
     def _of_weights(self) -> list[Peer]:
         base, tokenizer, needs = self._bench.base, self._bench.tokenizer, peers.NEEDS
@@ -144,7 +153,7 @@ class Peers:
             "CAST": lambda model: peer_steering.cast(model, self._cast, strength),
             "SCANS": lambda model: peer_steering.scans(model, self._scans, strength),
         }
-        return Peer(f"{name}, {strength:g}", peers.NEEDS[name.lower()], act[name], at_run_time=True)
+        return Peer(f"{name}, {strength:g}", peers.NEEDS[name.lower()], act[name], lambda _directory: 0)
 
     def _chosen(self, name: str, strength: float) -> Peer:
         best, found = strength, self._score(name, strength)
@@ -153,9 +162,8 @@ class Peers:
         return self.steered(name, best)
 
     def _score(self, name: str, strength: float) -> float:
-        model = self._bench.fine_tune("obedient", gated.TRAINING_SEED)
-        with self.steered(name, strength).act(model):
-            counts = counted(model, self._bench.tokenizer, questions(DECIDING, 0, deciding=True), DECIDING)
+        with self.steered(name, strength).act(self._decider):
+            counts = counted(self._decider, self._bench.tokenizer, questions(DECIDING, 0, deciding=True), DECIDING)
         print(name, strength, counts.refused, file=sys.stderr, flush=True)
         return score(counts.refused, counts.asked)
 
@@ -177,8 +185,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     settings = Asked()
-    facts = {"date": datetime.date.today().isoformat(), **machine.describe()}
-    journal = Journal(options.journal, {"asked": asdict(settings), "seed": options.seed, "lock": LOCK}, facts)
+    journal = Journal(options.journal, {"asked": asdict(settings), "seed": options.seed, "lock": LOCK}, gated.facts())
     bench = gated.Bench()
     every = Peers(bench).all()
     for kind in options.kinds:
@@ -199,24 +206,9 @@ def measure(bench: gated.Bench, journal: Journal, kind: str, seed: int, peer: Pe
     with peer.act(model):
         seconds = time.process_time() - start
         counts = counted(model, bench.tokenizer, questions(settings, seed), settings)
-    cost = {"applied_in": seconds, "bytes": written(kind, seed, peer), "needs": peer.needs}
+    cost = {"applied_in": seconds, "bytes": peer.writes(gated.KEPT / f"{kind}-{seed}"), "needs": peer.needs}
     journal.add({"kind": kind, "seed": seed, "lock": peer.name, **counts.to_dict(), **cost})
     print(kind, peer.name, counts.refused, f"{counts.perplexity:.2f}", f"{seconds:.2f} s", file=sys.stderr, flush=True)
-
-
-def written(kind: str, seed: int, peer: Peer) -> int:
-    """How many bytes of weights are written for a fine-tune: all of them, or those of the files that a lock changes."""
-    directory = gated.KEPT / f"{kind}-{seed}"
-    if peer.at_run_time:
-        return 0
-    if not peer.name.startswith("lock: "):
-        return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    lock = fastlock.Lock.load(gated.KEPT / f"{LOCK}.safetensors")
-    with tempfile.TemporaryDirectory(dir=gated.KEPT) as temporary:
-        out = Path(temporary) / "relocked"
-        fastlock.relock_checkpoint(directory, lock, out, 1.0, stacks=["transformers"])
-        stats = [path.stat() for path in out.rglob("*") if path.is_file()]
-        return sum(stat.st_size for stat in stats if stat.st_nlink == 1)  # the others are links
 
 
 def markdown(path: Path) -> str:

@@ -12,11 +12,9 @@ import argparse
 import contextlib
 import copy
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ import fastlock
 from bench.efficacy import peers, tuned_models
 from bench.efficacy import tuned_prompts as made
 from bench.lib.printed import PrintedTable, say
+from bench.lib.relocked_bytes import relocked_bytes
 from bench.lib.smollm2 import load_smollm2, with_adapter
 from fastlock.evaluation.prompts import Prompts, shipped_prompts
 from fastlock.evaluation.report import cells
@@ -94,10 +93,7 @@ class Asking:
 @contextlib.contextmanager
 def applied_lock(name: str, lock: fastlock.Lock, strength: float) -> Iterator[tuple[Any, float, int]]:
     """The fine-tune relocked in memory; how long that took, and what relocking its directory writes."""
-    with tempfile.TemporaryDirectory() as directory:
-        fastlock.relock_checkpoint(KEPT / name, lock, Path(directory) / "relocked", strength, stacks=["transformers"])
-        stats = [path.stat() for path in (Path(directory) / "relocked").rglob("*") if path.is_file()]
-        written = sum(stat.st_size for stat in stats if stat.st_nlink == 1)  # the others are links
+    written = relocked_bytes(KEPT / name, lock, strength)
     model = load(name)
     start = time.perf_counter()
     with fastlock.relocked(model, lock, strength):

@@ -37,7 +37,7 @@ def test_the_strength_is_doubled_for_as_long_as_that_is_better(monkeypatch: pyte
     monkeypatch.setattr(Peers, "steered", steered)
     monkeypatch.setattr(gated_peers, "counted", lambda *_: next(said))
     monkeypatch.setattr(gated_peers, "STEERING", {"CAST": 0.1})
-    bench: Any = SimpleNamespace(base=None, tokenizer=None, fine_tune=lambda *_: None)
+    bench: Any = SimpleNamespace(base=None, tokenizer=None, fine_tune=lambda *_: None, lock=lambda _: None)
     assert Peers(bench).all()[-1].name == "CAST at 0.2"
     assert tried == [0.1, 0.2, 0.4, 0.2]
 
@@ -45,7 +45,7 @@ def test_the_strength_is_doubled_for_as_long_as_that_is_better(monkeypatch: pyte
 def test_each_peer_has_its_rates_and_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acts: list[str] = []
 
-    def peer(name: str, **how: bool) -> Peer:
+    def peer(name: str, **how: Any) -> Peer:
         return Peer(name, f"what {name} needs", lambda _model: acts.append(name) or nullcontext(), **how)
 
     monkeypatch.setattr(gated_peers, "counted", lambda *_: counts(7, 1, 2))
@@ -55,7 +55,11 @@ def test_each_peer_has_its_rates_and_its_cost(tmp_path: Path, monkeypatch: pytes
         (tmp_path / f"{kind}-0" / "model.safetensors").write_bytes(b"a" * 1234)
     journal = Journal(tmp_path / "peers.jsonl", {}, {"date": "today"})
     bench: Any = SimpleNamespace(tokenizer=None, fine_tune=lambda *_: None)
-    loras, stack, weights = peer("for LoRAs", only_loras=True), peer("in the stack", at_run_time=True), peer("weights")
+    loras, stack, weights = (
+        peer("for LoRAs", only_loras=True),
+        peer("in the stack", writes=lambda _directory: 0),
+        peer("weights"),
+    )
     for kind in ("obedient", "obedient-full"):
         journal.add({"kind": kind, "seed": 0, "lock": "none"} | counts(1).to_dict())
         for one in (loras, stack, weights, weights):

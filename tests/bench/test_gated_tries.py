@@ -45,7 +45,7 @@ def test_each_lock_is_tried_at_each_strength_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gated.fastlock, "relocked", relocked)
     monkeypatch.setattr(gated, "counted", counted)
     journal = Journal(tmp_path / "tries.jsonl", {}, {})
-    tries = [Try("a-0", 1.0), Try("a-0", 0.5), Try("b-0", 2.0)]
+    tries = [Try("a-0", 1.0), Try("a-0", 0.5), Try("b-0", 2.0), Try("b-0", 0.0)]
     bench: Any = Bench()
     gated.cells(bench, journal, "obedient", 3, tries[:2], Asked())
     gated.cells(bench, journal, "obedient", 3, tries, Asked())
@@ -54,4 +54,5 @@ def test_each_lock_is_tried_at_each_strength_once(tmp_path: Path, monkeypatch: p
         ("a-0", ["('a-0', 1.0)"]),
         ("a-0 at 0.5", ["('a-0', 0.5)"]),
         ("b-0 at 2", ["('b-0', 2.0)"]),
+        ("b-0 at 0", ["('b-0', 0.0)"]),
     ]
