@@ -148,6 +148,13 @@ def test_relocked_brings_the_earlier_lock_back() -> None:
     assert same_state(state(model), plain)
 
 
+def check_as_before(models: list[nn.Module], before: list[dict[str, torch.Tensor]], locks: list[fastlock.Lock]) -> None:
+    """After an error: every weight is as it was, and the models can be relocked."""
+    assert all(same_state(state(model), earlier) for model, earlier in zip(models, before, strict=True))
+    fastlock.relock_many(models, locks, 2.0)
+    assert all(fastlock.verify(model, lock) for model, lock in zip(models, locks, strict=True))
+
+
 @pytest.mark.parametrize("locked_before", [False, True])
 def test_an_error_part_way_leaves_all_models_as_they_were(locked_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail after each single weight that is written, or written back."""
@@ -171,10 +178,8 @@ def test_an_error_part_way_leaves_all_models_as_they_were(locked_before: bool, m
             patch.setattr(module, "write_columns", failing_late)
             with pytest.raises(MemoryError):
                 fastlock.relock_many(models, locks, 2.0)
-        assert all(same_state(state(model), earlier) for model, earlier in zip(models, before, strict=True))
         assert [type(model) for model in models] == classes
-        fastlock.relock_many(models, locks, 2.0)
-        assert all(fastlock.verify(model, lock) for model, lock in zip(models, locks, strict=True))
+        check_as_before(models, before, locks)
 
 
 @pytest.mark.parametrize("locked_before", [False, True])
@@ -198,9 +203,7 @@ def test_an_interrupted_fold_writes_to_no_weight(locked_before: bool, monkeypatc
         patch.setattr(module, "rewrite", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fastlock.relock_many(models, locks, 2.0)
-    assert all(same_state(state(model), earlier) for model, earlier in zip(models, before, strict=True))
-    fastlock.relock_many(models, locks, 2.0)
-    assert all(fastlock.verify(model, lock) for model, lock in zip(models, locks, strict=True))
+    check_as_before(models, before, locks)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
