@@ -102,6 +102,8 @@ class LocalFile:
     def _read(self, start: int, length: int) -> bytes:
         with reading(self.path), self._open() as fd:
             data = os.pread(fd, length, start)
+            while len(data) < length and (more := os.pread(fd, length - len(data), start + len(data))):
+                data += more  # Linux reads at most 2 GiB at once
         if len(data) != length:
             raise changed_while_read(self.path)
         return data
