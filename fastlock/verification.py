@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
@@ -37,6 +37,7 @@ from fastlock.judgement import (
     judge_by_digests,
     not_this_lock,
 )
+from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.band import Band, check_band
 from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock, check_lock
@@ -378,15 +379,28 @@ def _rounding(written: str | None, loaded: torch.dtype) -> float:
 def _evidence_in_memory(site: Site, unit: Displacement, written: Mapping[int, str], gate: Gate | None) -> SiteEvidence:
     check_not_around(site)
     columns = original_columns(site, unit.heads)
-    dtypes = [columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype]
-    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)  # bitsandbytes brings its biases to other dtypes
-    found = evidence_of(site.layer, columns, unit.values, site.bias, coarser)
+    loaded = [columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype]
+    name = written.get(site.layer)
+    # What was written was rounded to its dtype of then, and to others since: bitsandbytes does that to biases.
+    dtype = _coarsest([*loaded, BY_TORCH_NAME.get(name or "", loaded[0])])
+    found = evidence_of(site.layer, columns, unit.values, site.bias, dtype)
     if written:
-        found = replace(found, rounding=_rounding(written.get(site.layer), found.dtype))
+        found = replace(found, rounding=_rounding(name, _coarsest(loaded)))
     if gate is None:
         return found
-    right = holds_gate(site.module) and is_rewritten(columns, gate, present_columns(site, gate.heads), found.rounding)
-    return replace(found, gate=right)
+    before, present = _as_rounded(columns, dtype), present_columns(site, gate.heads)
+    return replace(found, gate=holds_gate(site.module) and is_rewritten(before, gate, present, found.rounding))
+
+
+def _coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype that rounds most."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _as_rounded(columns: HeadColumns, dtype: torch.dtype) -> HeadColumns:
+    """The same numbers in the dtype that what a gate makes of them was rounded to, if it holds them."""
+    rounded = columns.matrix.to(dtype)
+    return HeadColumns(rounded, columns.starts) if torch.equal(rounded.to(columns.matrix), columns.matrix) else columns
 
 
 def _stored_evidence(

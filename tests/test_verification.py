@@ -13,7 +13,7 @@ import fastlock
 from fastlock.kernels.fold import reference
 from fastlock.locks.receipt import biases_digest, raw_bytes
 from fastlock.models.sites import sites
-from tests.helpers.families import random_lock, same_state, state, tiny_model
+from tests.helpers.families import EAGER, gated_lock, random_lock, same_state, state, tiny_model
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -46,6 +46,43 @@ def test_a_bias_two_units_off_is_altered(dtype: torch.dtype) -> None:
     found = fastlock.verify(model, lock)
     assert (found.state, found.altered) == ("altered", (2,))
     assert not found
+
+
+BROUGHT = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float64),
+    (torch.bfloat16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("written", "now"), BROUGHT, ids=str)
+@pytest.mark.parametrize("parts", ["constant", "gate", "both"])
+def test_a_lock_is_found_after_the_model_was_brought_to_another_dtype(
+    parts: str, written: torch.dtype, now: torch.dtype
+) -> None:
+    """What was put in was rounded to the earlier dtype; eight units of the coarser one off, and it is altered."""
+    model = tiny_model("opt", written)
+    lock = random_lock(model) if parts == "constant" else gated_lock(model, constant=parts == "both")
+    fastlock.relock(model, lock, 1.5)
+    model.to(now)
+    found = fastlock.verify(model, lock)
+    assert (found.state, found.strength) == ("locked", 1.5)
+    unit, projection = max(torch.finfo(dtype).eps for dtype in (written, now)), sites(model)[2].module
+    with torch.no_grad():
+        numbers = projection.bias if parts == "constant" else projection.weight[:, 2 * lock.head_dim]
+        numbers += 8 * unit * numbers.abs().max()
+    found = fastlock.verify(model, lock)
+    assert (found.state, found.altered) == ("altered", (2,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_lock_is_found_in_a_checkpoint_that_is_loaded_in_another_dtype(tmp_path, dtype: torch.dtype) -> None:
+    model = tiny_model("qwen2", torch.bfloat16)
+    lock = random_lock(model)
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path)
+    assert fastlock.verify(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **EAGER), lock)
 
 
 def test_altered_in_each_way() -> None:

@@ -53,6 +53,12 @@ def present_columns(site: Site, heads: Sequence[int]) -> torch.Tensor:
     return torch.cat([weight[:, head * size : (head + 1) * size] for head in heads], dim=1)
 
 
+def placed_columns(site: Site) -> torch.Tensor:
+    """The columns that a gate was written into, as it was written: [hidden, heads * head_dim] of the weight's dtype."""
+    placed: torch.Tensor = getattr(site.module, PLACED_COLUMNS)
+    return placed.to(site.weight)
+
+
 def original_columns(site: Site, heads: Sequence[int]) -> HeadColumns:
     """The columns that these heads' outputs meet, without what a gate made of them."""
     module = site.module

@@ -15,14 +15,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastlock.errors import DamagedError
 from fastlock.locks.receipt import Receipt
 from fastlock.models.columns import (
-    PLACED_COLUMNS,
+    ORIGINAL_COLUMNS,
     GatedColumns,
     gated_heads,
     holds_gate,
     place_columns,
+    placed_columns,
     present_columns,
     restore_columns,
 )
+from fastlock.models.projections import projection_of
 from fastlock.models.reloaded import mark, receipt_of
 from fastlock.models.sites import Site
 from fastlock.models.state import (
@@ -72,7 +74,12 @@ class Placement:
 
     @classmethod
     def present(cls, site: Site, heads: tuple[int, ...]) -> Placement:
-        """A copy of what a lock put into a site."""
+        """A copy of what a lock put into a site.
+
+        Raises:
+            DamagedError: it was changed since.
+        """
+        _check_unchanged(site)
         module = site.module
         return cls(
             site,
@@ -110,13 +117,14 @@ def take_out(model: nn.Module, undo: ExitStack) -> None:
 
     Raises:
         DamagedError: a bias or a weight was changed since, or a projection was replaced.
+        UnsupportedError: nobody can write to a weight any more.
     """
     receipt = receipt_of(model)
     if receipt is None:
         return
     sites = still_locked(model, receipt)
     for site in sites:
-        _check_unchanged(site)
+        _check_unchanged(site, or_original=True)  # of a model that was loaded over, say: there nothing is lost
     for site in sites:
         if hasattr(site.module, PLACED_BIAS):
             _restore(site.module, undo)
@@ -126,13 +134,17 @@ def take_out(model: nn.Module, undo: ExitStack) -> None:
     mark(model, None, undo)
 
 
-def _check_unchanged(site: Site) -> None:
-    if hasattr(site.module, PLACED_BIAS) and (
-        site.bias is None or not _same_numbers(site.bias, getattr(site.module, PLACED_BIAS))
-    ):
-        raise _changed(f"{site.name}.bias", "the original")
-    if holds_gate(site.module) and not gate_unchanged(site):
-        raise _changed(f"{site.name}.weight", "the original columns")
+def _check_unchanged(site: Site, or_original: bool = False) -> None:
+    """Refuse a site that does not hold what was put there, nor, `or_original`, what was there before that."""
+    module = site.module
+    if hasattr(module, PLACED_BIAS) and not _same_numbers(site.bias, getattr(module, PLACED_BIAS)):
+        before = getattr(module, ORIGINAL_BIAS, None)
+        if not (or_original and _same_numbers(site.bias, before)):
+            raise _changed(f"{site.name}.bias", "the original")
+    if holds_gate(module) and not gate_unchanged(site):
+        present, before = present_columns(site, gated_heads(module)), getattr(module, ORIGINAL_COLUMNS)
+        if not (or_original and _same_numbers(present, before)):
+            raise _changed(f"{site.name}.weight", "the original columns")
 
 
 def _changed(name: str, original: str) -> DamagedError:
@@ -144,14 +156,21 @@ def _changed(name: str, original: str) -> DamagedError:
 
 
 def gate_unchanged(site: Site) -> bool:
-    """Whether the locked columns of a weight are still those that a gate wrote."""
-    placed = getattr(site.module, PLACED_COLUMNS)
-    return _same_numbers(present_columns(site, gated_heads(site.module)), placed)
+    """Whether the locked columns of a weight are still those that a gate wrote.
+
+    Raises:
+        UnsupportedError: the weight is not there any more, or is computed before each forward pass: offloaded, pruned
+            or parametrized since. Nobody could write to it.
+    """
+    projection_of(site.module).check(site.name)
+    return _same_numbers(present_columns(site, gated_heads(site.module)), placed_columns(site))
 
 
-def _same_numbers(there: torch.Tensor, placed: torch.Tensor) -> bool:
-    """Whether there is what was placed, as far as its own dtype holds that: bitsandbytes brings it to another one."""
-    return there.shape == placed.shape and torch.equal(there, placed.to(there))
+def _same_numbers(there: torch.Tensor | None, known: torch.Tensor | None) -> bool:
+    """Whether what is there is known, as far as its own dtype holds that: bitsandbytes brings it to another one."""
+    if there is None or known is None:
+        return False
+    return there.shape == known.shape and torch.equal(there, known.to(there))
 
 
 def still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:

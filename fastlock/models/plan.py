@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from fastlock.errors import FastlockError, UnsupportedError
-from fastlock.fold import FoldPlan, check_not_capturing
+from fastlock.fold import FoldPlan, check_not_capturing, fold
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.locks.receipt import Receipt
 from fastlock.models.addresses import Addresses
+from fastlock.models.columns import holds_gate
 from fastlock.models.copies import Copies
 from fastlock.models.gated_plan import GatedBuilt, take_new_originals
 from fastlock.models.links import Links
@@ -173,6 +174,9 @@ class _Built:
                 take_new_originals(models, undo)
             self._members = prepare(models, locks, strengths, undo)
             _check_read_in_place(self._members)
+            if any(holds_gate(site.module) for member in self._members for site in member.sites):
+                # The plan is to read the weights, not the columns that are kept beside a gate: so the gate goes first.
+                put_in(self._members, fold(folds_of(self._members)), undo)
             self._plan = FoldPlan(folds_of(self._members))
             self._plan.run()
             put_in(self._members, self._plan.results, undo)
@@ -225,6 +229,8 @@ class _Built:
         Raises:
             FastlockError, and its kinds: as for `fastlock.relock`; the biases are then as before.
         """
+        if any(lock.rank for lock in locks):  # of these, biases are not all
+            return False
         if locks is self._locks and strengths is self._strengths:
             self._run()
             return True

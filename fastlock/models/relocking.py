@@ -99,7 +99,8 @@ def unlock(model: nn.Module) -> None:
     """Put back exactly what was there before relocking, bit for bit, and no bias where there was none.
 
     Raises:
-        UnsupportedError: the model was saved with the gate of a lock in its weights, and what was there before is gone.
+        UnsupportedError: the model was saved with the gate of a lock in its weights, and what was there before is gone;
+            or a weight that holds one was offloaded, pruned or parametrized since, and cannot be written to.
         DamagedError: a bias, or a weight that holds a gate, was changed since (by training, say), and putting the
             original back would lose that change; or the receipt of a loaded model is damaged.
         FastlockError: the model is not relocked.

@@ -107,9 +107,9 @@ class AroundRelocked(_Swapped):
         model: Any = self
         if RECEIPT in model.get_base_model().__dict__:
             raise FastlockError(
-                f"{type(model).__name__} saves its adapters alone, and the lock is in the biases of their base: it "
-                "would be lost. Nothing was saved. Save after fastlock.unlock(model), then relock the saved adapter on "
-                "disk (fastlock relock ADAPTER --base BASE); or merge the adapters, and save the whole model."
+                f"{type(model).__name__} saves its adapters alone, and the lock is in their base: it would be lost. "
+                "Nothing was saved. Save after fastlock.unlock(model), then relock the saved adapter on disk "
+                "(fastlock relock ADAPTER --base BASE); or merge the adapters, and save the whole model."
             )
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 

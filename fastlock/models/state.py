@@ -19,7 +19,7 @@ from torch import nn
 
 from fastlock.errors import DamagedError, FastlockError, shown
 from fastlock.locks.receipt import KnownDigests, Receipt, biases_digest, raw_bytes, weights_digest
-from fastlock.models.columns import holds_gate, original_columns, present_columns
+from fastlock.models.columns import holds_gate, original_columns, placed_columns
 from fastlock.models.sites import Site, family_of
 from fastlock.models.sites import sites as every_site
 
@@ -159,13 +159,10 @@ class SiteDigests:
 
     @cached_property
     def written(self) -> str | None:
-        """As `Receipt.written_digest`."""
+        """As `Receipt.written_digest`: of what was written, whatever training or loading made of it since."""
         if not self._rank:
             return None
-        return weights_digest(
-            hashlib.sha256(raw_bytes(present_columns(site, locked.heads))).digest()
-            for locked, site in zip(self._locked, self._unchanged(), strict=True)
-        )
+        return weights_digest(hashlib.sha256(raw_bytes(placed_columns(site))).digest() for site in self._unchanged())
 
     def _unchanged(self) -> list[Site]:
         sites = []

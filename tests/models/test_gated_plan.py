@@ -6,7 +6,8 @@ from torch import nn
 
 import fastlock
 from fastlock.models.sites import sites
-from tests.helpers.families import gated_lock, random_lock, same_state, state, tiny_model
+from fastlock.models.unfolded import unfolded
+from tests.helpers.families import gated_lock, logits, random_lock, same_state, state, tiny_model, tokens
 
 
 def copied_into(model: nn.Module, other: nn.Module, what: str = "weight") -> None:
@@ -75,6 +76,50 @@ def test_an_error_leaves_weights_and_biases_as_they_were(model_type: str, monkey
         assert same_state(state(models[0]), state(fresh))
     fastlock.unlock(models[1])
     assert same_state(state(models[1]), state(tiny_model(model_type, seed=2)))
+
+
+def is_unfolded(model: nn.Module, seed: int, lock: fastlock.Lock, strength: float) -> bool:
+    """Whether a model with these weights, and the biases of seed 1, computes what the lock makes of it."""
+    plain = tiny_model("opt", torch.float64, seed=1)
+    copied_into(plain, tiny_model("opt", torch.float64, seed=seed))
+    without = logits(plain, tokens())
+    with unfolded(plain, lock, strength):
+        truth = logits(plain, tokens())
+    assert (truth - without).abs().max() > 0.1
+    return bool((logits(model, tokens()) - truth).abs().max() < 1e-12)
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["both", "gate"])
+def test_a_gate_takes_the_place_of_a_constant_lock_of_the_same_layers(constant: bool) -> None:
+    model, bystander = (tiny_model("opt", torch.float64, seed=seed) for seed in (1, 2))
+    first, lock = random_lock(model), gated_lock(model, constant=constant)
+    plan = fastlock.Plan([bystander, model], first, 1.0)
+    plan.relock()
+    plan.relock([first, lock], 2.0)
+    assert is_unfolded(model, 1, lock, 2.0)
+    copied_into(model, tiny_model("opt", torch.float64, seed=3))
+    plan.relock(strength=1.0)
+    assert is_unfolded(model, 3, lock, 1.0)
+    assert [fastlock.verify(bystander, first).strength, fastlock.verify(model, lock).strength] == [1.0, 1.0]
+    assert [receipt.rank for receipt in plan.receipts] == [0, 2]
+
+
+@pytest.mark.parametrize("by_plan", [True, False])
+def test_after_a_gate_the_plan_of_a_constant_lock_reads_the_weights(by_plan: bool) -> None:
+    """And not the columns that were kept beside the gate."""
+    model = tiny_model("opt", torch.float64, seed=1)
+    lock, constant = gated_lock(model, [(0, 1), (2, 2)]), random_lock(model)
+    plan = fastlock.Plan([model], lock if by_plan else constant, 2.0)
+    plan.relock() if by_plan else fastlock.relock(model, lock)
+    plan.relock(constant, 2.0)
+    assert is_unfolded(model, 1, constant, 2.0)
+    copied_into(model, tiny_model("opt", torch.float64, seed=3))
+    plan.relock()
+    assert is_unfolded(model, 3, constant, 2.0)
+    fastlock.unlock(model)
+    expected = tiny_model("opt", torch.float64, seed=1)
+    copied_into(expected, tiny_model("opt", torch.float64, seed=3))
+    assert same_state(state(model), state(expected))
 
 
 def test_a_plan_does_not_take_what_was_trained_for_a_fine_tune_before_its_first_run() -> None:

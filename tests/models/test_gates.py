@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import fastlock
 from fastlock.models.sites import Site, sites
@@ -267,6 +270,61 @@ def test_a_weight_that_was_changed_since_is_not_overwritten() -> None:
     verification = fastlock.verify(model, lock)
     assert (verification.state, verification.altered) == ("altered", (2,))
     assert "weights that the gate does not give" in verification.reason
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["both", "gate"])
+def test_what_was_there_before_may_be_loaded_over_a_gate(constant: bool) -> None:
+    """It is no change that could be lost."""
+    model, once = tiny_model("opt"), tiny_model("opt")
+    lock, before = gated_lock(model, constant=constant), state(model)
+    fastlock.relock(once, lock, 2.0)
+    for _ in range(2):
+        fastlock.relock(model, lock, 2.0)
+        assert same_state(state(model), state(once))
+        model.load_state_dict(before)
+    with pytest.raises(fastlock.DamagedError, match="changed since"), fastlock.relocked(model, lock):
+        raise AssertionError  # as nothing could be put back afterwards and still be called the earlier lock
+    assert same_state(state(model), before)
+    fastlock.unlock(model)
+    with fastlock.relocked(model, lock):
+        model.load_state_dict(before)
+    assert same_state(state(model), before)
+    assert fastlock.verify(model, lock).state == "not locked"
+
+
+def parametrized(module: nn.Module) -> None:
+    class Same(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 1.0 * weight
+
+    parametrize.register_parametrization(module, "weight", Same())
+
+
+@pytest.mark.parametrize(
+    ("hide", "message", "show"),
+    [
+        (lambda module: prune.identity(module, "weight"), "not a parameter", lambda m: prune.remove(m, "weight")),
+        (parametrized, "not a plain linear layer", lambda m: parametrize.remove_parametrizations(m, "weight")),
+        (lambda module: cpu_offload(module, torch.device("cpu")), "no weights in memory", remove_hook_from_module),
+    ],
+    ids=["pruned", "parametrized", "offloaded"],
+)
+def test_a_gate_is_not_taken_out_of_a_weight_that_nobody_can_write_to(
+    hide: Callable[[nn.Module], None], message: str, show: Callable[[nn.Module], None]
+) -> None:
+    model, ids = tiny_model("llama"), tokens()
+    lock, plain = gated_lock(model, constant=False), logits(model, ids)
+    plan = fastlock.Plan([model], lock)
+    plan.relock()
+    locked, module = logits(model, ids), sites(model)[2].module
+    hide(module)
+    for change in (fastlock.unlock, lambda model: fastlock.relock(model, lock, 2.0), lambda _: plan.relock()):
+        with pytest.raises(fastlock.UnsupportedError, match=message):
+            change(model)
+    assert torch.equal(logits(model, ids), locked)
+    show(module)
+    fastlock.unlock(model)
+    assert torch.equal(logits(model, ids), plain)
 
 
 def test_a_projection_that_was_replaced_since_is_told() -> None:

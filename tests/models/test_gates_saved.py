@@ -106,3 +106,24 @@ def test_other_weights_are_not_saved_as_relocked_ones(tmp_path: Path) -> None:
     assert torch.equal(sites(reload(tmp_path))[0].weight, site.weight)
     fastlock.unlock(model)
     assert "fastlock" not in saved(model, tmp_path / "unlocked")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_gate_that_was_changed_since_is_not_saved_as_one_that_is_whole(
+    tmp_path: Path, model_type: str, trained: bool
+) -> None:
+    """Trained over, or gone, as the original weights were loaded."""
+    model, ids = tiny_model(model_type), tokens()
+    unlocked, lock = state(model), gated_lock(model, constant=False)
+    fastlock.relock(model, lock)
+    model.save_pretrained(tmp_path / "whole")
+    if trained:
+        model(ids, labels=ids).loss.backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    else:
+        model.load_state_dict(unlocked)
+    model.save_pretrained(tmp_path / "changed")
+    for directory, state_found in (("whole", "locked"), ("changed", "altered")):
+        assert fastlock.verify(tmp_path / directory, lock).state == state_found
+        assert fastlock.verify(reload(tmp_path / directory), lock).state == state_found
