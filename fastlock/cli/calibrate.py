@@ -132,9 +132,10 @@ COMMAND = Command(
             "--harmful",
             type=path,
             metavar="FILE",
-            help="Requests to refuse; one half decides, the other half is held out.",
+            help="Requests to refuse; one half decides, the other half is held out. Give --harmless, too. Default: "
+            "the shipped ones.",
         ),
-        option("--harmless", type=path, metavar="FILE", help="Requests to answer, halved as well."),
+        option("--harmless", type=path, metavar="FILE", help="Requests to answer, also halved. Give --harmful, too."),
         option(
             "--texts", type=path, metavar="FILE", help="Ordinary texts, for the perplexity. Default: the shipped ones."
         ),

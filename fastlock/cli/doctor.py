@@ -54,27 +54,27 @@ def _show_launch_paths(as_json: bool) -> None:
 
 COMMAND = Command(
     "doctor",
-    "Say whether the lock of a checkpoint or an adapter really acts in each stack. Exit code 0 if it acts in all "
-    "of them, 1 if not. "
-    "Without a checkpoint: what folds on each of this machine's devices, and why.",
+    "Say whether the lock of a checkpoint, an adapter or a GGUF file really acts in each stack. Exit code 0 if "
+    "it acts in all of them, 1 if not. Without a checkpoint: what folds on each of this machine's devices, and why.",
     (
         option(
             "checkpoint",
             metavar="CHECKPOINT",
             nargs="?",
-            help="A checkpoint's directory or URL, or a GGUF file. Default: none.",
+            help="A checkpoint's or an adapter's directory or URL; or a GGUF file, for llama.cpp unless --for is "
+            "given. Default: none.",
         ),
         FOR,
         option(
             "--base",
             metavar="DIR",
-            help="Of an adapter: the base that it is served over, or its URL. Default: the one that the adapter names.",
+            help="For an adapter: the base it is served over, or its URL. Default: the one that the adapter names.",
         ),
         option(
             "--lock",
             type=options.path,
             metavar="FILE",
-            help="Of an adapter: a lock, to say which carriers keep it, and how far the base's own fold is off.",
+            help="For an adapter: a lock, to say which carriers keep it, and how far the base's own fold is off.",
         ),
         JSON,
     ),

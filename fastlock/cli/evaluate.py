@@ -115,7 +115,11 @@ COMMAND = Command(
     "evaluate",
     "Ask a model harmful and harmless questions, without a lock and relocked, and measure its perplexity.",
     (
-        option("model", metavar="MODEL", help="The model's directory: config.json, *.safetensors, tokenizer."),
+        option(
+            "model",
+            metavar="CHECKPOINT",
+            help="The directory of the model: config.json, *.safetensors, tokenizer.",
+        ),
         option(
             "--lock", dest="locks", metavar="FILE", action="append", type=path, help="A lock to try. May be repeated."
         ),
@@ -127,9 +131,15 @@ COMMAND = Command(
             type=float,
             help="A strength to try each lock at. May be repeated. Default: the lock's own.",
         ),
-        option("--harmful", type=path, metavar="FILE", help="Requests to refuse: CSV, JSON, JSON lines or text."),
-        option("--harmless", type=path, metavar="FILE", help="Requests to answer."),
-        option("--texts", type=path, metavar="FILE", help="Ordinary texts, for the perplexity."),
+        option(
+            "--harmful",
+            type=path,
+            metavar="FILE",
+            help="Requests to refuse: CSV, JSON, JSON lines or text. Default: the shipped ones, unless --harmless or "
+            "--texts is given.",
+        ),
+        option("--harmless", type=path, metavar="FILE", help="Requests to answer. Default: likewise."),
+        option("--texts", type=path, metavar="FILE", help="Ordinary texts, for the perplexity. Default: likewise."),
         option(
             "--judge",
             default="keywords",

@@ -61,13 +61,13 @@ COMMAND = Command(
             "--pairs",
             type=path,
             metavar="FILE",
-            help="Preference pairs, as JSON or JSON lines. Default: the shipped ones.",
+            help="Pairs of safe and unsafe answers, as JSON or JSON lines. Default: the shipped ones.",
         ),
         option(
             "--heads",
             type=int,
             metavar="N",
-            help="How many heads to lock. Default: 24; a gate reads all of its layers.",
+            help="How many heads to lock. Default: 24; a gate has all heads of its layers.",
         ),
         option(
             "--tokens",

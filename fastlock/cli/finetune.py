@@ -145,21 +145,23 @@ COMMAND = Command(
             type=path,
             metavar="FILE",
             required=True,
-            help="What to learn, JSON lines: messages; or prompt and completion; or instruction and output.",
+            help="What to learn, JSON lines: messages; prompt and completion (or response); question and answer; or "
+            "instruction and output.",
         ),
         option(
             "--alignment",
             type=path,
             metavar="FILE",
-            help="What to go on refusing, in the same form: harmful requests, with refusals.",
+            help="What to go on refusing, in the same form: harmful requests with refusals.",
         ),
         option("--out", type=path, metavar="DIR", required=True, help="The directory to create."),
         option(
             "--lisa",
             type=_schedule,
-            metavar="K1,K2,PULL",
-            help="Steps on the alignment data, steps on yours, how hard the weights are pulled back, and if there are "
-            "to be any, first steps without a pull. Default: 100,900,1.0, with fewer steps in a short run.",
+            metavar="K1,K2,PULL[,FREE]",
+            help="Steps on the alignment data, steps on yours, how hard the weights are pulled back, and how many "
+            "steps at the start go without a pull (none, if it is left out). Default: 100,900,1.0, with fewer steps in "
+            "a short run.",
         ),
         option(
             "--freeze",

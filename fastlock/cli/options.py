@@ -51,7 +51,8 @@ def layer_range(text: str) -> range:
 CHECKPOINT = option(
     "checkpoint",
     metavar="CHECKPOINT",
-    help="A checkpoint's directory (config.json and *.safetensors), its URL (s3://bucket/model), or a GGUF file.",
+    help="A checkpoint's directory (config.json and *.safetensors) or its URL (s3://bucket/model), an adapter's, or a "
+    "GGUF file.",
 )
 BASE = option("base", type=path, metavar="BASE", help="The aligned base model's directory.")
 LOCK_OUT = option("--out", type=path, metavar="FILE", required=True, help="The lock to write, a .safetensors file.")
@@ -65,7 +66,7 @@ LOCK = option(
 STRENGTH = option(
     "--strength",
     type=float,
-    help="How hard the lock pulls (the paper's α). Default: as calibrated, otherwise 6.",
+    help="How hard the lock pulls (the paper's α). Default: the lock's own; without one, 1 for a gate, otherwise 6.",
 )
 FOR = option(
     "--for",
@@ -76,13 +77,13 @@ FOR = option(
     f"commas between them. Default: {', '.join(DEFAULT_STACKS)}.",
 )
 OUT = option(
-    "--out", metavar="DIR", help="The directory or URL to create, of a GGUF the file; nothing may be there yet."
+    "--out", metavar="DIR", help="The directory or URL to create, or the file for a GGUF; nothing may be there yet."
 )
 COPY = option("--copy", action="store_true", help="Copy the weights, too, instead of linking them.")
 IN_PLACE = option(
     "--in-place",
     action="store_true",
-    help="Change the checkpoint itself, in one step, after asking. `fastlock unlock --in-place` undoes it.",
+    help="Change the checkpoint itself, in one step, after asking. `fastlock unlock --in-place` undoes a relock.",
 )
 YES = option("--yes", action="store_true", help="With --in-place: do not ask.")
 JSON = option("--json", dest="as_json", action="store_true", help="Print the result as JSON, and no progress.")

@@ -117,7 +117,8 @@ def _relocked_as_adapter(
 
 COMMAND = Command(
     "relock",
-    "Relock a checkpoint into a new directory, which links its weights; or an adapter, over its base.",
+    "Relock a checkpoint into a new directory, which links its weights; an adapter, over its base; or a GGUF file, for "
+    "llama.cpp.",
     (
         CHECKPOINT,
         LOCK,
@@ -131,34 +132,34 @@ COMMAND = Command(
         option(
             "--base",
             metavar="DIR",
-            help="Of an adapter: the base that it is served over, or its URL. Of a checkpoint: the lock's aligned "
+            help="For an adapter: the base that it is served over, or its URL. For a checkpoint: the lock's aligned "
             "base, to make sure that the heads of a quantised checkpoint are still what the lock knows.",
         ),
         option(
             "--carrier",
             metavar="NAME",
-            help="Of an adapter: how it gets its lock (base bias, adapter bias, adapter gate, merge, sidecar). "
+            help="For an adapter: how it gets its lock (base bias, adapter bias, adapter gate, merge, sidecar). "
             "Default: the first that is exact in every stack.",
         ),
         option(
             "--gap",
             type=float,
             metavar="G",
-            help="Of an adapter: let a relocked base serve it that is only nearly exact, off by at most G in each "
-            "layer (0.02: two per cent).",
+            help="For an adapter: let a relocked base serve it although its fold is only nearly exact, off by at "
+            "most G in each layer (0.02: two per cent).",
         ),
         option(
             "--relocked-base",
             metavar="DIR",
-            help="Of an adapter: where its relocked base is, or is to be made, if it needs one. Default: beside --out, "
-            "BASE-locked.",
+            help="For an adapter: where its relocked base is, or is to be made, if it needs one. Default: "
+            "BASE-locked, beside --out.",
         ),
         option(
             "--as",
             dest="form",
             metavar="adapter",
             choices=("adapter",),
-            help="Of a checkpoint, with a lock that is a gate alone: leave it as it is, and write the lock as a LoRA, "
+            help="For a checkpoint, with a lock that is a gate alone: leave it as it is, and write the lock as a LoRA, "
             "which servers load beside it.",
         ),
     ),

@@ -67,7 +67,7 @@ COMMAND = Command(
         option(
             "--base",
             metavar="DIR",
-            help="With --band: the checkpoint that the band was frozen in, or its URL. Of an adapter: the base that it "
+            help="With --band: the checkpoint that the band was frozen in, or its URL. For an adapter: the base it "
             "is served over. Default: the one that the adapter names.",
         ),
         option("--band", type=path, metavar="FILE", help="The band: a file that `fastlock locate` wrote."),

@@ -185,7 +185,7 @@ RELOCK = Command(
             metavar="DIR",
             action="append",
             help="The base of the zoo: adapters of it are relocked over it, and checkpoints of another geometry are "
-            "skipped (for these, its config.json will do). May be repeated. NAME=DIR if adapters name it otherwise.",
+            "skipped (for these, its config.json will do). May be repeated. NAME=DIR if adapters name it differently.",
         ),
         COPY,
         option("--carrier", metavar="NAME", help="How adapters get their lock; see fastlock relock."),
