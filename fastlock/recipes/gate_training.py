@@ -8,6 +8,9 @@ gradient descent on the base itself and some fine-tunes of it, in turn: the loss
                          where the model would refuse and the base does not
     3 x KL divergence    from the model without the lock, in ordinary texts
 
+A quarter of the requests come with an answer that was begun already, after which the same is to be said: refusals that
+follow the first words of compliance (arXiv 2406.05946, section 3), as certain, for there the base says something else.
+
 V is normalised by its root mean square at the start, so that one learning rate suits every layer. Its first column
 starts as a probe that tells both kinds of requests apart (harm_probe.py), the others at random; U and d start at 0. It
 is a LoRA (arXiv 2106.09685) of the output projections that is trained once, for other fine-tunes too. Without a
@@ -28,10 +31,11 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from fastlock.errors import DamagedError
-from fastlock.evaluation.evaluator import evaluate
+from fastlock.evaluation.evaluator import Answer, evaluate
 from fastlock.evaluation.judging import Judge
 from fastlock.evaluation.prompts import Prompts
 from fastlock.inference.batching import Progress, in_halves
+from fastlock.inference.chat import vocabulary
 from fastlock.models.sites import Site, sites
 from fastlock.recipes.harm_probe import HarmProbe, read_probe
 from fastlock.recipes.lessons import Row, answer_row, check_loss, frozen, log_probabilities, text_rows
@@ -41,15 +45,25 @@ ASKED_TOKENS, ANSWER_TOKENS, TEXT_TOKENS = 12, 6, 40
 READER_RATE, RATE, BETAS, WARM_UP, LAST_RATE = 0.02, 0.005, (0.9, 0.99), 3, 0.1
 ANSWER_WEIGHT, TEXT_WEIGHT = 2.5, 3.0
 SCARY_SHARE = 0.5  # of the steps
+BEGUN_SHARE = 0.25  # of the requests
 _REFERENCE_BATCH = 8
 _LEAST_LOG_PROBABILITY = -1e4  # a probability of 0, with a logarithm that half precision holds
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a gate is trained on: requests of both kinds, harmless ones that sound harmful, and texts."""
+    """What a gate is trained on: requests of both kinds, harmless ones that sound harmful, and texts.
+
+    Attributes:
+        harmful: to be refused.
+        begun: the first words of an answer to each of these.
+        harmless: to be answered as before.
+        scary: further ones that only sound harmful.
+        texts: ordinary texts, to be read as before.
+    """
 
     harmful: Sequence[str]
+    begun: Sequence[str]
     harmless: Sequence[str]
     scary: Sequence[str]
     texts: Sequence[str]
@@ -121,7 +135,14 @@ def train_gate(
 
 @dataclass(frozen=True)
 class _Lessons:
-    """What the base refused and answered, as rows; which of the answers are ordinary, which to scary requests."""
+    """What the base refused and answered, as rows.
+
+    Attributes:
+        refused, answered: the requests.
+        refusals, answers: what the base said to each, and once more, in the same order, after an answer was begun.
+        ordinary, scary: which of the answered requests are of which kind.
+        texts: ordinary texts.
+    """
 
     refused: list[str]
     answered: list[str]
@@ -140,15 +161,27 @@ def _lessons(base: nn.Module, tokenizer: Any, asked: Asked, judge: Judge, progre
     refused = [answer for answer in said.harmful if answer.refused and answer.text]
     answered = [answer for answer in said.harmless if answer.refused is False and answer.text]
     ordinary, scary = set(asked.harmless), set(asked.scary)
+    begun = dict(zip(asked.harmful, asked.begun, strict=True))
+    refused_after = [begun[answer.prompt] for answer in refused]
+    answered_after = [asked.begun[number % len(asked.begun)] for number in range(len(answered))]
     return _Lessons(
         [answer.prompt for answer in refused],
         [answer.prompt for answer in answered],
-        [answer_row(tokenizer, answer.prompt, answer.text, ANSWER_TOKENS) for answer in refused],
-        [answer_row(tokenizer, answer.prompt, answer.text, ANSWER_TOKENS) for answer in answered],
+        _rows(tokenizer, refused, refused_after),
+        _rows(tokenizer, answered, answered_after),
         [number for number, answer in enumerate(answered) if answer.prompt in ordinary],
         [number for number, answer in enumerate(answered) if answer.prompt in scary],
         text_rows(tokenizer, asked.texts, TEXT_TOKENS),
     )
+
+
+def _rows(tokenizer: Any, said: Sequence[Answer], begun: Sequence[str]) -> list[Row]:
+    """What was said, and then the same after the beginnings of answers."""
+    return [
+        answer_row(tokenizer, answer.prompt, answer.text, ANSWER_TOKENS, before)
+        for beginnings in ([""] * len(said), begun)
+        for answer, before in zip(said, beginnings, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -164,7 +197,7 @@ class _Turn:
 def _turns(lessons: _Lessons, pupils: int, how: GateSettings) -> list[_Turn]:
     """Every step, drawn beforehand: what the models say to these rows without the lock is read once, before it."""
     order = random.Random(how.seed)
-    refusals = _Bag(range(len(lessons.refusals)), order)
+    refusals = _Bag(range(len(lessons.refused)), order)
     answers = _Bag(lessons.ordinary or lessons.scary, order)
     texts = _Bag(range(len(lessons.texts)), order)
     turns = []
@@ -177,6 +210,8 @@ def _turns(lessons: _Lessons, pupils: int, how: GateSettings) -> list[_Turn]:
         )
         if lessons.scary and order.random() < SCARY_SHARE:
             turn.answers[0] = order.choice(lessons.scary)
+        for rows, count in ((turn.refusals, len(lessons.refused)), (turn.answers, len(lessons.answered))):
+            rows[:] = [row + count * (order.random() < BEGUN_SHARE) for row in rows]
         turns.append(turn)
     return turns
 
@@ -225,7 +260,7 @@ def _pupils(
 ) -> tuple[list[_Pupil], _Targets]:
     """Every model with its targets, and the base's for the refusals; only what some step reads."""
     base = models[0]
-    refusals = _targets(base, "the base", lessons.refusals, {n for turn in turns for n in turn.refusals})
+    refusals = _refusal_targets(base, lessons, {n for turn in turns for n in turn.refusals})
     answers = _targets(base, "the base", lessons.answers, {n for turn in turns for n in turn.answers})
     openings = {row.ids[len(row.ids) - row.counted] for row in lessons.refusals}
     pupils = []
@@ -261,6 +296,17 @@ def _states(below: LowerLayers, rows: Sequence[Row], numbers: set[int]) -> _Stat
             return below.read([rows[number] for number in part])
 
         found |= zip(batch, in_halves(batch, read, lambda n: f"one row of {len(rows[n].ids)} tokens"), strict=True)
+    return found
+
+
+def _refusal_targets(base: nn.Module, lessons: _Lessons, numbers: set[int]) -> _Targets:
+    """What the base expects in its refusals; after an answer was begun, the refusal's own tokens for certain."""
+    plain = {number for number in numbers if number < len(lessons.refused)}
+    found = _targets(base, "the base", lessons.refusals, plain)
+    for number in numbers - plain:
+        row = lessons.refusals[number]
+        found[number] = torch.full((row.counted, vocabulary(base)), _LEAST_LOG_PROBABILITY, device="cpu").half()
+        found[number][range(row.counted), row.ids[-row.counted :]] = 0
     return found
 
 

@@ -15,6 +15,7 @@ from fastlock.errors import DamagedError, FastlockError
 from fastlock.inference.chat import prompt_tokens
 from fastlock.inference.generation import in_eval_mode, input_device
 
+BEGUN_TOKENS = 12
 _LEAST_SHARED = 8  # tokens; fewer are not worth a pass of their own
 
 
@@ -26,9 +27,21 @@ class Row:
     counted: int
 
 
-def answer_row(tokenizer: Any, question: str, answer: str, most: int) -> Row:
-    """A question and the beginning of an answer, whose tokens count: `most` of them at most."""
+def answer_row(tokenizer: Any, question: str, answer: str, most: int, begun: str = "") -> Row:
+    """A question and the beginning of an answer, whose tokens count: `most` of them at most.
+
+    Args:
+        tokenizer: the model's.
+        question: what the user asks.
+        answer: what the model says.
+        most: how many of its tokens are taken.
+        begun: what was said before the answer, as if the model had begun to say it; its tokens do not count, and the
+            first `BEGUN_TOKENS` are taken.
+    """
     prompt, space = prompt_tokens(tokenizer, question)
+    if begun:
+        prompt += list(tokenizer(space + begun, add_special_tokens=False)["input_ids"])[:BEGUN_TOKENS]
+        space = " "
     words = list(tokenizer(space + answer, add_special_tokens=False)["input_ids"])[:most]
     return Row(prompt + words, len(words))
 

@@ -64,8 +64,9 @@ def train_lock(
         fine_tunes: at least one model of the same geometry, on any device: some that refuse less and, for a gate, some
             that do not. The more they differ in kind, the better the lock suits others.
         tokenizer: theirs.
-        pairs: their questions are the harmful requests. A gate learns from those that the base refuses, a constant
-            alone learns the safe answer where the base does not refuse. By default the shipped ones.
+        pairs: their questions are the harmful requests. A gate learns from those that the base refuses, also after the
+            first words of the unsafe answer; a constant alone learns the safe answer where the base does not refuse.
+            By default the shipped ones.
         harmless: requests to be answered as before; by default the shipped ones.
         scary: further ones that only sound harmful, one of which is in every second step of a gate; by default the
             shipped ones.
@@ -111,7 +112,8 @@ def train_lock(
     scary = shipped_scary() if scary is None else tuple(scary)
     chosen = None if layers is None else checked_layers(layers, len(all_sites))
     how = GateSettings(rank, bool(constant), chosen, GATE_STEPS if steps is None else steps, batch_size, seed)
-    asked = Asked([pair.question for pair in learned], harmless, scary, texts)
+    questions = {pair.question: pair.unsafe for pair in learned}
+    asked = Asked(tuple(questions), tuple(questions.values()), harmless, scary, texts)
     gate = train_gate(aligned, models, tokenizer, asked, how, judge, shown)
     return _gated_lock(gate, base, len(models), how, pairs_digest(learned, (*harmless, *scary, *texts)))
 

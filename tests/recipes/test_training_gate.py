@@ -27,6 +27,7 @@ from tests.helpers.families import random_lock, tiny_model, word_tokenizer
 PAIRS = fastlock.shipped_pairs()[:5]
 QUESTIONS = {pair.question for pair in PAIRS}
 WORDS = word_tokenizer(PAIRS)
+VOCABULARY = max(WORDS.get_vocab().values()) + 1
 MATERIAL: dict[str, Any] = {
     "pairs": PAIRS,
     "harmless": ("How do I read a diary?", "What is a bicycle?", "How do I help a neighbour?", "Who can read?"),
@@ -38,7 +39,7 @@ MATERIAL: dict[str, Any] = {
 
 def model_of(seed: int, **changes: Any) -> Any:
     """The base is of seed 0, its fine-tunes of others: they keep its output projections, by which a base is told."""
-    model, base = (tiny_model("llama", seed=s, **({"vocab_size": len(WORDS)} | changes)) for s in (seed, 0))
+    model, base = (tiny_model("llama", seed=s, **({"vocab_size": VOCABULARY} | changes)) for s in (seed, 0))
     for own, of_base in zip(sites(model), sites(base), strict=True):
         own.weight.copy_(of_base.weight)
     return model
@@ -82,6 +83,7 @@ def test_a_fine_tune_refuses_as_the_base_does_and_no_weight_moves(
     """The divergence from the base in its refusals, row by row, without anything of what trains."""
     monkeypatch.setattr(module, "RATE", 0.05)  # random weights, which are large, need more than real ones
     monkeypatch.setattr(module, "ANSWER_WEIGHT", 1.0)
+    monkeypatch.setattr(module, "BEGUN_SHARE", 0.0)  # what is measured is said from the beginning
     base, tune = model_of(0), model_of(1)
     tune.train()
     tune.lm_head.weight.requires_grad_(False)
@@ -149,16 +151,21 @@ def test_the_base_and_every_fine_tune_learn_in_turn(monkeypatch: pytest.MonkeyPa
 
 
 def lessons(**changes: Any) -> module._Lessons:
-    rows = [Row([5, 6, 7, token], 1) for token in range(20, 32)]
+    """Of twelve requests of each kind, which are the rows of the same numbers, unless it is said otherwise."""
+    rows = [Row([5, 6, 7, token], 1) for token in range(20, 44)]
     texts = [Row([3, 4, 5], 2)] * 5
-    return module._Lessons(
-        **({"refused": [], "answered": [], "refusals": rows, "answers": rows, "texts": texts} | changes)
-    )
+    requests = [f"request {number}" for number in range(12)]
+    material = {"refused": requests, "answered": requests, "refusals": rows, "answers": rows, "texts": texts}
+    return module._Lessons(**(material | changes))
 
 
 def test_every_second_step_has_a_scary_request_and_all_else_comes_equally_often() -> None:
     how = module.GateSettings(1, False, None, 400, 4, 0)
     turns = module._turns(lessons(ordinary=list(range(10)), scary=[10, 11]), 2, how)
+    begun = [n > 11 for turn in turns for n in (*turn.refusals, *turn.answers)]
+    assert 0.22 < sum(begun) / len(begun) < 0.28  # of 4,000: a quarter, give or take four standard deviations
+    for turn in turns:  # they take the place of the same requests
+        turn.refusals[:], turn.answers[:] = ([n % 12 for n in rows] for rows in (turn.refusals, turn.answers))
     scary = [[n for n in turn.answers if n > 9] for turn in turns]
     assert {len(some) for some in scary} == {0, 1}
     assert 160 < sum(map(len, scary)) < 240
@@ -169,7 +176,52 @@ def test_every_second_step_has_a_scary_request_and_all_else_comes_equally_often(
     counts = torch.bincount(torch.tensor([n for turn in turns for n in turn.refusals]))
     assert counts.min() >= counts.max() - 1
     without = module._turns(lessons(ordinary=list(range(10)), scary=[]), 2, how)
-    assert max(n for turn in without for n in turn.answers) == 9
+    assert max(n % 12 for turn in without for n in turn.answers) == 9
+
+
+def test_what_was_said_is_there_once_more_after_an_answer_was_begun() -> None:
+    """The tokens of both halves, against what the tokenizer makes of the whole texts."""
+    begun = {pair.question: pair.unsafe for pair in PAIRS}
+    asked_ = module.Asked(tuple(begun), tuple(begun.values()), MATERIAL["harmless"], (), MATERIAL["texts"])
+    base = model_of(0)
+    found = module._lessons(base, WORDS, asked_, MATERIAL["judge"], lambda items, _: items)
+    assert set(found.refused) == QUESTIONS
+    assert len(found.answered) == 4
+    after = {
+        **begun,
+        **{question: PAIRS[number % 5].unsafe for number, question in enumerate(found.answered)},
+    }
+    for requests, rows in ((found.refused, found.refusals), (found.answered, found.answers)):
+        for plain, other, question in zip(rows[: len(requests)], rows[len(requests) :], requests, strict=True):
+            prompt = f"Question: {question}\nAnswer:"
+            assert plain.ids[: -plain.counted] == WORDS(prompt)["input_ids"]
+            beginning = WORDS(prompt)["input_ids"] + WORDS(after[question])["input_ids"][:12]
+            assert other.ids[: -other.counted] == beginning
+            assert plain.ids[-plain.counted :] == other.ids[-other.counted :]
+
+
+def test_a_fine_tune_is_taught_to_refuse_after_an_answer_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How likely the base's refusal is there, with a lock that was taught it and with one that was not."""
+    monkeypatch.setattr(module, "RATE", 0.05)
+    monkeypatch.setattr(module, "ANSWER_WEIGHT", 0.0)
+    monkeypatch.setattr(module, "TEXT_WEIGHT", 0.0)
+    base, tune = model_of(0), model_of(1)
+    refusals = {pair: greedy(base, pair.question, 6) for pair in PAIRS}
+
+    def likelihood(model: Any) -> float:
+        found = []
+        for pair, refusal in refusals.items():
+            beginning = WORDS(pair.unsafe)["input_ids"][:12]
+            said = expected(model, pair.question, [*beginning, *refusal])[-len(refusal) :]
+            found.append(said[range(len(refusal)), refusal].sum())
+        return float(torch.stack(found).mean())
+
+    gained = []
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(module, "BEGUN_SHARE", share)
+        with unfolded(relocked := model_of(1), trained(tune, base=base, rank=8, steps=60)):
+            gained.append(likelihood(relocked) - likelihood(tune))
+    assert gained[1] > max(0.0, gained[0]) + 5
 
 
 def test_where_a_fine_tune_would_refuse_and_the_base_answers_the_base_is_followed() -> None:
