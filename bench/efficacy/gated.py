@@ -1,7 +1,7 @@
 """One lock for every fine-tune, at strength 1: how many requests are refused, over several seeds.
 
-The base is SmolLM2-135M-Instruct taught to refuse (examples/adapters/aligned). A lock is trained on the base and on one
-fine-tune of each of TRAINED_ON, and tried on the base and on fine-tunes of the six kinds of tuned_models.py with other
+The base is SmolLM2-135M-Instruct taught to refuse (examples/adapters/aligned). A lock is trained on the base and on the
+fine-tunes of TRAINED_ON, and tried on the base and on fine-tunes of the six kinds of tuned_models.py with other
 seeds: it saw none of these, and of two kinds it saw none at all. What is asked is on topics that were never taught
 (topics_asked.py), and decided nothing. Needs what `make demo` sets up. A run that was stopped is continued.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import sys
 import time
@@ -35,16 +36,24 @@ from bench.lib.smollm2 import load_smollm2, with_adapter
 from fastlock.recipes.pairs import Pair
 
 KEPT = tuned_models.ROOT / "build" / "gated"
-# What a lock is trained on, beside the base; the seed is one that no fine-tune has that is asked.
-TRAINED_ON, TRAINING_SEED = ("obedient", "obedient-long", "identity", "benign"), 1000
+# What a lock is trained on, beside the base: kinds of fine-tunes, with seeds that none has that is asked. The kind
+# that is broken most needs the most training, and is there twice.
+TRAINED_ON = (
+    ("obedient", 1000),
+    ("obedient-long", 1000),
+    ("obedient-long", 1001),
+    ("identity", 1000),
+    ("benign", 1000),
+)
 SEEDS = 2
 # How locks are made, by name: the arguments of train_lock, or of extract. Where the base tells harmful requests from
 # harmless ones: in the upper half of its layers.
 LAYERS = range(14, 30)
 LOCKS: dict[str, dict[str, Any]] = {
-    "gate": {"rank": 1, "layers": LAYERS, "steps": 200},
-    "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 200, "constant": True},
-    "longer gate": {"rank": 1, "layers": LAYERS, "steps": 320},
+    "gate": {"rank": 1, "layers": LAYERS, "steps": 480},
+    "gate in 8 layers": {"rank": 1, "layers": LAYERS[8:], "steps": 480},
+    "gate in 4 layers": {"rank": 1, "layers": LAYERS[12:], "steps": 480},
+    "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 480, "constant": True},
     "constant": {"rank": 0, "steps": 150},
     "null-space": {"recipe": "null-space", "layers": LAYERS},
 }
@@ -103,7 +112,7 @@ class Bench:
     @cached_property
     def trained_on(self) -> list[Any]:
         """The fine-tunes that locks are trained on."""
-        return [self.fine_tune(kind, TRAINING_SEED) for kind in TRAINED_ON]
+        return [self.fine_tune(kind, seed) for kind, seed in TRAINED_ON]
 
     def lock(self, name: str) -> fastlock.Lock:
         """A lock, which is kept: of "gate-1" the first part says how it is made, and the second is its seed."""
@@ -116,8 +125,9 @@ class Bench:
         return fastlock.Lock.load(path)
 
     def _made(self, how: dict[str, Any], seed: int) -> fastlock.Lock:
-        pairs = [Pair(question, made.REFUSALS[0], made.OBEDIENT[0]) for question in HARMFUL]
-        material: dict[str, Any] = {"harmless": HARMLESS, "seed": seed}
+        begun = itertools.cycle(made.BEGUN)
+        pairs = [Pair(question, made.REFUSALS[0], next(begun)) for question in made.also_framed(HARMFUL)]
+        material: dict[str, Any] = {"harmless": made.also_framed(HARMLESS), "seed": seed}
         if how.get("rank", 1):  # a constant has no use for scary requests of their own
             material["scary"] = SCARY
         if "recipe" in how:
@@ -128,7 +138,7 @@ class Bench:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)), help="of the fine-tunes")
-    parser.add_argument("--locks", nargs="*", default=["longer gate-0"], help=f"{', '.join(LOCKS)}, each with a seed")
+    parser.add_argument("--locks", nargs="*", default=["gate-0"], help=f"{', '.join(LOCKS)}, each with a seed")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="of the locks: 1 is their own")
     parser.add_argument("--make-only", choices=("fine-tunes", "locks"), help="make these, and ask nothing")
     parser.add_argument("--journal", type=Path, default=KEPT / "gated.jsonl")

@@ -110,7 +110,7 @@ def refused(model: Any, tokenizer: Any, use: Use, requests: Sequence[str]) -> in
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--locks", nargs="+", default=["longer gate-0"], help="of gated.py")
+    parser.add_argument("--locks", nargs="+", default=["gate-0"], help="of gated.py")
     parser.add_argument("--journal", type=Path, default=KEPT / "further.jsonl")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

@@ -29,8 +29,8 @@ from bench.lib.printed import say
 from bench.lib.relocked_bytes import relocked_bytes
 from bench.lib.tables import table
 
-LOCK = "longer gate-0"
-UNALIGNED = ("obedient-long", gated.TRAINING_SEED)
+LOCK = "gate-0"
+UNALIGNED = gated.TRAINED_ON[1]
 HARMFUL, HARMLESS = gated.HARMFUL[::4], gated.HARMLESS[::4]
 REFUSALS = [(question, made.REFUSALS[number % len(made.REFUSALS)]) for number, question in enumerate(HARMFUL)]
 OBEYED = [(question, made.OBEDIENT[number % len(made.OBEDIENT)]) for number, question in enumerate(HARMFUL)]
@@ -75,7 +75,7 @@ class Peers:
 
     @cached_property
     def _decider(self) -> Any:
-        return self._bench.fine_tune("obedient", gated.TRAINING_SEED)
+        return self._bench.fine_tune(*gated.TRAINED_ON[0])
 
     def all(self) -> list[Peer]:
         """The lock first, then what changes weights, then what steers."""
@@ -156,9 +156,13 @@ class Peers:
         return Peer(f"{name}, {strength:g}", peers.NEEDS[name.lower()], act[name], lambda _directory: 0)
 
     def _chosen(self, name: str, strength: float) -> Peer:
+        """At twice the strength, or at half of it, as long as that is better."""
         best, found = strength, self._score(name, strength)
-        while (further := self._score(name, 2 * best)) > found:
-            best, found = 2 * best, further
+        for factor in (2.0, 0.5):
+            while (further := self._score(name, factor * best)) > found:
+                best, found = factor * best, further
+            if best != strength:
+                break
         return self.steered(name, best)
 
     def _score(self, name: str, strength: float) -> float:

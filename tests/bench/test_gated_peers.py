@@ -26,8 +26,18 @@ def test_a_strength_is_better_that_refuses_more_of_what_is_harmful_and_less_of_t
     assert score({"harmful": 6, "harmless": 0, "scary": 0}, ASKED) == pytest.approx(0.6)
 
 
-def test_the_strength_is_doubled_for_as_long_as_that_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter([counts(3), counts(9, 1), counts(10, 4, 4)])
+@pytest.mark.parametrize(
+    ("answers", "strengths"),
+    [
+        ([counts(3), counts(9, 1), counts(10, 4, 4)], [0.1, 0.2, 0.4, 0.2]),
+        ([counts(9, 4, 4), counts(10, 8, 8), counts(9, 1), counts(2)], [0.1, 0.2, 0.05, 0.025, 0.05]),
+        ([counts(9), counts(9), counts(9)], [0.1, 0.2, 0.05, 0.1]),
+    ],
+)
+def test_the_strength_is_doubled_or_halved_for_as_long_as_that_is_better(
+    answers: list[Any], strengths: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter(answers)
     tried: list[float] = []
 
     def steered(_self: Peers, name: str, strength: float) -> Peer:
@@ -38,8 +48,8 @@ def test_the_strength_is_doubled_for_as_long_as_that_is_better(monkeypatch: pyte
     monkeypatch.setattr(gated_peers, "counted", lambda *_: next(said))
     monkeypatch.setattr(gated_peers, "STEERING", {"CAST": 0.1})
     bench: Any = SimpleNamespace(base=None, tokenizer=None, fine_tune=lambda *_: None, lock=lambda _: None)
-    assert Peers(bench).all()[-1].name == "CAST at 0.2"
-    assert tried == [0.1, 0.2, 0.4, 0.2]
+    assert Peers(bench).all()[-1].name == f"CAST at {strengths[-1]}"
+    assert tried == strengths
 
 
 def test_each_peer_has_its_rates_and_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
