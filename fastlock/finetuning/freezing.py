@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fastlock.errors import FastlockError, UnsupportedError, check_number
 from fastlock.finetuning.decoder_layers import band_layers, plain_model
 from fastlock.locks.band import Band, check_band
+from fastlock.models.reloaded import check_unlocked
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -66,10 +67,12 @@ def freeze(model: nn.Module, band: Band) -> Frozen:
     Raises:
         UnsupportedError: the model is wrapped, sharded, carries adapters, or its layers are not one plain list.
         MismatchError: the band lies outside the model, or is of another one.
-        FastlockError: an optimizer already holds the band's parameters, or the model has a frozen band already.
+        FastlockError: the model is relocked, an optimizer already holds the band's parameters, or the model has a
+            frozen band already.
     """
     inner = plain_model(model, "frozen")
     found, layers = band_layers(inner, band)
+    check_unlocked(inner, "training would change what the lock is folded from")
     if _FROZEN in inner.__dict__:
         raise FastlockError(
             f"{found.name}: its band {inner.__dict__[_FROZEN].band} is frozen already. Call fastlock.thaw(model) first."

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastlock
 from fastlock.errors import FastlockError, MismatchError, UnsupportedError
-from tests.helpers.families import CONFIGS, tiny_gemma3, tiny_model, tokens
+from tests.helpers.families import CONFIGS, gated_lock, random_lock, tiny_gemma3, tiny_model, tokens
 
 
 def digests(model: nn.Module) -> dict[str, str]:
@@ -228,6 +228,19 @@ def test_a_second_band_is_refused() -> None:
     with pytest.raises(FastlockError, match=r"\[0, 0\] is frozen already.*thaw"):
         fastlock.freeze(model, fastlock.Band(1, 1))
     assert trained(model)["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("make", [random_lock, gated_lock])
+def test_a_relocked_model_is_refused(make) -> None:
+    """A lock is folded from what training would change, and could not be taken out again."""
+    model = tiny_model("llama")
+    before = trained(model)
+    fastlock.relock(model, make(model), 1.0)
+    with pytest.raises(FastlockError, match=r"is relocked, and training would change.*fastlock\.unlock\(model\)"):
+        fastlock.freeze(model, fastlock.Band(0, 0))
+    fastlock.unlock(model)
+    assert trained(model) == before
+    assert fastlock.freeze(model, fastlock.Band(0, 0)).parameters
 
 
 def test_families_without_a_plain_list_are_refused() -> None:
