@@ -252,7 +252,10 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
         unlocked = bypass(checkpoint.files, checkpoint.shards.files)
         if saved is None:
             return unlocked
-        changed = change_since(checkpoint, saved) or (None if gate is None else gate.kept_others())
+        if gate is None:
+            changed = change_since(checkpoint, saved)
+        else:
+            changed = change_since(checkpoint, saved, gate.present_digest()) or gate.kept_others()
         return _lost(checkpoint, saved) or changed or unlocked
 
     if saved is not None and saved.receipt.rank and gate is None:

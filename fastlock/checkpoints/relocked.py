@@ -130,16 +130,21 @@ def receipt_in(files: Mapping[str, File], where: str) -> SavedReceipt | None:
     return SavedReceipt.from_dict(raw[CONFIG_KEY], f"{where}/{CONFIG}") if CONFIG_KEY in raw else None
 
 
-def change_since(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
+def change_since(checkpoint: Checkpoint, saved: SavedReceipt, present_digest: str | None = None) -> str | None:
     """What was changed in a relocked checkpoint since fastlock wrote it, as a clause; None where nothing was.
 
     What fastlock wrote no digest of (transformers saved the checkpoint) counts as unchanged.
+
+    Args:
+        checkpoint: the checkpoint.
+        saved: its receipt.
+        present_digest: as `Receipt.written_digest`, of the columns of now; by default they are read for it.
 
     Raises:
         DamagedError: the receipt names a layer that the checkpoint lacks.
     """
     receipt, carrier = saved.receipt, saved.carrier
-    if (part := _changed_part(checkpoint, receipt)) is not None:
+    if (part := _changed_part(checkpoint, receipt, present_digest)) is not None:
         return f"the locked {part} are not those that fastlock wrote"
     if (name := _changed_addition(checkpoint, receipt)) is not None:
         return f"{shown(name)}, which fastlock wrote as zeros, holds other numbers"
@@ -152,13 +157,14 @@ def change_since(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
     return None
 
 
-def _changed_part(checkpoint: Checkpoint, receipt: Receipt) -> str | None:
+def _changed_part(checkpoint: Checkpoint, receipt: Receipt, present_digest: str | None) -> str | None:
     """Which of what carries the lock is not what fastlock wrote: biases, or weights."""
     if receipt.constant and biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
         return "biases"
     if receipt.rank:
-        columns = present_columns(checkpoint, locked_sites(checkpoint, receipt))
-        return None if digest_of_columns(columns) == receipt.written_digest else "weights"
+        if present_digest is None:
+            present_digest = digest_of_columns(present_columns(checkpoint, locked_sites(checkpoint, receipt)))
+        return None if present_digest == receipt.written_digest else "weights"
     return None
 
 

@@ -18,7 +18,9 @@ import fastlock
 from fastlock.architectures.families import FAMILIES
 from fastlock.checkpoints import folding
 from fastlock.checkpoints.layout import NEW_SHARD, ORIGINAL_COLUMNS
+from fastlock.checkpoints.tensor_index import read_header
 from fastlock.models.unfolded import unfolded
+from fastlock.storage.local import LocalFile
 from fastlock.zoo import tasks
 from tests.checkpoints.test_relocking import CARRIED, RENAMED, TRANSFORMERS, checkpoint, config_of, contents
 from tests.helpers import quantised
@@ -165,6 +167,37 @@ def test_relocking_starts_from_the_original_and_in_place_goes_back(kind: str, tm
         assert contents(place) == contents(tmp_path / str(number))
     fastlock.unlock_checkpoint(place, place, in_place=True)
     assert contents(place) == before
+
+
+def counting(way, times: dict[str, np.ndarray]):
+    """A way to read a range of a file, which counts how often each byte was read."""
+
+    def counted(file: LocalFile, start: int, length: int):
+        times.setdefault(file.path.name, np.zeros(file.size, int))[start : start + length] += 1
+        return way(file, start, length)
+
+    return counted
+
+
+def test_verifying_reads_every_column_once(tmp_path, monkeypatch) -> None:
+    """Those of now and those that are kept: they are long, and may come over a network."""
+    _, lock, source = gated(tmp_path, shard="30KB")
+    locked, times = tmp_path / "locked", dict[str, np.ndarray]()
+    fastlock.relock_checkpoint(source, lock, locked)
+    for way in ("read", "view"):
+        monkeypatch.setattr(LocalFile, way, counting(getattr(LocalFile, way), times))
+    assert fastlock.verify(locked, lock)
+    index = json.loads((locked / "model.safetensors.index.json").read_text())["weight_map"]
+    columns = {
+        name: locked / index[name]
+        for name in index
+        if name.endswith(("0.self_attn.o_proj.weight", "2.self_attn.o_proj.weight"))
+    }
+    columns |= dict.fromkeys(load_file(locked / ORIGINAL_COLUMNS), locked / ORIGINAL_COLUMNS)
+    assert len(columns) == 4
+    for name, path in columns.items():
+        tensor = read_header(LocalFile(path), path.name, "")[name]
+        assert (times[path.name][tensor.start : tensor.start + tensor.length] == 1).all()
 
 
 def alter(file, name: str, change) -> None:
