@@ -136,6 +136,10 @@ def check_stacks(stacks: Sequence[str]) -> tuple[str, ...]:
     Raises:
         FastlockError: there are none, or one is unknown.
     """
-    if isinstance(stacks, str) or not stacks or any(stack not in STACKS for stack in stacks):
-        raise FastlockError(f"stacks {stacks!r}: give a list of serving stacks, of {', '.join(STACKS)}.")
+    known = f"give a list of serving stacks, one or more of {', '.join(STACKS)}."
+    if isinstance(stacks, str) or not stacks:
+        raise FastlockError(f"stacks is {stacks!r}; {known}")
+    for stack in stacks:
+        if stack not in STACKS:
+            raise FastlockError(f"{stack!r} is not a serving stack that fastlock knows; {known}")
     return tuple(dict.fromkeys(stacks))

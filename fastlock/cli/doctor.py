@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _doctor(
-    checkpoint: str | None, stacks: list[str] | None, base: str | None, lock: Path | None, as_json: bool
+    checkpoint: str | None, stacks: list[tuple[str, ...]] | None, base: str | None, lock: Path | None, as_json: bool
 ) -> int:
     if checkpoint is not None:
         return _examine(checkpoint, stack_names(stacks) if stacks else None, base, lock, as_json)

@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fastlock.architectures.serving_stacks import DEFAULT_STACKS, STACKS
+from fastlock.architectures.serving_stacks import DEFAULT_STACKS, STACKS, check_stacks
 from fastlock.cli.commands import ArgumentsError, Option, option
 from fastlock.cli.output import confirmed
 from fastlock.errors import FastlockError, UnsupportedError
@@ -48,6 +48,14 @@ def layer_range(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
+def stacks_in(text: str) -> tuple[str, ...]:
+    """The type of an option that names serving stacks, with commas between them."""
+    try:
+        return check_stacks([name.strip() for name in text.split(",")])
+    except FastlockError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
 CHECKPOINT = option(
     "checkpoint",
     metavar="CHECKPOINT",
@@ -71,6 +79,7 @@ STRENGTH = option(
 FOR = option(
     "--for",
     dest="stacks",
+    type=stacks_in,
     metavar="STACK",
     action="append",
     help=f"A serving stack in which the lock must act: {', '.join(STACKS)}. May be repeated, or name several, with "
@@ -89,11 +98,11 @@ YES = option("--yes", action="store_true", help="With --in-place: do not ask.")
 JSON = option("--json", dest="as_json", action="store_true", help="Print the result as JSON, and no progress.")
 
 
-def stack_names(values: Sequence[str] | None) -> tuple[str, ...]:
-    """The stacks that were asked for, in one option or several, with commas and spaces; by default `DEFAULT_STACKS`."""
+def stack_names(values: Sequence[tuple[str, ...]] | None) -> tuple[str, ...]:
+    """The stacks that were asked for, in one option or several; by default `DEFAULT_STACKS`."""
     if not values:
         return DEFAULT_STACKS
-    return tuple(name.strip() for value in values for name in value.split(","))
+    return tuple(name for names in values for name in names)
 
 
 def new_tokens(default: int) -> Option:
@@ -121,7 +130,7 @@ def target(checkpoint: str, out: str | None, in_place: bool, yes: bool) -> str:
     return checkpoint
 
 
-def check_gguf_options(checkpoint: str, in_place: bool, stacks: Sequence[str] | None = None) -> None:
+def check_gguf_options(checkpoint: str, in_place: bool, stacks: Sequence[tuple[str, ...]] | None = None) -> None:
     """Refuse what cannot be done with a GGUF: another stack than llama.cpp, and changing the file itself."""
     if stacks and set(stack_names(stacks)) != {"llama.cpp"}:
         raise UnsupportedError(

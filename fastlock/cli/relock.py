@@ -35,7 +35,7 @@ def _relock(
     lock: Path,
     out: str | None,
     strength: float | None,
-    stacks: list[str] | None,
+    stacks: list[tuple[str, ...]] | None,
     copy: bool,
     in_place: bool,
     yes: bool,

@@ -28,7 +28,7 @@ def _relock(
     lock: Path,
     out: str,
     strength: float | None,
-    stacks: list[str] | None,
+    stacks: list[tuple[str, ...]] | None,
     bases: list[str] | None,
     copy: bool,
     carrier: str | None,

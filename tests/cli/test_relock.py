@@ -76,12 +76,21 @@ def test_an_unknown_stack_is_refused_in_the_words_of_the_library(files, run) -> 
     base, lock, out = files / "base", files / "lock.safetensors", files / "out"
     with pytest.raises(fastlock.FastlockError, match="stacks") as error:
         fastlock.relock_checkpoint(base, fastlock.Lock.load(lock), out, stacks=("tgi",))
+    assert str(error.value).startswith("'tgi' is not a serving stack that fastlock knows; give ")
+    assert str(error.value).endswith(" of transformers, vllm, sglang, llama.cpp.")
     for command in (
         ["relock", base, "--out", out, "--lock", lock],
+        ["relock", base, "--in-place", "--lock", lock],
         ["zoo", "relock", base, "--out", out, "--lock", lock],
+        ["doctor", base],
+        ["doctor"],
     ):
-        assert run(*command, "--for", "tgi", code=3).endswith(f"fastlock: {error.value}\n")
-    assert run("doctor", base, "--for", "tgi", code=3) == f"fastlock: {error.value}\n"
+        for stacks in ("tgi", "vllm, tgi"):
+            said = run(*command, "--for", stacks, code=2)
+            assert said.endswith(f"error: argument --for: {error.value}\n")
+            assert "itself?" not in said
+    assert "'' is not a serving stack" in run("doctor", base, "--for", "vllm,", code=2)
+    assert not out.exists()
 
 
 def test_a_llama_is_relocked_without_transformers(files) -> None:

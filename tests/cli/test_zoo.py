@@ -46,14 +46,21 @@ def test_the_options_reach_the_function(files, tunes, monkeypatch) -> None:
     monkeypatch.setattr("fastlock.zoo.run.relock_zoo", lambda *_, **keywords: calls.append(keywords) or Summary())
     command = ["relock", tunes, "--lock", files / "lock.safetensors", "--out", files / "out"]
     run(*command)
-    run(*command, "--for", "vllm, a", "--for", "b", *"--copy --base x --ray auto --rank 1 --world-size 3".split())
+    run(
+        *command,
+        "--for",
+        "vllm, sglang",
+        "--for",
+        "llama.cpp",
+        *"--copy --base x --ray auto --rank 1 --world-size 3".split(),
+    )
     for keywords in calls:
         del keywords["on_result"]
     default = {"base": None, "workers": None, "ray": None, "rank": None, "world_size": None, "copy": False}
     default |= {"carrier": None, "gap": None}
     assert calls[0] == {**default, "stacks": ("transformers", "vllm")}
     stated = {"base": "x", "ray": "auto", "rank": 1, "world_size": 3, "copy": True}
-    assert calls[1] == {**default, **stated, "stacks": ("vllm", "a", "b")}
+    assert calls[1] == {**default, **stated, "stacks": ("vllm", "sglang", "llama.cpp")}
     for wrong in (["--rank", "1"], ["--world-size", "2"], ["--rank", "2", "--world-size", "2"], ["--workers", "0"]):
         run(*command, *wrong, code=2)
     assert len(calls) == 2
