@@ -18,8 +18,10 @@ def _doctor(
 ) -> int:
     if checkpoint is not None:
         return _examine(checkpoint, stack_names(stacks) if stacks else None, base, lock, as_json)
-    if stacks or base or lock:
-        raise ArgumentsError("--for is about a checkpoint. Name one, or leave --for out.")
+    if given := [name for name, value in (("--for", stacks), ("--base", base), ("--lock", lock)) if value]:
+        names, were = " and ".join(given), "was" if len(given) == 1 else "were"
+        what = "a checkpoint" if given == ["--for"] else "an adapter"
+        raise ArgumentsError(f"{names} {were} given without {what}. Name one, or leave {names} out.")
     _show_launch_paths(as_json)
     return DONE
 

@@ -63,7 +63,7 @@ def test_what_goes_with_an_adapter_alone(files: Path, run) -> None:
     in_place = (*relock, source, "--base", files / "base", "--in-place", "--yes")
     assert "relocked into a new directory" in run(*in_place, code=2)
     assert "not changed in place" in run("unlock", source, "--in-place", "--yes", code=3)
-    assert "--for is about a checkpoint" in run("doctor", "--lock", lock, code=2)
+    assert "--lock was given without an adapter" in run("doctor", "--lock", lock, code=2)
 
 
 def test_a_gate_as_an_adapter_and_within_one(files: Path, run) -> None:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from fastlock.kernels.launch_paths import LaunchPath
 
 
@@ -38,3 +40,16 @@ def test_of_a_machine_whose_kernels_are_wrong(run, monkeypatch) -> None:
         "cuda:0, B300: and not written",
     ]
     assert json.loads(run("doctor", "--json"))["devices"][0]["faults"] == ["its jit is wrong", "and not written"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--for vllm", "--for was given without a checkpoint. Name one, or leave --for out."),
+        ("--base b", "--base was given without an adapter. Name one, or leave --base out."),
+        ("--lock l", "--lock was given without an adapter. Name one, or leave --lock out."),
+        ("--for vllm --lock l", "--for and --lock were given without an adapter. Name one, or leave --for and --lock"),
+    ],
+)
+def test_it_names_the_options_that_lack_something(options: str, said: str, run) -> None:
+    assert f"fastlock doctor: error: {said}" in run("doctor", *options.split(), code=2)
