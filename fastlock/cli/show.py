@@ -1,31 +1,49 @@
-"""`fastlock inspect`: what a lock holds, or what was done to a checkpoint."""
+"""`fastlock inspect`: what a lock holds, or what was done to a checkpoint or an adapter."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastlock.cli.commands import Command, option
 from fastlock.cli.options import JSON
 from fastlock.cli.output import print_facts, print_json, print_table, say
+from fastlock.errors import shown
 
 if TYPE_CHECKING:
+    from fastlock.locks.adapter_receipt import AdapterReceipt
     from fastlock.locks.lock import Lock
     from fastlock.locks.receipt import Receipt
+    from fastlock.storage.places import Place
 
 # What is said of a lock beside its rows.
 _FACTS = "base_model num_layers num_heads head_dim hidden_size recipe extraction_digest strength".split()
 
 
 def _inspect(path: str, as_json: bool) -> None:
+    from fastlock.checkpoints.adapters.relocked import adapter_receipt_in
     from fastlock.checkpoints.relocked import read_receipt
     from fastlock.locks.lock import Lock
     from fastlock.storage.places import as_place
 
     place = as_place(path)
-    if isinstance(place, str) or place.is_dir():
-        _show_receipt(path, read_receipt(place), as_json)
-    else:
+    if not isinstance(place, str) and not place.is_dir():
         _show_lock(path, Lock.load(place), as_json)
+    elif (files := _files_of_adapter(place)) is not None:
+        _show_adapter(path, adapter_receipt_in(files, str(place)), as_json)
+    else:
+        _show_receipt(path, read_receipt(place), as_json)
+
+
+def _files_of_adapter(place: Place) -> dict[str, Any] | None:
+    """The files of a directory that holds an adapter and no model, None for any other."""
+    from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG
+    from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
+    from fastlock.storage.places import below, file_at, files_in
+
+    if file_at(below(place, ADAPTER_CONFIG)) is None:
+        return None
+    files = dict(files_in(place, any_directory=True))
+    return files if holds_adapter_only(files) else None
 
 
 def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
@@ -66,11 +84,33 @@ def _show_receipt(path: str, receipt: Receipt | None, as_json: bool) -> None:
     print_table(("layer", "heads", "output projection", "had a bias"), rows)
 
 
+def _show_adapter(path: str, receipt: AdapterReceipt | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"path": path, "kind": "adapter", "receipt": receipt.to_dict() if receipt else None})
+        return
+    if receipt is None:
+        say(f"{path}: an adapter that is not relocked by fastlock (it holds no receipt)")
+        return
+    facts = receipt.to_dict()
+    _, _, base = (facts.pop(name) for name in ("sites", "original_biases", "base"))
+    facts["stacks"] = ", ".join(facts["stacks"])
+    facts |= {"base": base.pop("name")} | {f"base_{name}": value for name, value in base.items()}
+    for kind in ("written", "original"):
+        facts |= {f"{kind}: {name}": digest for name, digest in facts.pop(kind).items()}
+    printable = {shown(name): shown(str(value)) for name, value in facts.items()}
+    print_facts(f"{shown(path)}: a relocked adapter", printable)
+    rows = [
+        (str(site.layer), ", ".join(map(str, site.heads)), shown(site.name), "yes" if site.touched else "no")
+        for site in receipt.sites
+    ]
+    print_table(("layer", "heads", "output projection", "touched by the adapter"), rows)
+
+
 COMMAND = Command(
     "inspect",
-    "Show what a lock holds, or what was done to a checkpoint. Loads no weights.",
+    "Show what a lock holds, or what was done to a checkpoint or an adapter. Loads no weights.",
     (
-        option("path", metavar="PATH", help="A lock file, or a relocked checkpoint's directory or URL."),
+        option("path", metavar="PATH", help="A lock file; or the directory or URL of a checkpoint or an adapter."),
         JSON,
     ),
     _inspect,

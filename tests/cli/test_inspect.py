@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import fastlock
+from tests.helpers.adapters import config_of, save_adapter
 from tests.helpers.families import gated_lock, random_lock, tiny_model
 
 
@@ -68,3 +69,32 @@ def test_it_shows_a_gate(files, run) -> None:
     receipt = json.loads(run("inspect", files / "gated", "--json"))["receipt"]
     assert (receipt["rank"], receipt["constant"]) == (5, False)
     assert receipt["written_digest"] in run("inspect", files / "gated").replace("\n", "")
+
+
+def test_it_shows_an_adapter(files, run) -> None:
+    """Its receipt is in a file of its own; what that says is what is shown."""
+    source, out, lock = save_adapter(config_of("lora"), files / "adapter"), files / "out", files / "lock.safetensors"
+    said = run("inspect", source)
+    assert said == f"{source}: an adapter that is not relocked by fastlock (it holds no receipt)\n"
+    kind = {"path": str(source), "kind": "adapter"}
+    assert json.loads(run("inspect", source, "--json")) == {**kind, "receipt": None}
+    run("relock", source, "--base", files / "base", "--lock", lock, "--out", out, "--for", "transformers")
+    written = json.loads((out / "fastlock.json").read_text())
+    assert json.loads(run("inspect", out, "--json")) == {"path": str(out), "kind": "adapter", "receipt": written}
+    said = run("inspect", out)
+    assert f"{out}: a relocked adapter" in said
+    for text in ("adapter bias", str(files / "base"), fastlock.Lock.load(lock).digest, *written["written"].values()):
+        assert text in said
+    assert [written["sites"][i]["name"] in said for i in (0, 1)] == [True, True]
+    assert "{" not in said
+    written["base"]["name"] = "\x1b[31mbase"
+    written["original"]["\x1b[31mname"] = written["lock_digest"]
+    (out / "fastlock.json").write_text(json.dumps(written))
+    assert "\x1b" not in run("inspect", out)
+    (out / "fastlock.json").write_text("{}")
+    assert "fastlock.json: the receipt is damaged" in run("inspect", out, code=3)
+
+
+def test_a_model_with_an_adapter_beside_it_is_a_checkpoint(files, run) -> None:
+    (files / "base" / "adapter_config.json").write_text("{}")
+    assert "config.json holds no receipt" in run("inspect", files / "base")
