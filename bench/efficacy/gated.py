@@ -52,7 +52,6 @@ LAYERS = range(14, 30)
 LOCKS: dict[str, dict[str, Any]] = {
     "gate": {"rank": 1, "layers": LAYERS, "steps": 480},
     "gate in 8 layers": {"rank": 1, "layers": LAYERS[8:], "steps": 480},
-    "gate in 4 layers": {"rank": 1, "layers": LAYERS[12:], "steps": 480},
     "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 480, "constant": True},
     "constant": {"rank": 0, "steps": 150},
     "null-space": {"recipe": "null-space", "layers": LAYERS},
