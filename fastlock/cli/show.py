@@ -1,4 +1,4 @@
-"""`fastlock inspect`: what a lock holds, or what was done to a checkpoint or an adapter."""
+"""`fastlock inspect`: what a lock holds, or what was done to a checkpoint, an adapter or a GGUF."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ _FACTS = "base_model num_layers num_heads head_dim hidden_size recipe extraction
 
 def _inspect(path: str, as_json: bool) -> None:
     from fastlock.checkpoints.adapters.relocked import adapter_receipt_in
+    from fastlock.checkpoints.gguf import is_gguf
     from fastlock.checkpoints.relocked import read_receipt
     from fastlock.locks.lock import Lock
     from fastlock.storage.places import as_place
 
     place = as_place(path)
-    if not isinstance(place, str) and not place.is_dir():
+    if is_gguf(place):
+        _show_gguf(path, _receipt_of_gguf(place), as_json)
+    elif not isinstance(place, str) and not place.is_dir():
         _show_lock(path, Lock.load(place), as_json)
     elif (files := _files_of_adapter(place)) is not None:
         _show_adapter(path, adapter_receipt_in(files, str(place)), as_json)
@@ -44,6 +47,14 @@ def _files_of_adapter(place: Place) -> dict[str, Any] | None:
         return None
     files = dict(files_in(place, any_directory=True))
     return files if holds_adapter_only(files) else None
+
+
+def _receipt_of_gguf(place: Place) -> Receipt | None:
+    """The receipt in the metadata of a GGUF, None where it has none."""
+    from fastlock.checkpoints.gguf import local_path, open_parts, receipt_of_parts
+
+    found = receipt_of_parts(open_parts(local_path(place)), str(place))
+    return None if found is None else found.saved.receipt
 
 
 def _show_lock(path: str, lock: Lock, as_json: bool) -> None:
@@ -74,9 +85,22 @@ def _show_receipt(path: str, receipt: Receipt | None, as_json: bool) -> None:
     if receipt is None:
         say(f"{path}: not relocked by fastlock (config.json holds no receipt)")
         return
+    _print_receipt(path, receipt)
+
+
+def _show_gguf(path: str, receipt: Receipt | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"path": path, "kind": "GGUF", "receipt": receipt.to_dict() if receipt else None})
+    elif receipt is None:
+        say(f"{path}: a GGUF that is not relocked by fastlock (its metadata holds no receipt)")
+    else:
+        _print_receipt(f"{shown(path)}: a relocked GGUF", receipt)
+
+
+def _print_receipt(title: str, receipt: Receipt) -> None:
     facts = receipt.to_dict()
     sites = facts.pop("sites")
-    print_facts(path, facts)
+    print_facts(title, facts)
     rows = [
         (str(site["layer"]), ", ".join(map(str, site["heads"])), site["name"], "yes" if site["had_bias"] else "no")
         for site in sites
@@ -108,9 +132,11 @@ def _show_adapter(path: str, receipt: AdapterReceipt | None, as_json: bool) -> N
 
 COMMAND = Command(
     "inspect",
-    "Show what a lock holds, or what was done to a checkpoint or an adapter. Loads no weights.",
+    "Show what a lock holds, or what was done to a checkpoint, an adapter or a GGUF. Loads no weights.",
     (
-        option("path", metavar="PATH", help="A lock file; or the directory or URL of a checkpoint or an adapter."),
+        option(
+            "path", metavar="PATH", help="A lock or a GGUF file; or a checkpoint's or an adapter's directory or URL."
+        ),
         JSON,
     ),
     _inspect,

@@ -75,3 +75,21 @@ def test_what_doctor_says_of_other_stacks_and_of_damage(files) -> None:
     assert "changed since it was relocked (its header" in run_command("doctor", out, code=1).out
     out.write_bytes(out.read_bytes()[:-1000])
     assert "ends after" in " ".join(run_command("doctor", out, code=3).err.split())
+
+
+def test_inspect_shows_its_receipt(files) -> None:
+    source, out, lock = files / "m.gguf", files / "out.gguf", files / "lock.safetensors"
+    said = run_command("inspect", source).out
+    assert said == f"{source}: a GGUF that is not relocked by fastlock (its metadata holds no receipt)\n"
+    shown = json.loads(run_command("inspect", source, "--json").out)
+    assert shown == {"path": str(source), "kind": "GGUF", "receipt": None}
+    done = json.loads(run_command("relock", source, "--lock", lock, "--out", out, "--strength", "2", "--json").out)
+    out = out.rename(files / "blob")
+    shown = json.loads(run_command("inspect", out, "--json").out)
+    assert shown == {"path": str(out), "kind": "GGUF", "receipt": done["receipt"]}
+    said = "".join(run_command("inspect", out).out.split())
+    for text in ("arelockedGGUF", "strength│2.0", "blk.0.attn_output", "blk.2.attn_output"):
+        assert text in said
+    out.write_bytes(out.read_bytes()[:100])
+    assert "blob" in run_command("inspect", out, code=3).err
+    assert "Download it first" in run_command("inspect", "s3://bucket/m.gguf", code=3).err
