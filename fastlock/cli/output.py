@@ -12,6 +12,7 @@ from fastlock.errors import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 T = TypeVar("T")
 
@@ -147,13 +148,19 @@ def _print_line(console: Console, text: str, style: str) -> None:
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None, **settings: Any) -> None:
     from rich.table import Column, Table
-    from rich.text import Text
 
     headers = (Column(column, overflow="fold") for column in columns)
-    table = Table(*headers, title=None if title is None else Text(title), **settings)
+    table = Table(*headers, title=None if title is None else _cell(title), **settings)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_cell, row))
     _console().print(table)
+
+
+def _cell(text: str) -> Text:
+    """What a table shows; what comes from a file cannot command the terminal."""
+    from rich.text import Text
+
+    return Text("\n".join(map(shown, text.split("\n"))))
 
 
 def _silence_transformers() -> None:

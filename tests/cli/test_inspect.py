@@ -3,7 +3,10 @@
 import dataclasses
 import json
 
+import pytest
+
 import fastlock
+from fastlock.cli.output import print_facts
 from tests.helpers.adapters import config_of, save_adapter
 from tests.helpers.families import gated_lock, random_lock, tiny_model
 
@@ -98,3 +101,12 @@ def test_it_shows_an_adapter(files, run) -> None:
 def test_a_model_with_an_adapter_beside_it_is_a_checkpoint(files, run) -> None:
     (files / "base" / "adapter_config.json").write_text("{}")
     assert "config.json holds no receipt" in run("inspect", files / "base")
+
+
+def test_what_a_file_says_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_facts("a lock", {"base": "safe\x1b[2J\x1b]0;owned\x07", "two lines": "one\ntwo"})
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert "safe\\x1b[2J\\x1b]0;owned\\x07" in printed
+    assert "\\n" not in printed
