@@ -85,12 +85,13 @@ class Adapter:
         path = self.path_of(site)
         return {} if path is None else self.modules[path]
 
-    def read(self, tensor: StoredTensor, whole_numbers: bool = False) -> torch.Tensor:
+    def read(self, tensor: StoredTensor, whole_numbers: bool = False, most: int | None = None) -> torch.Tensor:
         """A whole tensor, in the dtype of the file, on the CPU.
 
         Args:
             tensor: of this adapter.
             whole_numbers: whether it may hold integers or truth values: indices and masks.
+            most: how many bytes it may take; by default `MAX_TENSOR_BYTES`.
 
         Raises:
             UnsupportedError: fastlock does not read that dtype.
@@ -102,7 +103,7 @@ class Adapter:
                 f"{self.where}: a parameter of its output projections is {tensor.dtype[:20]!a}. fastlock reads "
                 f"{FOLDABLE}: save the adapter in one of them."
             )
-        if tensor.length > MAX_TENSOR_BYTES:
+        if tensor.length > (MAX_TENSOR_BYTES if most is None else most):
             raise DamagedError(
                 f"{self.where}: a parameter of {tensor.length >> 20} MiB, and no module has one. {ADAPTER_AGAIN}"
             )

@@ -5,6 +5,7 @@ Each touched tensor is computed by itself, in its place in the file, so that mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastlock.storage.new_directory import create_local_directory
 from fastlock.storage.places import Place
 
 _A, _B, _WEIGHT, _BIAS = "lora_A.weight", "lora_B.weight", "weight", "bias"
+_LARGEST_NUMBER = 8  # bytes
 _MERGED = ({_A, _B}, {_WEIGHT}, {_WEIGHT, _BIAS})
 # The keys of a config with which PEFT computes something else than W + s B A.
 _OTHERWISE = (*NOT_PLAIN, "kasa_config")
@@ -155,7 +157,7 @@ def _merged(adapter: Adapter, base: Checkpoint, stored: StoredTensor, name: str,
             f"{base.where}: {shown(name)[:200]} is {stored.dtype[:20]!a}, and nothing is merged into that."
         )
     if merge.own is not None:
-        result = adapter.read(merge.own).double()
+        result = adapter.read(merge.own, most=_LARGEST_NUMBER * math.prod(stored.shape)).double()
     else:
         data = bytearray(base.files[stored.file].read(stored.start, stored.length))
         result = torch.frombuffer(data, dtype=dtype).view(stored.shape).double()

@@ -71,6 +71,19 @@ def test_acts_as_with_d_added_and_comes_out_again(
     assert (acting - truth).abs().max() < 3e-6 * effect
 
 
+def test_what_is_merged_may_be_as_large_as_what_it_replaces(
+    base: Path, lock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings that were trained, too, take more than any projection."""
+    source = save_adapter(config_of("lora", modules_to_save=["embed_tokens"]), tmp_path / "adapter")
+    monkeypatch.setattr("fastlock.checkpoints.adapters.adapter.MAX_TENSOR_BYTES", 4096)
+    receipt = fastlock.relock_adapter(source, base, lock, tmp_path / "out", 3.0, carrier="merge")
+    assert receipt.carrier == "merge"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    truth = displaced_logits(base, source, lock, 3.0)
+    assert (logits(model.double(), tokens()) - truth).abs().max() < 3e-6 * truth.abs().max()
+
+
 def test_a_relocked_base_serves_every_adapter_that_leaves_it_alone(base: Path, lock, tmp_path: Path) -> None:
     first, second = (save_adapter(config_of("elsewhere"), tmp_path / str(i), seed=i) for i in range(2))
     receipts = [
