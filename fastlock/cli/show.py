@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from fastlock.cli.commands import Command, option
 from fastlock.cli.options import JSON
 from fastlock.cli.output import print_facts, print_json, print_table, say
-from fastlock.errors import shown
 
 if TYPE_CHECKING:
     from fastlock.locks.adapter_receipt import AdapterReceipt
@@ -94,7 +93,7 @@ def _show_gguf(path: str, receipt: Receipt | None, as_json: bool) -> None:
     elif receipt is None:
         say(f"{path}: a GGUF that is not relocked by fastlock (its metadata holds no receipt)")
     else:
-        _print_receipt(f"{shown(path)}: a relocked GGUF", receipt)
+        _print_receipt(f"{path}: a relocked GGUF", receipt)
 
 
 def _print_receipt(title: str, receipt: Receipt) -> None:
@@ -121,10 +120,9 @@ def _show_adapter(path: str, receipt: AdapterReceipt | None, as_json: bool) -> N
     facts |= {"base": base.pop("name")} | {f"base_{name}": value for name, value in base.items()}
     for kind in ("written", "original"):
         facts |= {f"{kind}: {name}": digest for name, digest in facts.pop(kind).items()}
-    printable = {shown(name): shown(str(value)) for name, value in facts.items()}
-    print_facts(f"{shown(path)}: a relocked adapter", printable)
+    print_facts(f"{path}: a relocked adapter", facts)
     rows = [
-        (str(site.layer), ", ".join(map(str, site.heads)), shown(site.name), "yes" if site.touched else "no")
+        (str(site.layer), ", ".join(map(str, site.heads)), site.name, "yes" if site.touched else "no")
         for site in receipt.sites
     ]
     print_table(("layer", "heads", "output projection", "touched by the adapter"), rows)
