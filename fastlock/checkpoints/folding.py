@@ -7,7 +7,6 @@ and the files can be written meanwhile.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from fastlock.fold import Fold, fold, rounded_fold
 from fastlock.gate_fold import GateFold, gate_fold
 from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock
-from fastlock.locks.receipt import biases_digest, raw_bytes, weights_digest
+from fastlock.locks.receipt import biases_digest, columns_digest, raw_bytes, weights_digest
 from fastlock.storage.byte_columns import Bytes
 from fastlock.threads import MAX_THREADS, started_threads, threads_for
 
@@ -237,7 +236,7 @@ class _Folding:
             return computed(self.checkpoint.read_columns(site, heads))
 
         new = computed(read)
-        digest = hashlib.sha256(new.contiguous().view(torch.uint8).numpy().data).digest()
+        digest = columns_digest(new)
         return NewColumns((lambda: new) if new.nbytes <= self.kept_bytes else again, digest)
 
 

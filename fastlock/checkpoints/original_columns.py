@@ -6,7 +6,6 @@ directory that is moved or uploaded is larger by these columns alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
 from fastlock.checkpoints.layout import ORIGINAL_COLUMNS
 from fastlock.checkpoints.tensor_index import read_header, shard_header
 from fastlock.errors import DamagedError
-from fastlock.locks.receipt import Receipt, raw_bytes, weights_digest
+from fastlock.locks.receipt import Receipt, columns_digest, raw_bytes, weights_digest
 from fastlock.storage.byte_columns import ByteColumns, Bytes
 
 # Sites, and their locked heads.
@@ -95,7 +94,7 @@ def present_columns(checkpoint: Checkpoint, sites: LockedSites) -> Iterator[torc
 
 def digest_of_columns(columns: Iterator[torch.Tensor]) -> str:
     """As `Receipt.weights_digest`."""
-    return weights_digest(hashlib.sha256(raw_bytes(matrix)).digest() for matrix in columns)
+    return weights_digest(map(columns_digest, columns))
 
 
 def kept_columns(checkpoint: Checkpoint, sites: LockedSites) -> Iterator[bytes]:

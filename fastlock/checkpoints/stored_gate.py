@@ -5,7 +5,6 @@ Columns are long, and may come over a network. Each is read once: its digest is 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
@@ -14,7 +13,7 @@ from fastlock.checkpoints.original_columns import OriginalColumns, locked_sites
 from fastlock.judgement import is_rewritten
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
-from fastlock.locks.receipt import Receipt, raw_bytes, weights_digest
+from fastlock.locks.receipt import Receipt, columns_digest, weights_digest
 
 # So many numbers are compared at a time, in float64.
 _BLOCK_NUMBERS = 2**20
@@ -43,7 +42,7 @@ class StoredGate:
             DamagedError: they are not there.
         """
         columns = self._originals.read(site, heads)
-        self._kept[site.layer, heads] = hashlib.sha256(raw_bytes(columns)).digest()
+        self._kept[site.layer, heads] = columns_digest(columns)
         return HeadColumns.side_by_side(columns, site.head_dim)
 
     def is_in_place(self, site: StoredSite, before: HeadColumns) -> bool:
@@ -62,9 +61,7 @@ class StoredGate:
 
     def kept_others(self) -> str | None:
         """What is to be said if the columns that are kept are not those that the receipt speaks of, as a clause."""
-        digest = self._digest(
-            self._kept, lambda site, heads: hashlib.sha256(raw_bytes(self._originals.read(site, heads))).digest()
-        )
+        digest = self._digest(self._kept, lambda site, heads: columns_digest(self._originals.read(site, heads)))
         return None if digest == self._receipt.weights_digest else f"{ORIGINAL_COLUMNS} holds others than it was given"
 
     def _digest(self, known: _Digests, read: Callable[[StoredSite, tuple[int, ...]], bytes]) -> str:

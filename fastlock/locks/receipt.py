@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastlock.errors import FastlockError
@@ -359,9 +361,18 @@ def biases_digest(biases: Iterable[torch.Tensor | None]) -> str:
     return sha.hexdigest()
 
 
+def columns_digest(columns: torch.Tensor) -> bytes:
+    """SHA-256 (32 bytes) of one site's locked columns, row by row."""
+    return hashlib.sha256(_as_bytes(columns).data).digest()
+
+
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The numbers of a tensor as they lie in memory, row by row."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return _as_bytes(tensor).tobytes()
+
+
+def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
 def _locked_sites(value: Any) -> tuple[LockedSite, ...]:

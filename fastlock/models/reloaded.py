@@ -7,7 +7,6 @@ the state in which `relock` leaves a model: relocking, unlocking and saving need
 from __future__ import annotations
 
 import copy
-import hashlib
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from fastlock.locks.receipt import (
     Receipt,
     SavedReceipt,
     biases_digest,
-    raw_bytes,
+    columns_digest,
     weights_digest,
 )
 from fastlock.models.columns import present_columns
@@ -196,7 +195,7 @@ def unchanged(model: nn.Module, receipt: Receipt) -> bool:
         if bias is not None and receipt.constant:
             biases.append(bias.to(dtype))
         if receipt.rank:
-            columns.append(hashlib.sha256(raw_bytes(present_columns(site, locked.heads).to(dtype))).digest())
+            columns.append(columns_digest(present_columns(site, locked.heads).to(dtype)))
     if receipt.rank and weights_digest(columns) != receipt.written_digest:
         return False
     return biases_digest(biases) == receipt.biases_digest

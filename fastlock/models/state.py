@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from fastlock.errors import DamagedError, FastlockError, shown
-from fastlock.locks.receipt import KnownDigests, Receipt, biases_digest, raw_bytes, weights_digest
+from fastlock.locks.receipt import KnownDigests, Receipt, biases_digest, columns_digest, weights_digest
 from fastlock.models.columns import holds_gate, original_columns, placed_columns
 from fastlock.models.sites import Site, family_of
 from fastlock.models.sites import sites as every_site
@@ -148,7 +147,7 @@ class SiteDigests:
     def weights(self) -> str:
         """As `Receipt.weights_digest`."""
         return weights_digest(
-            hashlib.sha256(raw_bytes(_side_by_side(site, locked.heads))).digest()
+            columns_digest(_side_by_side(site, locked.heads))
             for locked, site in zip(self._locked, self._unchanged(), strict=True)
         )
 
@@ -162,7 +161,7 @@ class SiteDigests:
         """As `Receipt.written_digest`: of what was written, whatever training or loading made of it since."""
         if not self._rank:
             return None
-        return weights_digest(hashlib.sha256(raw_bytes(placed_columns(site))).digest() for site in self._unchanged())
+        return weights_digest(columns_digest(placed_columns(site)) for site in self._unchanged())
 
     def _unchanged(self) -> list[Site]:
         sites = []
