@@ -20,8 +20,9 @@ constant d there is no centre x̄ either, and no bias is needed anywhere: the pr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +36,6 @@ from fastlock.evaluation.evaluator import Answer, evaluate
 from fastlock.evaluation.judging import Judge
 from fastlock.evaluation.prompts import Prompts
 from fastlock.inference.batching import Progress, in_halves
-from fastlock.inference.chat import vocabulary
 from fastlock.models.sites import Site, sites
 from fastlock.recipes.harm_probe import HarmProbe, read_probe
 from fastlock.recipes.lessons import Row, answer_row, check_loss, frozen, log_probabilities, text_rows
@@ -55,15 +55,13 @@ class Asked:
     """What a gate is trained on: requests of both kinds, harmless ones that sound harmful, and texts.
 
     Attributes:
-        harmful: to be refused.
-        begun: the first words of an answer to each of these.
+        harmful: to be refused, each with the first words of an answer to it.
         harmless: to be answered as before.
         scary: further ones that only sound harmful.
         texts: ordinary texts, to be read as before.
     """
 
-    harmful: Sequence[str]
-    begun: Sequence[str]
+    harmful: Mapping[str, str]
     harmless: Sequence[str]
     scary: Sequence[str]
     texts: Sequence[str]
@@ -154,16 +152,13 @@ class _Lessons:
 
 
 def _lessons(base: nn.Module, tokenizer: Any, asked: Asked, judge: Judge, progress: Progress) -> _Lessons:
-    prompts = Prompts(
-        harmful=tuple(dict.fromkeys(asked.harmful)), harmless=tuple(dict.fromkeys((*asked.harmless, *asked.scary)))
-    )
+    prompts = Prompts(harmful=tuple(asked.harmful), harmless=tuple(dict.fromkeys((*asked.harmless, *asked.scary))))
     said = evaluate(base, tokenizer, prompts, judge=judge, new_tokens=ASKED_TOKENS, batch_size=32, progress=progress)[0]
     refused = [answer for answer in said.harmful if answer.refused and answer.text]
     answered = [answer for answer in said.harmless if answer.refused is False and answer.text]
     ordinary, scary = set(asked.harmless), set(asked.scary)
-    begun = dict(zip(asked.harmful, asked.begun, strict=True))
-    refused_after = [begun[answer.prompt] for answer in refused]
-    answered_after = [asked.begun[number % len(asked.begun)] for number in range(len(answered))]
+    refused_after = [asked.harmful[answer.prompt] for answer in refused]
+    answered_after = list(itertools.islice(itertools.cycle(asked.harmful.values()), len(answered)))
     return _Lessons(
         [answer.prompt for answer in refused],
         [answer.prompt for answer in answered],
@@ -260,8 +255,9 @@ def _pupils(
 ) -> tuple[list[_Pupil], _Targets]:
     """Every model with its targets, and the base's for the refusals; only what some step reads."""
     base = models[0]
-    refusals = _refusal_targets(base, lessons, {n for turn in turns for n in turn.refusals})
     answers = _targets(base, "the base", lessons.answers, {n for turn in turns for n in turn.answers})
+    vocabulary = next(iter(answers.values())).shape[1]
+    refusals = _refusal_targets(base, lessons, {n for turn in turns for n in turn.refusals}, vocabulary)
     openings = {row.ids[len(row.ids) - row.counted] for row in lessons.refusals}
     pupils = []
     for number, model in enumerate(progress(models, "Reading what the models say")):
@@ -299,13 +295,13 @@ def _states(below: LowerLayers, rows: Sequence[Row], numbers: set[int]) -> _Stat
     return found
 
 
-def _refusal_targets(base: nn.Module, lessons: _Lessons, numbers: set[int]) -> _Targets:
+def _refusal_targets(base: nn.Module, lessons: _Lessons, numbers: set[int], vocabulary: int) -> _Targets:
     """What the base expects in its refusals; after an answer was begun, the refusal's own tokens for certain."""
     plain = {number for number in numbers if number < len(lessons.refused)}
     found = _targets(base, "the base", lessons.refusals, plain)
     for number in numbers - plain:
         row = lessons.refusals[number]
-        found[number] = torch.full((row.counted, vocabulary(base)), _LEAST_LOG_PROBABILITY, device="cpu").half()
+        found[number] = torch.full((row.counted, vocabulary), _LEAST_LOG_PROBABILITY, dtype=torch.half, device="cpu")
         found[number][range(row.counted), row.ids[-row.counted :]] = 0
     return found
 

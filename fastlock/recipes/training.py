@@ -112,8 +112,7 @@ def train_lock(
     scary = shipped_scary() if scary is None else tuple(scary)
     chosen = None if layers is None else checked_layers(layers, len(all_sites))
     how = GateSettings(rank, bool(constant), chosen, GATE_STEPS if steps is None else steps, batch_size, seed)
-    questions = {pair.question: pair.unsafe for pair in learned}
-    asked = Asked(tuple(questions), tuple(questions.values()), harmless, scary, texts)
+    asked = Asked({pair.question: pair.unsafe for pair in learned}, harmless, scary, texts)
     gate = train_gate(aligned, models, tokenizer, asked, how, judge, shown)
     return _gated_lock(gate, base, len(models), how, pairs_digest(learned, (*harmless, *scary, *texts)))
 

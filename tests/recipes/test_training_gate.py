@@ -182,7 +182,7 @@ def test_every_second_step_has_a_scary_request_and_all_else_comes_equally_often(
 def test_what_was_said_is_there_once_more_after_an_answer_was_begun() -> None:
     """The tokens of both halves, against what the tokenizer makes of the whole texts."""
     begun = {pair.question: pair.unsafe for pair in PAIRS}
-    asked_ = module.Asked(tuple(begun), tuple(begun.values()), MATERIAL["harmless"], (), MATERIAL["texts"])
+    asked_ = module.Asked(begun, MATERIAL["harmless"], (), MATERIAL["texts"])
     base = model_of(0)
     found = module._lessons(base, WORDS, asked_, MATERIAL["judge"], lambda items, _: items)
     assert set(found.refused) == QUESTIONS
@@ -222,6 +222,15 @@ def test_a_fine_tune_is_taught_to_refuse_after_an_answer_was_begun(monkeypatch: 
         with unfolded(relocked := model_of(1), trained(tune, base=base, rank=8, steps=60)):
             gained.append(likelihood(relocked) - likelihood(tune))
     assert gained[1] > max(0.0, gained[0]) + 5
+
+
+def test_a_model_may_read_tokens_that_it_never_says() -> None:
+    """More input embeddings than output embeddings: a refusal after an answer was begun is as wide as the others."""
+    models = [model_of(seed) for seed in (0, 1)]
+    for model in models:
+        rows = model.model.embed_tokens.weight.data
+        model.model.embed_tokens.weight.data = torch.cat([rows, rows[:3]])
+    assert len(trained(models[1], base=models[0], steps=4)) == 2 * 4
 
 
 def test_where_a_fine_tune_would_refuse_and_the_base_answers_the_base_is_followed() -> None:
