@@ -82,7 +82,7 @@ COMMAND = Command(
             metavar="FIRST-LAST",
             help="The layers with a gate. Default: those in which the base tells harmful requests from harmless ones.",
         ),
-        option("--heads", type=int, metavar="N", help="With --rank 0, how many heads to lock. Default: all."),
+        option("--heads", type=int, metavar="N", help="How many heads to lock. Default: all (in a gate's layers)."),
         option("--pairs", type=path, metavar="FILE", help="Harmful requests with answers. Default: the shipped ones."),
         option("--harmless", type=path, metavar="FILE", help="Requests to answer. Default: the shipped ones."),
         option(

@@ -35,21 +35,27 @@ def checked_layers(layers: Iterable[int], count: int) -> tuple[int, ...]:
 
 
 def gated_rows(
-    site: Site, layers: Sequence[int], readers: torch.Tensor, writers: torch.Tensor, constant: torch.Tensor | None
+    site: Site,
+    layers: Sequence[int],
+    readers: torch.Tensor,
+    writers: torch.Tensor,
+    constant: torch.Tensor | None,
+    kept: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a lock with a gate in all heads of some layers, by the names of its fields.
+    """The tensors of a lock with a gate in some layers, by the names of its fields.
 
     Args:
         site: one of the base's, for its geometry.
         layers: ascending.
         readers, writers: V and U, [layers, num_heads * head_dim, rank].
         constant: d, [layers, num_heads * head_dim]; None for a gate alone.
+        kept: which heads are locked, [layers, num_heads] bool; None for all of them.
     """
     count, num_heads, head_dim = len(layers), site.num_heads, site.head_dim
     v, u = (part.view(count, num_heads, head_dim, -1).flatten(0, 1).transpose(1, 2) for part in (readers, writers))
     d = torch.zeros(len(v), head_dim, device="cpu") if constant is None else constant.view(-1, head_dim)
     length = d.norm(dim=-1)
-    return {
+    rows = {
         "layers": torch.tensor(list(layers), device="cpu").repeat_interleave(num_heads),
         "heads": torch.arange(num_heads, device="cpu").repeat(count),
         "directions": torch.where(length[:, None] > 0, d / length[:, None], 0.0),
@@ -57,6 +63,7 @@ def gated_rows(
         "readers": v,
         "writers": u,
     }
+    return rows if kept is None else {name: tensor[kept.flatten()] for name, tensor in rows.items()}
 
 
 def lock_of(base: nn.Module, recipe: str, digest: str, strength: float | None, **rows: Any) -> Lock:

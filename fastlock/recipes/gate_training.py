@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,13 +31,14 @@ import torch
 from torch import nn
 from torch.nn.functional import kl_div
 
-from fastlock.errors import DamagedError
+from fastlock.errors import DamagedError, check_number
 from fastlock.evaluation.evaluator import Answer, evaluate
 from fastlock.evaluation.judging import Judge
 from fastlock.evaluation.prompts import Prompts
 from fastlock.inference.batching import Progress, in_halves
 from fastlock.models.sites import Site, sites
-from fastlock.recipes.harm_probe import HarmProbe, read_probe
+from fastlock.recipes.gate_weights import GateSettings, GateWeights, TrainedGate, initial_weights
+from fastlock.recipes.harm_probe import read_probe
 from fastlock.recipes.lessons import Row, answer_row, check_loss, frozen, log_probabilities, text_rows
 from fastlock.recipes.lower_layers import LowerLayers
 
@@ -67,34 +68,6 @@ class Asked:
     texts: Sequence[str]
 
 
-@dataclass(frozen=True)
-class GateSettings:
-    """How a gate is trained; the attributes are arguments of `train_lock`, all checked."""
-
-    rank: int
-    constant: bool
-    layers: tuple[int, ...] | None
-    steps: int
-    batch_size: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class TrainedGate:
-    """The layers with a gate, and what was learnt for each, over the whole input of its output projection.
-
-    Attributes:
-        layers: ascending.
-        readers, writers: V and U, [layers, width, rank] float32.
-        constant: d, [layers, width] float32, with the centre absorbed; None for a gate alone.
-    """
-
-    layers: tuple[int, ...]
-    readers: torch.Tensor
-    writers: torch.Tensor
-    constant: torch.Tensor | None
-
-
 def train_gate(
     base: nn.Module,
     fine_tunes: Sequence[nn.Module],
@@ -108,7 +81,8 @@ def train_gate(
 
     Raises:
         DamagedError: a model's numbers are NaN or infinite.
-        FastlockError: the base refuses, or answers, too few of the requests, or no layers are told apart.
+        FastlockError: the base refuses, or answers, too few of the requests, no layers are told apart, or they have
+            fewer heads than are asked for.
     """
     models = [base, *fine_tunes]
     with contextlib.ExitStack() as undo:
@@ -117,11 +91,15 @@ def train_gate(
             undo.enter_context(frozen(model))
         lessons = _lessons(base, tokenizer, asked, judge, progress)
         probe = read_probe(base, tokenizer, lessons.refused, lessons.answered, progress)
-        weights = _start(probe, how)
+        weights = initial_weights(probe, how, sites(base)[0].num_heads)
+        if how.heads is not None:
+            check_number("heads", how.heads, 1, weights.kept.numel(), f" in {len(weights.layers)} layers")
         turns = _turns(lessons, len(models), how)
         pupils, targets = _pupils(models, lessons, weights.layers, turns, progress)
-        optimizer = torch.optim.Adam(weights.groups(), betas=BETAS)
+        optimizer = torch.optim.Adam(weights.groups(READER_RATE, RATE), betas=BETAS)
         for step, turn in enumerate(progress(turns, "Training the lock")):
+            if how.heads is not None and step == how.steps // 2:
+                weights.keep(how.heads)
             rate = min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / how.steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["full_rate"] * rate
@@ -333,84 +311,7 @@ def _targets(model: nn.Module, name: str, rows: Sequence[Row], numbers: set[int]
     return found
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """What is trained, over the whole inputs of some layers' output projections.
-
-    Attributes:
-        layers: which, ascending.
-        readers: V divided by `sizes`, [layers, width, rank].
-        sizes: the root mean square of each column of V at the start, [layers, 1, rank].
-        writers: U, [layers, width, rank].
-        centre: Vᵀ x̄ at the start, which is taken from Vᵀ x, [layers, rank]; zeros for a gate alone.
-        constant: d, [layers, width]; None for a gate alone.
-    """
-
-    layers: tuple[int, ...]
-    readers: torch.Tensor
-    sizes: torch.Tensor
-    writers: torch.Tensor
-    centre: torch.Tensor
-    constant: torch.Tensor | None
-
-    def groups(self) -> list[dict[str, Any]]:
-        """What the optimizer takes."""
-        rest = [self.writers] if self.constant is None else [self.writers, self.constant]
-        return [
-            {"params": [self.readers], "lr": READER_RATE, "full_rate": READER_RATE},
-            {"params": rest, "lr": RATE, "full_rate": RATE},
-        ]
-
-    def added(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """What the gate of the layer `layers[number]` adds to x, [..., width]."""
-        read = x @ (self.readers[number] * self.sizes[number]).to(x) - self.centre[number].to(x)
-        written = read @ self.writers[number].T.to(x)
-        return written if self.constant is None else written + self.constant[number].to(x)
-
-    @contextlib.contextmanager
-    def acting(self, chosen: Sequence[Site]) -> Iterator[None]:
-        """Let it act in a model, whose sites of these layers are given."""
-        with contextlib.ExitStack() as hooks:
-            for number, site in enumerate(chosen):
-
-                def shift(_module: nn.Module, args: tuple[torch.Tensor, ...], number: int = number) -> tuple[Any, ...]:
-                    x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
-                    return ((x + self.added(number, x)).to(args[0].dtype), *args[1:])
-
-                hooks.callback(site.outer.register_forward_pre_hook(shift).remove)
-            yield
-
-    @torch.no_grad()
-    def trained(self) -> TrainedGate:
-        """What was learnt: V itself, and the constant without the centre that the gate had."""
-        constant = self.constant
-        if constant is not None:
-            constant = constant - (self.writers @ self.centre[..., None])[..., 0]
-        return TrainedGate(self.layers, self.readers * self.sizes, self.writers.clone(), constant)
-
-
-def _start(probe: HarmProbe, how: GateSettings) -> _Weights:
-    """What the training starts with."""
-    layers = probe.layers() if how.layers is None else how.layers
-    chosen = list(layers)
-    width = probe.harmful.shape[2]
-    noise = torch.randn(len(chosen), width, how.rank, generator=torch.Generator().manual_seed(how.seed), device="cpu")
-    readers = noise / probe.spread[chosen, None, None].clamp_min(1e-20) / width**0.5  # Vᵀ x is of about one
-    readers[:, :, 0] = probe.directions(blind=not how.constant)[chosen]
-    sizes = readers.square().mean(1, keepdim=True).sqrt().clamp_min(1e-20)
-    centre = torch.einsum("lw,lwr->lr", probe.centre[chosen], readers)
-    writers = torch.zeros(len(chosen), width, how.rank, device="cpu", requires_grad=True)
-    return _Weights(
-        layers,
-        (readers / sizes).requires_grad_(),
-        sizes,
-        writers,
-        centre if how.constant else torch.zeros_like(centre),
-        torch.zeros(len(chosen), width, device="cpu", requires_grad=True) if how.constant else None,
-    )
-
-
-def _step(pupil: _Pupil, weights: _Weights, lessons: _Lessons, refusals: _Targets, turn: _Turn) -> float:
+def _step(pupil: _Pupil, weights: GateWeights, lessons: _Lessons, refusals: _Targets, turn: _Turn) -> float:
     """The gradients of one step: a forward and a backward pass of the requests, and one of the texts. The loss."""
     refused, answered, told = pupil.states
     with weights.acting(pupil.sites):

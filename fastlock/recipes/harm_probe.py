@@ -37,9 +37,14 @@ class HarmProbe:
         return self.harmless.mean(1)
 
     @property
+    def deviations(self) -> torch.Tensor:
+        """The standard deviations over all requests: [layers, width]."""
+        return torch.cat([self.harmful, self.harmless], 1).std(1)
+
+    @property
     def spread(self) -> torch.Tensor:
-        """The standard deviation over all requests, its mean over a layer's numbers: [layers]."""
-        return torch.cat([self.harmful, self.harmless], 1).std(1).mean(1)
+        """Their mean over a layer's numbers: [layers]."""
+        return self.deviations.mean(1)
 
     def directions(self, blind: bool = False) -> torch.Tensor:
         """What x is multiplied with to tell both kinds apart, by linear discriminant analysis with diagonal covariance.

@@ -75,8 +75,8 @@ def train_lock(
         constant: whether the lock has a constant beside the gate, which takes a bias where it is relocked.
         layers: those with a gate; by default, all from the one on from which the base tells harmful requests from
             harmless ones.
-        heads: with rank 0, how many heads to lock, those that moved most in the first half of the steps; by default
-            all of them.
+        heads: how many heads to lock, those that moved most in the first half of the steps; by default all of them, of
+            a gate all in its layers.
         steps: how many steps; by default 270, with rank 0 100; at least 2 if `heads` is given.
         batch_size: how many harmful requests a step reads. A constant alone reads as many harmless ones and texts, a
             gate half as many again and a third as many.
@@ -111,14 +111,14 @@ def train_lock(
         return _constant_lock(d, base, len(models), settings.steps, seed, pairs_digest(learned, (*harmless, *texts)))
     scary = shipped_scary() if scary is None else tuple(scary)
     chosen = None if layers is None else checked_layers(layers, len(all_sites))
-    how = GateSettings(rank, bool(constant), chosen, GATE_STEPS if steps is None else steps, batch_size, seed)
+    how = GateSettings(rank, bool(constant), chosen, heads, GATE_STEPS if steps is None else steps, batch_size, seed)
     asked = Asked({pair.question: pair.unsafe for pair in learned}, harmless, scary, texts)
     gate = train_gate(aligned, models, tokenizer, asked, how, judge, shown)
     return _gated_lock(gate, base, len(models), how, pairs_digest(learned, (*harmless, *scary, *texts)))
 
 
 def _gated_lock(gate: TrainedGate, base: nn.Module, models: int, how: GateSettings, digest: str) -> Lock:
-    rows = gated_rows(sites(unwrapped(base))[0], gate.layers, gate.readers, gate.writers, gate.constant)
+    rows = gated_rows(sites(unwrapped(base))[0], gate.layers, gate.readers, gate.writers, gate.constant, gate.kept)
     both = "" if gate.constant is None else " and constant"
     recipe = (
         f"trained: rank {how.rank} gate{both}, {len(rows['layers'])} heads, {how.steps} steps on the base and {models} "
@@ -164,11 +164,6 @@ def _check_numbers(
 ) -> None:
     site = all_sites[0]
     check_number("rank", rank, 0, site.num_heads * site.head_dim)
-    if rank and heads is not None:
-        raise FastlockError(
-            "heads: a gate reads all heads of its layers. Choose the layers (`layers`), or train a constant alone: "
-            "rank 0."
-        )
     total = len(all_sites) * site.num_heads
     check_number("heads", total if heads is None else heads, 1, total)
     least = 1 if heads is None else 2  # heads are chosen after the first half

@@ -18,6 +18,7 @@ from fastlock.models.sites import sites
 from fastlock.models.unfolded import unfolded
 from fastlock.recipes import gate_training as module
 from fastlock.recipes import training
+from fastlock.recipes.gate_weights import GateSettings, GateWeights
 from fastlock.recipes.harm_probe import HarmProbe
 from fastlock.recipes.lessons import Row, log_probabilities
 from fastlock.recipes.pairs import shipped_harmless, shipped_scary, shipped_texts
@@ -115,7 +116,8 @@ def test_what_is_said_to_harmless_requests_is_held(monkeypatch: pytest.MonkeyPat
     assert moved[1] < moved[0] / 5
 
 
-def test_what_is_trained_is_what_the_lock_does() -> None:
+@pytest.mark.parametrize("heads", [8, 3])
+def test_what_is_trained_is_what_the_lock_does(heads: int) -> None:
     """The gate during training against the unfolded lock, on random numbers."""
     model, generator = model_of(1), torch.Generator().manual_seed(3)
 
@@ -123,9 +125,14 @@ def test_what_is_trained_is_what_the_lock_does() -> None:
         return torch.randn(*shape, generator=generator) / 4
 
     readers, sizes = random(2, 128, 3), random(2, 1, 3)
-    weights = module._Weights((0, 2), readers, sizes, random(2, 128, 3), random(2, 3), random(2, 128))
-    how = module.GateSettings(3, True, (0, 2), 1, 1, 0)
+    kept = torch.ones(2, 4, dtype=torch.bool)
+    weights = GateWeights(
+        (0, 2), random(2, 128).abs(), kept, readers, sizes, random(2, 128, 3), random(2, 3), random(2, 128)
+    )
+    weights.keep(heads)
+    how = GateSettings(3, True, (0, 2), None, 1, 1, 0)
     lock = training._gated_lock(weights.trained(), model, 1, how, "0" * 64)
+    assert len(lock) == heads
     ids = torch.randint(0, len(WORDS), (2, 7), generator=generator)
     chosen = [sites(model)[0], sites(model)[2]]
     with torch.no_grad():
@@ -136,6 +143,46 @@ def test_what_is_trained_is_what_the_lock_does() -> None:
             truth = model(input_ids=ids).logits
     torch.testing.assert_close(acting, truth, rtol=1e-4, atol=1e-4)
     assert (acting - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_head_s_share_is_what_would_no_longer_be_added_without_it(constant: bool) -> None:
+    """As matrices: the whole of what is added, less the whole without the head."""
+    generator = torch.Generator().manual_seed(5)
+    readers, sizes, writers, d, deviations = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 12, 3), (2, 1, 3), (2, 12, 3), (2, 12), (2, 12))
+    )
+    deviations = deviations.abs() + 0.1
+    kept = torch.ones(2, 4, dtype=torch.bool)
+    given = d if constant else None
+    weights = GateWeights((3, 5), deviations, kept, readers, sizes, writers, torch.zeros(2, 3), given)
+
+    def whole(layer: int, without: int | None) -> float:
+        mask = torch.tensor([float(n // 3 != without) for n in range(12)], dtype=torch.float64)
+        read = (readers[layer] * sizes[layer]) * mask[:, None]
+        change = (writers[layer] * mask[:, None]) @ read.T
+        change = torch.diag(1 / deviations[layer]) @ change @ torch.diag(deviations[layer])
+        added = float(change.square().sum())
+        return added + float((d[layer] * mask / deviations[layer]).square().sum()) * constant
+
+    truth = [[whole(layer, None) - whole(layer, head) for head in range(4)] for layer in range(2)]
+    torch.testing.assert_close(weights.shares(), torch.tensor(truth, dtype=torch.float64))
+    weights.keep(3)
+    order = torch.tensor(truth).flatten().argsort(descending=True)
+    assert set(kept.flatten().nonzero()[:, 0].tolist()) == set(order[:3].tolist())
+
+
+def test_a_gate_may_be_in_some_heads_alone() -> None:
+    """The heads that were not kept add nothing, and one that is kept was learnt further without them."""
+    every, some = trained(steps=6), trained(steps=6, heads=3)
+    assert (len(every), len(some)) == (8, 3)
+    assert trained(steps=6, heads=8).digest == every.digest
+    for layer, head, writer in zip(some.layers, some.heads, some.writers, strict=True):
+        (without,) = every.writers[(every.layers == layer) & (every.heads == head)]
+        assert not torch.equal(writer, without)
+    with pytest.raises(fastlock.FastlockError, match="heads is 9; it must be an integer from 1 to 8 in 2 layers"):
+        trained(heads=9)
 
 
 def test_the_same_inputs_give_the_same_lock() -> None:
@@ -160,7 +207,7 @@ def lessons(**changes: Any) -> module._Lessons:
 
 
 def test_every_second_step_has_a_scary_request_and_all_else_comes_equally_often() -> None:
-    how = module.GateSettings(1, False, None, 400, 4, 0)
+    how = GateSettings(1, False, None, None, 400, 4, 0)
     turns = module._turns(lessons(ordinary=list(range(10)), scary=[10, 11]), 2, how)
     begun = [n > 11 for turn in turns for n in (*turn.refusals, *turn.answers)]
     assert 0.22 < sum(begun) / len(begun) < 0.28  # of 4,000: a quarter, give or take four standard deviations
@@ -319,7 +366,8 @@ def test_log_probabilities_are_those_of_each_row_alone(family: str) -> None:
         ({"rank": True}, "rank is True"),
         ({"layers": (1, 3)}, "layers: one of them is 3; it must be an integer from 0 to 2 of this base"),
         ({"layers": ()}, "layers: there are none"),
-        ({"heads": 3}, "heads: a gate reads all heads of its layers"),
+        ({"heads": 0}, "heads is 0"),
+        ({"heads": 3, "steps": 1}, "steps is 1; it must be an integer from 2"),
         ({"rank": 0, "layers": None}, "scary: a constant alone"),
         ({"rank": 0, "scary": None}, "layers: a constant alone"),
         ({"steps": 0}, "steps is 0"),
