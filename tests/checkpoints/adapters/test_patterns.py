@@ -30,6 +30,8 @@ KEYS = (
     ".",
     "model",
     "(o|q)_proj",
+    r"layers\.(0|1|2|3|4|5|6|7|8|9|10|11|12)\..*o_proj",
+    r"(?:.*\.)12\.(?!mlp).*",
     "o_proj$",
     "..proj",
 )
@@ -47,11 +49,22 @@ def test_takes_the_first_key_that_matches() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["(a+)+", "(.*)*", "(a|a)*b", ".*.*.*x", "a?" * 60 + "a" * 60, "(a|a)" * 60, "x" * 300 + "*"]
+    "key",
+    [
+        *("(a+)+", "(.*)*", "(a|a)*b", ".*.*.*x", "a?" * 60 + "a" * 60, "(a|a)" * 60, "x" * 300 + "*"),
+        *(".*.*" + "(a|.)" * 12 + "x", "(?x:(?:a+) +x)", "(?:a+)(?#)+x"),
+    ],
 )
 def test_refuses_what_could_match_for_ever(key: str) -> None:
     with pytest.raises(UnsupportedError, match="too intricate"):
         value_for({key: 3}, "a" * 200, 8, "rank_pattern", "here")
+
+
+@pytest.mark.parametrize("key", ["x{}", "x{}.*"])
+def test_refuses_more_keys_than_a_model_has_modules(key: str) -> None:
+    with pytest.raises(UnsupportedError, match="too intricate"):
+        value_for({key.format(i): 3 for i in range(2**17)}, PATH, 8, "rank_pattern", "here")
+    assert value_for({key.format(i): 3 for i in range(1000)}, PATH, 8, "rank_pattern", "here") == 8
 
 
 def test_refuses_what_is_no_pattern() -> None:

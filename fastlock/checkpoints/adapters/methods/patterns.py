@@ -6,6 +6,8 @@ PEFT takes the first key that stands at the end of a path, as a regular expressi
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +16,13 @@ from fastlock.errors import DamagedError, UnsupportedError, shown
 
 # Keys without these need no regular expression: a dot is the only one of its signs that paths have.
 _SIGNS = re.compile(r"[^\w.]")
-# Where a repeated part holds a repeated part, matching can take for ever; so can many repeated parts, or many choices.
-_REPEATED_GROUP = re.compile(r"\)[*+{?]")
+# Where a repeated part holds a repeated part, matching can take for ever. A comment or a flag can hide that one does.
+_UNSAFE = re.compile(r"\)[*+{?]|\(\?(?!:|[=!]|<[=!]|P<)")
+# A match tries every length of a repeated part with every choice: all keys together may ask for so many steps.
 _REPEATS = re.compile(r"[*+{]|(?<!\()\?")
-_MAX_REPEATS, _MAX_CHOICES, _MAX_LENGTH = 2, 12, 256
+_MAX_STEPS, _MAX_LENGTH = 2**22, 256
+# What the least of a key is worth, in such steps: of a plain one, and of a regular expression, which is compiled.
+_PLAIN_STEPS, _COMPILED_STEPS = 2**6, 2**12
 
 
 def value_for(patterns: Any, path: str, default: Any, name: str, where: str) -> Any:
@@ -32,16 +37,33 @@ def value_for(patterns: Any, path: str, default: Any, name: str, where: str) -> 
 
     Raises:
         DamagedError: they are not an object, or a key is no regular expression.
-        UnsupportedError: a key is too intricate to be matched safely.
+        UnsupportedError: the keys are too intricate, or too many, to be matched safely.
     """
     if not patterns:
         return default
     if not isinstance(patterns, Mapping):
         raise DamagedError(f"{where}: its {name} is not a JSON object. Download the adapter again.")
+    steps = 0
     for key, value in patterns.items():
+        steps += _steps(key, path)
+        if steps > _MAX_STEPS:
+            raise UnsupportedError(
+                f"{where}: its {name} is, with the key {shown(key[:80])}, too intricate to be matched safely. Write "
+                "out the modules that it means."
+            )
         if _matches(key, path, name, where):
             return value
     return default
+
+
+def _steps(key: str, path: str) -> int:
+    """How many steps a match may take; more than there may be, where that cannot be told."""
+    if not _SIGNS.search(key):
+        return _PLAIN_STEPS
+    if len(key) > _MAX_LENGTH or len(path) > _MAX_LENGTH or _UNSAFE.search(key):
+        return _MAX_STEPS + 1
+    choices = math.prod(part.count("|") + 1 for part in re.split("[()]", key))
+    return max(_COMPILED_STEPS, choices * (len(path) + 1) ** (1 + len(_REPEATS.findall(key))))
 
 
 def _matches(key: str, path: str, name: str, where: str) -> bool:
@@ -50,21 +72,15 @@ def _matches(key: str, path: str, name: str, where: str) -> bool:
         begins = len(key) == len(path) or path[len(path) - len(key) - 1 : len(path) - len(key)] == "."
         alike = all(a in (".", b) for a, b in zip(key, tail, strict=False))
         return len(tail) == len(key) and begins and alike
-    long = len(key) > _MAX_LENGTH or len(path) > _MAX_LENGTH
-    if (
-        long
-        or len(_REPEATS.findall(key)) > _MAX_REPEATS
-        or key.count("|") > _MAX_CHOICES
-        or _REPEATED_GROUP.search(key)
-    ):
-        raise UnsupportedError(
-            f"{where}: the key {shown(key)[:80]} of its {name} is too intricate to be matched safely. Write out the "
-            "modules that it means."
-        )
     try:
-        return re.match(rf"(.*\.)?({key})$", path) is not None
+        return _compiled(key).match(path) is not None
     except (re.error, RecursionError, OverflowError) as error:
         raise DamagedError(
-            f"{where}: the key {shown(key)[:80]} of its {name} is no regular expression ({str(error)[:80]}). Download "
+            f"{where}: the key {shown(key[:80])} of its {name} is no regular expression ({str(error)[:80]}). Download "
             "the adapter again."
         ) from None
+
+
+@functools.lru_cache(_MAX_STEPS // _COMPILED_STEPS)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
