@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 # By the name that torch gives them, without "torch.": so receipts write it.
@@ -23,6 +25,16 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in BY_SAFETENSORS_NAME.items()}
 
 # For messages.
 FOLDABLE = "float16, bfloat16, float32 and float64"
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of another dtype is one of this dtype, too."""
+    return torch.promote_types(dtype, other) == dtype
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that rounds most."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def torch_name(dtype: torch.dtype) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 
+from fastlock.dtypes import coarsest, holds
 from fastlock.kernels.fold.reference import HeadColumns, bound, exact_fold, magnitude
 from fastlock.kernels.gate_fold.reference import exact_rewritten, gate_error_bound
 from fastlock.locks.gate import Gate
@@ -50,10 +51,10 @@ class SiteEvidence:
         fold: W d at strength 1, [hidden] float64.
         magnitude: |W||d| at strength 1, [hidden] float64.
         terms: the length of the sums in it.
-        dtype: of the bias.
+        dtype: what the bias was rounded to.
         bias: what is there, [hidden], or None.
-        rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if a checkpoint
-            was loaded in a narrower dtype than it was relocked in.
+        rounding: how far each weight may be from the one that was folded, relative to it: more than 0 if it was brought
+            to a narrower dtype since.
         gate: whether the locked columns are what the lock's gate makes of those that were there before, at the strength
             that the receipt says, within the bound of a right one; None where nobody looked.
     """
@@ -80,7 +81,7 @@ class SiteEvidence:
 
 
 def evidence_of(
-    layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    layer: int, columns: HeadColumns, values: torch.Tensor, bias: torch.Tensor | None, dtypes: Sequence[torch.dtype]
 ) -> SiteEvidence:
     """The evidence of one site, out of its locked columns.
 
@@ -88,10 +89,11 @@ def evidence_of(
         layer: the decoder layer.
         columns, values: W and d at strength 1.
         bias: what is there, [hidden], or None.
-        dtype: of the bias.
+        dtypes: those that weight and bias have had, that of the fold first.
     """
     fold, size = exact_fold(columns, values).cpu(), magnitude(columns, values).cpu()
-    return SiteEvidence(layer, fold, size, values.numel() + 1, dtype, bias)
+    rounding = max((torch.finfo(dtype).eps for dtype in dtypes if not holds(dtype, dtypes[0])), default=0.0)
+    return SiteEvidence(layer, fold, size, values.numel() + 1, coarsest(dtypes), bias, rounding)
 
 
 def is_rewritten(before: HeadColumns, gate: Gate, found: torch.Tensor, rounding: float = 0.0) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
@@ -26,7 +26,7 @@ from fastlock.checkpoints.relocked import (
     was_relocked_here,
 )
 from fastlock.checkpoints.stored_gate import StoredGate
-from fastlock.dtypes import BY_TORCH_NAME
+from fastlock.dtypes import BY_TORCH_NAME, coarsest
 from fastlock.errors import FastlockError
 from fastlock.judgement import (
     SiteEvidence,
@@ -224,9 +224,11 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
                 "whether they hold the lock"
             )
         return judge_by_digests(receipt, lock, tuple(site.layer for site in sites), problem_found)
-    written = {} if receipt is None else dict(zip(receipt.layers, receipt.dtypes, strict=True))
+    earlier = _dtypes_by_layer(receipt)
     unit, gates = lock.constant(1.0), {} if receipt is None else lock.gates(receipt.strength)
-    evidence = [_evidence_in_memory(site, unit[site.layer], written, gates.get(site.layer)) for site in sites]
+    evidence = [
+        _evidence_in_memory(site, unit[site.layer], earlier[site.layer], gates.get(site.layer)) for site in sites
+    ]
 
     def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
         by_name = original_biases(model, known)
@@ -260,7 +262,10 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
 
     if saved is not None and saved.receipt.rank and gate is None:
         return judge_by_digests(saved.receipt, lock, tuple(site.layer for site in sites), problem(saved.receipt))
-    evidence = in_threads(lambda site: _stored_evidence(checkpoint, site, unit[site.layer], gate), sites)
+    earlier = _dtypes_by_layer(None if saved is None else saved.receipt)
+    evidence = in_threads(
+        lambda site: _stored_evidence(checkpoint, site, unit[site.layer], earlier[site.layer], gate), sites
+    )
 
     def originals(_: Receipt) -> dict[int, torch.Tensor | None]:
         return {} if saved is None else original_biases_on_disk(checkpoint, saved)
@@ -286,7 +291,7 @@ def _verify_gguf(path: str | os.PathLike[str], lock: Lock) -> Verification:
     def evidence_at(site: gguf.GgufSite) -> SiteEvidence:
         of_layer = unit[site.layer]
         columns = model.read_columns(site, of_layer.heads).columns
-        return evidence_of(site.layer, columns, of_layer.values, model.read_bias(site), torch.float32)
+        return evidence_of(site.layer, columns, of_layer.values, model.read_bias(site), [torch.float32])
 
     evidence = in_threads(evidence_at, model.sites_for(lock))
 
@@ -373,31 +378,25 @@ def _lost(checkpoint: Checkpoint, saved: SavedReceipt) -> str | None:
     return None
 
 
-def _rounding(written: str | None, loaded: torch.dtype) -> float:
-    """How far weights may be, relative to themselves, from those that were folded: their dtype may be narrower now."""
-    dtype = loaded if written is None else BY_TORCH_NAME.get(written, loaded)
-    return 0.0 if torch.promote_types(dtype, loaded) == loaded else torch.finfo(loaded).eps
+def _dtypes_by_layer(receipt: Receipt | None) -> defaultdict[int, list[torch.dtype]]:
+    """The dtypes that each locked site has had, that of the fold first, as far as the receipt knows."""
+    dtypes: defaultdict[int, list[torch.dtype]] = defaultdict(list)
+    if receipt is not None:
+        for site, dtype in zip(receipt.sites, receipt.dtypes, strict=True):
+            dtypes[site.layer] = [BY_TORCH_NAME[name] for name in (*site.earlier_dtypes, dtype)]
+    return dtypes
 
 
-def _evidence_in_memory(site: Site, unit: Displacement, written: Mapping[int, str], gate: Gate | None) -> SiteEvidence:
+def _evidence_in_memory(site: Site, unit: Displacement, earlier: list[torch.dtype], gate: Gate | None) -> SiteEvidence:
     check_not_around(site)
     columns = original_columns(site, unit.heads)
-    loaded = [columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype]
-    name = written.get(site.layer)
-    # What was written was rounded to its dtype of then, and to others since: bitsandbytes does that to biases.
-    dtype = _coarsest([*loaded, BY_TORCH_NAME.get(name or "", loaded[0])])
-    found = evidence_of(site.layer, columns, unit.values, site.bias, dtype)
-    if written:
-        found = replace(found, rounding=_rounding(name, _coarsest(loaded)))
+    # One of the two may be another dtype than it was: bitsandbytes rounds biases when they are first used.
+    now = coarsest([columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype])
+    found = evidence_of(site.layer, columns, unit.values, site.bias, [*earlier, now])
     if gate is None:
         return found
-    before, present = _as_rounded(columns, dtype), present_columns(site, gate.heads)
+    before, present = _as_rounded(columns, found.dtype), present_columns(site, gate.heads)
     return replace(found, gate=holds_gate(site.module) and is_rewritten(before, gate, present, found.rounding))
-
-
-def _coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The dtype that rounds most."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _as_rounded(columns: HeadColumns, dtype: torch.dtype) -> HeadColumns:
@@ -407,9 +406,13 @@ def _as_rounded(columns: HeadColumns, dtype: torch.dtype) -> HeadColumns:
 
 
 def _stored_evidence(
-    checkpoint: Checkpoint, site: StoredSite, unit: Displacement, gate: StoredGate | None
+    checkpoint: Checkpoint,
+    site: StoredSite,
+    unit: Displacement,
+    earlier: list[torch.dtype],
+    gate: StoredGate | None,
 ) -> SiteEvidence:
     bias = None if site.bias is None else checkpoint.read_vector(site.bias)
     columns = checkpoint.read_columns(site, unit.heads).columns if gate is None else gate.before(site, unit.heads)
-    evidence = evidence_of(site.layer, columns, unit.values, bias, site.dtype)
+    evidence = evidence_of(site.layer, columns, unit.values, bias, [*earlier, site.dtype])
     return evidence if gate is None else replace(evidence, gate=gate.is_in_place(site, columns))

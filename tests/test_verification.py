@@ -85,6 +85,48 @@ def test_a_lock_is_found_in_a_checkpoint_that_is_loaded_in_another_dtype(tmp_pat
     assert fastlock.verify(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, **EAGER), lock)
 
 
+@pytest.mark.parametrize(("written", "now"), BROUGHT, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_lock_is_found_where_a_model_of_another_dtype_was_saved(
+    kind: str, written: torch.dtype, now: torch.dtype, tmp_path
+) -> None:
+    """Brought to it before it was saved, or loaded in it and saved by transformers alone; and loaded once more."""
+    model = tiny_model(kind, written)
+    lock = random_lock(model)
+    fastlock.relock(model, lock, 1.5)
+    model.save_pretrained(tmp_path / "as written")
+    model.to(now).save_pretrained(tmp_path / "brought")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "as written", dtype=now, **EAGER)
+    loaded.save_pretrained(tmp_path / "loaded")
+    unit = max(torch.finfo(dtype).eps for dtype in (written, now))
+    for way in ("brought", "loaded"):
+        assert fastlock.verify(tmp_path / way, lock)
+        for dtype in (written, now) if way == "brought" else (now,):
+            assert fastlock.verify(AutoModelForCausalLM.from_pretrained(tmp_path / way, dtype=dtype, **EAGER), lock)
+        name = f"{sites(model)[2].name}.bias"
+        tensors = load_file(tmp_path / way / "model.safetensors")
+        tensors[name] += 8 * unit * tensors[name].abs().max()
+        save_file(tensors, tmp_path / way / "model.safetensors", metadata={"format": "pt"})
+        found = fastlock.verify(tmp_path / way, lock)
+        assert (found.state, found.altered) == ("altered", (2,))
+
+
+def test_what_a_model_was_rounded_to_before_is_not_forgotten(tmp_path) -> None:
+    """float32, saved in bfloat16, loaded and saved again in float32: its weights have been rounded since the fold."""
+    model = tiny_model("gpt2", torch.float32)
+    lock, before = random_lock(model), state(tiny_model("gpt2", torch.float32).to(torch.bfloat16))
+    fastlock.relock(model, lock)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32, **EAGER)
+    with fastlock.relocked(wide, random_lock(wide, seed=5)):
+        pass
+    wide.save_pretrained(tmp_path / "wide")
+    assert fastlock.verify(tmp_path / "wide", lock)
+    fastlock.unlock_checkpoint(tmp_path / "wide", tmp_path / "unlocked")
+    unlocked = AutoModelForCausalLM.from_pretrained(tmp_path / "unlocked", dtype=torch.bfloat16, **EAGER)
+    assert same_state(state(unlocked), before)
+
+
 def test_altered_in_each_way() -> None:
     def weight(model: nn.Module) -> None:
         model.model.layers[0].self_attn.o_proj.weight[3, 1 * 32] += 0.5

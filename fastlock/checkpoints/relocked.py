@@ -23,6 +23,7 @@ from fastlock.checkpoints.original_columns import (
 )
 from fastlock.checkpoints.tensor_index import INDEX, SINGLE
 from fastlock.checkpoints.tokenizer import TOKENIZER_CONFIG, changed_version, same_but_class, versions_in
+from fastlock.dtypes import BY_TORCH_NAME, holds
 from fastlock.errors import DamagedError, shown
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, biases_digest, raw_bytes
 from fastlock.storage.byte_columns import ByteColumns
@@ -159,13 +160,25 @@ def change_since(checkpoint: Checkpoint, saved: SavedReceipt, present_digest: st
 
 def _changed_part(checkpoint: Checkpoint, receipt: Receipt, present_digest: str | None) -> str | None:
     """Which of what carries the lock is not what fastlock wrote: biases, or weights."""
-    if receipt.constant and biases_digest(stored_biases(checkpoint, receipt)) != receipt.biases_digest:
+    if receipt.constant and not _holds_biases(checkpoint, receipt):
         return "biases"
     if receipt.rank:
         if present_digest is None:
             present_digest = digest_of_columns(present_columns(checkpoint, locked_sites(checkpoint, receipt)))
         return None if present_digest == receipt.written_digest else "weights"
     return None
+
+
+def _holds_biases(checkpoint: Checkpoint, receipt: Receipt) -> bool:
+    """Whether the biases are those that were written, as far as the dtype can tell that transformers saved them in."""
+    biases = stored_biases(checkpoint, receipt)
+    if not was_relocked_here(checkpoint.files):
+        written = [BY_TORCH_NAME[name] for name in receipt.dtypes]
+        present = [dtype if bias is None else bias.dtype for bias, dtype in zip(biases, written, strict=True)]
+        if not all(map(holds, present, written)):
+            return True  # rounded since: who could tell?
+        biases = [None if bias is None else bias.to(dtype) for bias, dtype in zip(biases, written, strict=True)]
+    return biases_digest(biases) == receipt.biases_digest
 
 
 def _index_changed(checkpoint: Checkpoint, carrier: CarrierNote) -> bool:
@@ -230,13 +243,15 @@ def original_biases_on_disk(checkpoint: Checkpoint, saved: SavedReceipt) -> dict
         return {}
     biases = stored_biases(checkpoint, saved.receipt)
     return {
-        site.layer: _original_bias(checkpoint, saved.carrier, site.layer, bias) if site.had_bias else None
-        for site, bias in zip(saved.receipt.sites, biases, strict=True)
+        site.layer: _original_bias(checkpoint, saved.carrier, site.layer, bias, dtype) if site.had_bias else None
+        for site, bias, dtype in zip(saved.receipt.sites, biases, saved.receipt.dtypes, strict=True)
     }
 
 
-def _original_bias(checkpoint: Checkpoint, carrier: CarrierNote, layer: int, bias: torch.Tensor | None) -> torch.Tensor:
-    original = None if bias is None else _decoded(carrier, layer, bias.dtype)
+def _original_bias(
+    checkpoint: Checkpoint, carrier: CarrierNote, layer: int, bias: torch.Tensor | None, dtype: str
+) -> torch.Tensor:
+    original = _decoded(carrier, layer, BY_TORCH_NAME[dtype])
     if original is None or bias is None or original.shape != bias.shape:
         raise DamagedError(
             f"{checkpoint.where}: the receipt does not hold the original bias of layer {layer}, which therefore "
@@ -247,11 +262,11 @@ def _original_bias(checkpoint: Checkpoint, carrier: CarrierNote, layer: int, bia
             f"{checkpoint.where}: the receipt says that layer {layer} had a bias before, and that its model had no "
             "place for one. Do not trust this checkpoint: start from the original one."
         )
-    return original
+    return original.to(bias)
 
 
 def _decoded(carrier: CarrierNote, layer: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """A layer's original bias out of the receipt, None where it cannot be one; it has the dtype of the bias there."""
+    """A layer's original bias out of the receipt, None where it cannot be one."""
     try:
         return torch.frombuffer(bytearray(carrier.original_biases[layer]), dtype=dtype)
     except (KeyError, ValueError):

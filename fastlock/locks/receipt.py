@@ -24,6 +24,7 @@ from fastlock.locks.receipt_fields import (
     digest_in,
     digests_in,
     dtype_in,
+    dtypes_in,
     encoded_biases,
     flag_in,
     index_in,
@@ -50,6 +51,7 @@ _KEYS = (
 )
 _GATE_KEYS = "rank constant written_digest".split()
 _SITE_KEYS = "layer name heads had_bias".split()
+_OPTIONAL_SITE_KEYS = "dtype earlier_dtypes".split()
 _CARRIER_KEYS = "form flag was original_biases".split()
 _OPTIONAL_CARRIER_KEYS = "stacks original_config config_digest set_aside index_digest".split()
 
@@ -59,6 +61,7 @@ class LockedSite:
     """One relocked output projection: its layer, module path, locked heads, and whether it had a bias before.
 
     Its dtype is there where it is another than the receipt's, as after merging adapters into some layers in float32.
+    Earlier dtypes are there where the model was brought to another one before it was saved: that of the fold first.
     """
 
     layer: int
@@ -66,11 +69,13 @@ class LockedSite:
     heads: tuple[int, ...]
     had_bias: bool
     dtype: str | None = None
+    earlier_dtypes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As data that JSON can hold."""
         data = {"layer": self.layer, "name": self.name, "heads": list(self.heads), "had_bias": self.had_bias}
-        return data if self.dtype is None else data | {"dtype": self.dtype}
+        dtypes = {"dtype": self.dtype, "earlier_dtypes": list(self.earlier_dtypes)}
+        return data | {key: value for key, value in dtypes.items() if value}
 
 
 class Digests(Protocol):
@@ -143,6 +148,14 @@ class Receipt:
             for site, dtype in zip(self.sites, dtypes, strict=True)
         )
         return replace(self, dtype=dtypes[0], sites=sites)
+
+    def converted(self, dtypes: Sequence[str]) -> Receipt:
+        """The receipt of the model after it was brought to these dtypes, one a site."""
+        sites = tuple(
+            site if before == now else replace(site, earlier_dtypes=(*site.earlier_dtypes, before))
+            for site, before, now in zip(self.sites, self.dtypes, dtypes, strict=True)
+        )
+        return replace(self, sites=sites).with_dtypes(dtypes)
 
     @property
     def weights_digest(self) -> str:
@@ -382,8 +395,14 @@ def _locked_sites(value: Any) -> tuple[LockedSite, ...]:
 
 
 def _locked_site(value: Any) -> LockedSite:
-    check_keys(value, _SITE_KEYS, ["dtype"])
+    check_keys(value, _SITE_KEYS, _OPTIONAL_SITE_KEYS)
     heads = tuple(map(index_in, list_in(value["heads"])))
     check_ascending(heads, "heads")
-    dtype = dtype_in(value["dtype"]) if "dtype" in value else None
-    return LockedSite(index_in(value["layer"]), text_in(value["name"]), heads, flag_in(value["had_bias"]), dtype)
+    return LockedSite(
+        index_in(value["layer"]),
+        text_in(value["name"]),
+        heads,
+        flag_in(value["had_bias"]),
+        optional(value, "dtype", dtype_in),
+        optional(value, "earlier_dtypes", dtypes_in) or (),
+    )

@@ -85,6 +85,11 @@ def dtype_in(value: Any) -> str:
     return value
 
 
+def dtypes_in(value: Any) -> tuple[str, ...]:
+    """A list of such names, not empty."""
+    return tuple(map(dtype_in, list_in(value)))
+
+
 def flag_in(value: Any) -> bool:
     """True or false, and no number."""
     if not isinstance(value, bool):

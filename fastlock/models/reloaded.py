@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlock.dtypes import BY_TORCH_NAME
+from fastlock.dtypes import BY_TORCH_NAME, holds
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.locks.receipt import (
     CONFIG_KEY,
@@ -190,7 +190,7 @@ def unchanged(model: nn.Module, receipt: Receipt) -> bool:
         dtype, bias = BY_TORCH_NAME.get(name), site.bias
         if dtype is None or (bias is None and receipt.constant):
             return False
-        if not _holds(site.projection.dtype if bias is None else bias.dtype, dtype):  # rounded since: who could tell?
+        if not holds(site.projection.dtype if bias is None else bias.dtype, dtype):  # rounded since: who could tell?
             return True
         if bias is not None and receipt.constant:
             biases.append(bias.to(dtype))
@@ -205,13 +205,9 @@ def can_tell(model: nn.Module, receipt: Receipt) -> bool:
     """Whether the weights were loaded in a dtype that holds all that was written."""
     dtypes = (BY_TORCH_NAME.get(name) for name in receipt.dtypes)
     return all(
-        dtype is not None and _holds(site.projection.dtype, dtype)
+        dtype is not None and holds(site.projection.dtype, dtype)
         for dtype, site in zip(dtypes, locked_sites(model, receipt), strict=True)
     )
-
-
-def _holds(dtype: torch.dtype, written: torch.dtype) -> bool:
-    return torch.promote_types(dtype, written) == dtype
 
 
 def _decoded(model: nn.Module, data: bytes | None, site: Site, dtype: str) -> torch.Tensor:

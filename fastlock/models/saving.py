@@ -236,7 +236,7 @@ def _carrier_of(model: PreTrainedModel) -> tuple[Any, Callable[[Any], PreTrained
             "Nothing was saved. unlock(model) saves as before; then relock the saved checkpoint on disk "
             "(fastlock.relock_checkpoint)."
         )
-    receipt = with_digests_of(receipt.with_dtypes([site.dtype_name for site in sites]), sites)
+    receipt = with_digests_of(receipt.converted([site.dtype_name for site in sites]), sites)
     family, config = family_of(model), copy.deepcopy(model.config)
     config.dtype = config.get_text_config().dtype = model.dtype  # an earlier save left a string, which no class takes
     config.__dict__.pop("quantization_config", None)  # of a GGUF that loading dequantised: what is saved is plain

@@ -20,8 +20,8 @@ RECEIPT = Receipt(
     model_type="qwen2",
     dtype="bfloat16",
     sites=(
-        LockedSite(0, "model.layers.0.self_attn.o_proj", (1, 3), True, "float16"),
-        LockedSite(11, "model.layers.11.self_attn.o_proj", (2,), False, "float32"),
+        LockedSite(0, "model.layers.0.self_attn.o_proj", (1, 3), True, "float16", ("float32", "bfloat16")),
+        LockedSite(11, "model.layers.11.self_attn.o_proj", (2,), False, "float32", ("float16",)),
     ),
     fastlock_version="0.0.1",
     digests=KnownDigests(DIGESTS[2], DIGESTS[3]),
@@ -67,6 +67,16 @@ def test_what_only_some_writers_know_is_left_out(key: str) -> None:
     saved = SavedReceipt(RECEIPT, replace(CARRIER, **{key: None}))
     assert key not in saved.to_dict()["carrier"]
     assert read(json.loads(written(saved))) == saved
+
+
+def test_a_conversion_is_noted_at_the_sites_that_it_changed() -> None:
+    plain = tuple(replace(site, dtype=None, earlier_dtypes=()) for site in RECEIPT.sites)
+    receipt = replace(RECEIPT, sites=(plain[0], replace(plain[1], dtype="float32")))
+    once = receipt.converted(["float32", "float32"])
+    assert [site.to_dict().get("earlier_dtypes") for site in once.sites] == [["bfloat16"], None]
+    again = once.converted(["float16", "float16"])
+    assert [site.earlier_dtypes for site in again.sites] == [("bfloat16", "float32"), ("float32",)]
+    assert (again.dtypes, again.converted(again.dtypes)) == (("float16", "float16"), again)
 
 
 def test_the_same_receipt_gives_the_same_bytes() -> None:
@@ -127,6 +137,7 @@ WRONG = [
     *(("sites", value) for value in ([], {}, "x", [7], [[]], [*SAVED.to_dict()["sites"]] * 2)),
     *(("sites.0.layer", value) for value in (11, 12, -1, True, 0.0, "0")),
     *(("sites.0.heads", value) for value in ([], {}, {"1": 3}, "13", [1, 1], [3, 1], [-1], [True], ["1"], [1.0])),
+    *(("sites.0.earlier_dtypes", value) for value in ([], "float32", ["int8"], [None], {"float32": 1}, None)),
     *(("sites.0.had_bias", value) for value in (0, 1, "true")),
     *(("carrier", value) for value in ([], "x", 7)),
     *(("carrier.form", value) for value in ("", "Llama", 7, ["llama"], {})),
