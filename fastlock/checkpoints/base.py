@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from fastlock.basis import Likeness, column_norms, likeness
-from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
+from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import original_files
 from fastlock.errors import FastlockWarning, MismatchError
 from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
 from fastlock.storage.places import as_place, files_in
+
+Shape = tuple[int, int, int, int]  # hidden size, heads, head_dim, layers
 
 # What quantisers leave beside the weights.
 _OF_QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml")
@@ -38,25 +40,27 @@ class Base:
         """Whether anything can be compared."""
         return bool(self.norms) or self.checkpoint is not None
 
-    def likeness(self, site: StoredSite, heads: Sequence[int], columns: HeadColumns) -> Likeness | None:
-        """How alike the locked columns of a site and the base's are; None where nothing can be compared."""
+    def likeness(self, layer: int, heads: Sequence[int], columns: HeadColumns) -> Likeness | None:
+        """How alike the locked columns of a layer and the base's are; None where nothing can be compared."""
         if self.checkpoint is None:
-            norms = self.norms.get(site.layer)
+            norms = self.norms.get(layer)
             return None if norms is None else likeness(columns, norms)
-        of_base = self.checkpoint.read_columns(self.checkpoint.sites[site.layer], heads).columns
+        site = self.checkpoint.sites[layer]
+        of_base = self.checkpoint.read_columns(site, heads).columns
         return likeness(columns, column_norms(of_base, site.head_dim), of_base)
 
 
-def base_of(lock: Lock, given: str | os.PathLike[str] | None, checkpoint: Checkpoint) -> Base:
+def base_of(lock: Lock, given: str | os.PathLike[str] | None, shape: Shape, where: str) -> Base:
     """What is known of the base of a lock.
 
     Args:
         lock: the lock.
         given: the base's directory or URL, if there is one.
-        checkpoint: what is being relocked.
+        shape: of what is being relocked.
+        where: what that is, for messages.
 
     Raises:
-        MismatchError: the base is not of the geometry of the checkpoint.
+        MismatchError: the base is of another shape.
         FastlockError, and its kinds: the base cannot be read.
     """
     if given is None:
@@ -64,16 +68,18 @@ def base_of(lock: Lock, given: str | os.PathLike[str] | None, checkpoint: Checkp
     place = as_place(given)
     base = Checkpoint(original_files(files_in(place), str(place)), str(place))
     base.sites_for(lock)
-    own, theirs = (
-        (one.sites[0].hidden_size, one.sites[0].num_heads, one.sites[0].head_dim, len(one.sites))
-        for one in (checkpoint, base)
-    )
-    if own != theirs:
+    if (theirs := shape_of(base)) != shape:
         raise MismatchError(
-            f"{base.where}: was given as the base of {checkpoint.where}, and has another shape (hidden size, heads, "
-            f"head_dim, layers: {theirs}, not {own}). Give the aligned base that the lock was found in."
+            f"{base.where}: was given as the base of {where}, and has another shape (hidden size, heads, head_dim, "
+            f"layers: {theirs}, not {shape}). Give the aligned base that the lock was found in."
         )
     return Base({}, base)
+
+
+def shape_of(checkpoint: Checkpoint) -> Shape:
+    """The shape of a checkpoint."""
+    site = checkpoint.sites[0]
+    return site.hidden_size, site.num_heads, site.head_dim, len(checkpoint.sites)
 
 
 def warn_unless_known(base: Base, checkpoint: Checkpoint) -> None:

@@ -217,7 +217,7 @@ class _Folding:
         read = self.checkpoint.read_columns(site, heads, room)
         bias = self._new_bias(site, read, original) if self.has_constant else None
         rewritten = self._rewritten(site, heads, read) if self.gates else None
-        likeness = self.base.likeness(site, heads, read.columns)
+        likeness = self.base.likeness(site.layer, heads, read.columns)
         return FoldedSite(site, heads, key, bias, original, self.begin(read.digest), likeness, rewritten)
 
     def _new_bias(self, site: StoredSite, read: StoredColumns, original: torch.Tensor | None) -> torch.Tensor:

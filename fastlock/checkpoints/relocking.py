@@ -18,7 +18,7 @@ import torch
 
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.basis import check_likeness
-from fastlock.checkpoints.base import base_of, warn_unless_known
+from fastlock.checkpoints.base import base_of, shape_of, warn_unless_known
 from fastlock.checkpoints.carrier import Carrier, choose_carrier
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites, helpers
@@ -147,7 +147,7 @@ def relock_checkpoint(
         carrier = choose_carrier(checkpoint, stacks, lock.has_constant)
         _check_switched_off(checkpoint, carrier)
         known = {} if folds is None else folds
-        of_base = base_of(lock, base, checkpoint)
+        of_base = base_of(lock, base, shape_of(checkpoint), checkpoint.where)
         with helpers() as threads:
             folded = fold_sites(checkpoint, sites, lock, strength, known, threads, of_base)
             check_likeness([f.likeness for f in folded.sites], checkpoint.where)

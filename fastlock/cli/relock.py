@@ -84,10 +84,8 @@ def _relocked(
     if any(value is not None for value in of_adapter.values()):
         raise ArgumentsError("--carrier, --gap and --relocked-base are for adapters: give an adapter, and its --base.")
     if is_gguf(source):
-        if base is not None:
-            raise ArgumentsError("a GGUF is not compared with a base. Leave out --base.")
         check_gguf_options(source, in_place, stacks)
-        return relock_gguf(source, lock, out, strength, copy=copy), ""
+        return relock_gguf(source, lock, out, strength, copy=copy, base=base), ""
     kinds = {"stacks": stack_names(stacks), "copy": copy, "in_place": in_place, "base": base}
     return relock_checkpoint(source, lock, out, strength, **kinds), ""
 
@@ -132,8 +130,8 @@ COMMAND = Command(
         option(
             "--base",
             metavar="DIR",
-            help="For an adapter: the base that it is served over, or its URL. For a checkpoint: the lock's aligned "
-            "base, to make sure that the heads of a quantised checkpoint are still what the lock knows.",
+            help="For an adapter: the base that it is served over, or its URL. For a checkpoint or a GGUF: the "
+            "lock's aligned base, a checkpoint, to make sure that quantised heads are still what the lock knows.",
         ),
         option(
             "--carrier",

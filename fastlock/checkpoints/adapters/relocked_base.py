@@ -11,7 +11,7 @@ from fastlock.basis import check_likeness
 from fastlock.checkpoints.adapters.adapter import Adapter
 from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.folding import BasePart, base_part
-from fastlock.checkpoints.base import base_of, warn_unless_known
+from fastlock.checkpoints.base import Base, warn_unless_known
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import original_files, receipt_in, was_relocked_here
 from fastlock.checkpoints.relocking import relock_checkpoint
@@ -54,10 +54,10 @@ def open_base(
 
 def _check_basis(part: BasePart) -> None:
     """Refuse a base whose heads are not in the basis that the lock was found in, as relocking it would."""
-    known = base_of(part.lock, None, part.checkpoint)
+    known = Base(part.lock.norms_by_layer())
     heads = {layer: displacement.heads for layer, displacement in part.displacements.items()}
     if known.is_known:
-        likenesses = [known.likeness(site, heads[site.layer], part.columns(site)) for site in part.sites]
+        likenesses = [known.likeness(site.layer, heads[site.layer], part.columns(site)) for site in part.sites]
         check_likeness(likenesses, part.checkpoint.where)
     warn_unless_known(known, part.checkpoint)
 

@@ -11,6 +11,7 @@ import torch
 
 from fastlock.architectures.families import check_lock_fits
 from fastlock.architectures.gguf_architectures import check_gguf_architecture
+from fastlock.checkpoints.base import Shape
 from fastlock.checkpoints.gguf.columns import check_type, read_columns
 from fastlock.checkpoints.gguf.parts import GgufPart
 from fastlock.checkpoints.gguf.tensor_types import F32
@@ -50,6 +51,11 @@ class GgufGeometry:
     num_attention_heads: int
     head_dim: int
     hidden_size: int
+
+    @property
+    def shape(self) -> Shape:
+        """As that of a base."""
+        return self.hidden_size, self.num_attention_heads, self.head_dim, self.num_hidden_layers
 
 
 @dataclass(frozen=True)

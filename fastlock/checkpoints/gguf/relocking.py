@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastlock.basis import Likeness, check_likeness, likeness
+from fastlock.basis import Likeness, check_likeness
+from fastlock.checkpoints.base import Base, base_of
 from fastlock.checkpoints.gguf.header import (
     PREAMBLE_LENGTH,
     GgufHeader,
@@ -47,7 +48,7 @@ _STACKS = ("llama.cpp",)
 class _FoldedSite:
     """One site's new bias, what was there before, and the SHA-256 of what was read. Both are [hidden] float32.
 
-    And how alike its columns and those of the lock's base are, None where the lock does not tell.
+    And how alike its columns and those of the lock's base are, None where nothing can be compared.
     """
 
     site: GgufSite
@@ -65,6 +66,7 @@ def relock_gguf(
     strength: float | None = None,
     *,
     copy: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> Receipt:
     """Relock a GGUF model for llama.cpp into a new file, reading its header and its locked columns only.
 
@@ -79,6 +81,8 @@ def relock_gguf(
         out: the file to make; it must not exist yet. Of a split model, the first part, named as the source's is.
         strength: the paper's α, 0 or more; by default as for `fastlock.relock`.
         copy: share no blocks.
+        base: the directory or URL of the lock's aligned base, a checkpoint, whose locked columns are then compared with
+            the model's; by default their norms are compared with those that the lock carries, if it carries any.
 
     Returns:
         What was done.
@@ -88,8 +92,9 @@ def relock_gguf(
             be read, the file is no model, or its heads are not in the basis that the lock was found in; or the lock has
             a gate.
         DamagedError: the file is damaged, hostile, or was changed (since it was relocked, or meanwhile).
-        MismatchError: the lock is of another geometry.
-        FastlockError: an argument is wrong, the package gguf is missing, or the file system refuses.
+        MismatchError: the lock or the base is of another geometry.
+        FastlockError: an argument is wrong, the base cannot be read, the package gguf is missing, or the file system
+            refuses.
 
     After an error nothing is at `out`.
     """
@@ -99,10 +104,9 @@ def relock_gguf(
     path = local_path(source)
     model = original_model(path)
     places = places_for(local_path(out), len(model.parts))
-    displacements, norms = lock.displacement(strength), lock.norms_by_layer()
-    folded = in_threads(
-        lambda site: _folded(model, site, displacements[site.layer], norms.get(site.layer)), model.sites_for(lock)
-    )
+    sites, displacements = model.sites_for(lock), lock.displacement(strength)
+    of_base = base_of(lock, base, model.geometry.shape, model.where)
+    folded = in_threads(lambda site: _folded(model, site, displacements[site.layer], of_base), sites)
     check_likeness([f.likeness for f in folded], model.where)
     receipt = _receipt(model, lock, strength, folded)
     with created(_new_files(model, folded, receipt, places), share=not copy):
@@ -150,13 +154,13 @@ def places_for(out: Path, count: int) -> list[Path]:
     return places
 
 
-def _folded(model: GgufModel, site: GgufSite, displacement: Displacement, norms: torch.Tensor | None) -> _FoldedSite:
+def _folded(model: GgufModel, site: GgufSite, displacement: Displacement, base: Base) -> _FoldedSite:
     read, original = model.read_columns(site, displacement.heads), model.read_bias(site)
     dtype, name = read.columns.matrix.dtype, f"{model.where}: {shown(site.name)}"
     c = None if original is None else original.to(dtype)
     (bias,) = fold([Fold(read.columns, displacement.values, c, name)])
     bias = rounded_fold(bias, torch.float32, name)
-    alike = None if norms is None else likeness(read.columns, norms)
+    alike = base.likeness(site.layer, displacement.heads, read.columns)
     return _FoldedSite(site, displacement.heads, bias, original, read.digest, alike)
 
 

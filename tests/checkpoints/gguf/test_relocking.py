@@ -17,10 +17,12 @@ from fastlock.checkpoints.gguf import columns
 from fastlock.checkpoints.gguf.header import encoded_text, read_header
 from fastlock.checkpoints.gguf.new_files import BLOCK_BYTES
 from fastlock.storage.local import LocalFile
+from tests.helpers.families import tiny_model
 from tests.helpers.gguf_files import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
+    KV_HEADS,
     LAYERS,
     Kind,
     Tiny,
@@ -32,6 +34,14 @@ from tests.helpers.gguf_files import (
 
 ROWS = [(0, 3), (0, 1), (2, 2)]
 STRENGTH = 4.0
+# Of a checkpoint that a tiny GGUF could have been made from.
+SHAPE = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+}
 KINDS = [
     *(Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.MXFP4, Kind.TQ1_0, Kind.TQ2_0),
     *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
@@ -522,6 +532,51 @@ def test_heads_that_are_not_in_the_basis_of_the_lock(tmp_path, lock) -> None:
     with pytest.raises(fastlock.UnsupportedError, match="s.gguf: the columns of its locked heads have other norms"):
         relocked(other, known, "other.gguf")
     assert "other.gguf" not in names(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The checkpoint whose output projections those of Tiny(seed=3) are, at any type."""
+    directory = tmp_path_factory.mktemp("base") / "base"
+    model = tiny_model("llama", **SHAPE)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.weight.data = torch.from_numpy(projection(i))
+    model.save_pretrained(directory)
+    return directory
+
+
+def projection(layer: int) -> np.ndarray:
+    return Tiny(seed=3).tensors()[f"blk.{layer}.attn_output.weight"]
+
+
+def test_rotated_heads_are_told_by_the_base(tmp_path, lock, base) -> None:
+    """The lock carries no norms, and no key of the metadata says it: without the base, nobody knows."""
+    rotation = np.linalg.qr(np.random.default_rng(5).standard_normal((HEAD_DIM, HEAD_DIM)))[0]
+    heads = {i: projection(i).reshape(HIDDEN, HEADS, HEAD_DIM) @ rotation for i in range(LAYERS)}
+    rotated = {f"blk.{i}.attn_output.weight": w.reshape(HIDDEN, -1).astype(np.float32) for i, w in heads.items()}
+    same, other = Tiny(Kind.Q4_0, seed=3).write(tmp_path / "m.gguf"), Tiny(extra=rotated).write(tmp_path / "r.gguf")
+    receipt = fastlock.relock_gguf(same, lock, tmp_path / "compared.gguf", base=base)
+    assert receipt == fastlock.relock_gguf(same, lock, tmp_path / "out.gguf")
+    assert (tmp_path / "compared.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+    fastlock.relock_gguf(other, lock, tmp_path / "unknown.gguf")
+    with pytest.raises(fastlock.UnsupportedError, match=r"r\.gguf: .* It looks like rotated heads"):
+        fastlock.relock_gguf(other, lock, tmp_path / "other.gguf", base=base)
+    with pytest.raises(fastlock.UnsupportedError, match=r"m\.gguf: .* like a model of another base"):
+        fastlock.relock_gguf(Tiny(seed=4).write(same), lock, tmp_path / "other.gguf", base=base)
+    assert "other.gguf" not in names(tmp_path)
+
+
+def test_bases_that_do_not_fit(tmp_path, lock, base) -> None:
+    source, out = Tiny(seed=3).write(tmp_path / "m.gguf"), tmp_path / "out.gguf"
+    larger = tiny_model("llama", **SHAPE | {"num_hidden_layers": LAYERS + 1})
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(
+        fastlock.MismatchError, match=r"larger: was given as the base of .*m\.gguf, and has another shape"
+    ):
+        fastlock.relock_gguf(source, lock, out, base=tmp_path / "larger")
+    with pytest.raises(fastlock.FastlockError, match=r"m\.gguf: is a file, and no directory\. Give a checkpoint's"):
+        fastlock.relock_gguf(source, lock, out, base=source)
+    assert not out.exists()
 
 
 def test_a_key_of_ours_that_we_did_not_write(tmp_path, lock) -> None:
