@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastlock.architectures.families import FAMILIES, REFUSED, head_geometry, refused_family
@@ -22,17 +22,27 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is not a JSON object.
-        UnsupportedError: there is an adapter instead.
+        UnsupportedError: there are GGUF files, or an adapter, instead.
         FastlockError: there is none.
     """
-    if CONFIG not in files and "adapter_config.json" in files:
-        raise UnsupportedError(
+    if CONFIG not in files:
+        raise holds_another_kind(files, where) or holds_no_config(where)
+    return parse_object(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
+
+
+def holds_another_kind(files: Collection[str], where: str) -> UnsupportedError | None:
+    """The error that says what is in a directory instead of a checkpoint; None where nothing is that fastlock knows."""
+    if any(name.lower().endswith(".gguf") for name in files):
+        return UnsupportedError(
+            f"{where}: holds GGUF. Give the path of the GGUF file itself (in Python, fastlock.relock_gguf), or relock "
+            "the safetensors that it was made from, and convert the result."
+        )
+    if "adapter_config.json" in files:
+        return UnsupportedError(
             f"{where}: holds an adapter, and no model. Give the base that it is served over, too: fastlock relock "
             "ADAPTER --base BASE (in Python, fastlock.relock_adapter)."
         )
-    if CONFIG not in files:
-        raise holds_no_config(where)
-    return parse_object(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
+    return None
 
 
 def transformers_config(raw: dict[str, Any], where: str) -> Any:

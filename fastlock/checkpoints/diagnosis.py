@@ -47,20 +47,26 @@ def doctor(
         DamagedError: the checkpoint is damaged.
         FastlockError: a stack is unknown, or the checkpoint cannot be read.
     """
+    where = str(directory)
     if is_gguf(directory):
+        _check_given_alone(base, lock, where)
         return [_of_gguf(directory, stack) for stack in check_stacks(("llama.cpp",) if stacks is None else stacks)]
     stacks = DEFAULT_STACKS if stacks is None else stacks
-    files, where = files_in(as_place(directory)), str(directory)
+    files = files_in(as_place(directory))
     if holds_adapter_only(files):
         return examine_adapter(files, where, check_stacks(stacks), base, lock)
-    if base is not None or lock is not None:
-        raise FastlockError(f"{where}: is no adapter, and is examined without a base and a lock. Leave them out.")
+    _check_given_alone(base, lock, where)
     saved = receipt_in(files, where)
     checkpoint = Checkpoint(files, where)
     return [
         _of_unlocked(checkpoint, stack) if saved is None else _of_relocked(checkpoint, saved.receipt, stack)
         for stack in check_stacks(stacks)
     ]
+
+
+def _check_given_alone(base: object, lock: Lock | None, where: str) -> None:
+    if base is not None or lock is not None:
+        raise FastlockError(f"{where}: is no adapter, and is examined without a base and a lock. Leave them out.")
 
 
 def _of_gguf(path: str | os.PathLike[str], stack: str) -> Finding:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastlock.checkpoints.config import holds_another_kind
 from fastlock.dtypes import BY_SAFETENSORS_NAME, SAFETENSORS_NAMES
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.storage.files import DOWNLOAD_AGAIN, File, parse_object, read_all
@@ -142,17 +143,8 @@ def _no_safetensors(files: Collection[str], where: str) -> FastlockError:
             f"{where}: holds .bin pickles, which can run code when they are read. Convert it where you trust it: "
             "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW) writes safetensors."
         )
-    if any(name.endswith(".gguf") for name in files):
-        return UnsupportedError(
-            f"{where}: holds GGUF. Give the path of the GGUF file itself (in Python, fastlock.relock_gguf), or relock "
-            "the safetensors that it was made from, and convert the result."
-        )
-    if "adapter_config.json" in files:
-        return UnsupportedError(
-            f"{where}: holds an adapter, and no model. Give the base that it is served over, too: fastlock relock "
-            "ADAPTER --base BASE (in Python, fastlock.relock_adapter)."
-        )
-    return FastlockError(f"{where}: holds neither {SINGLE} nor {INDEX}. Give a checkpoint's directory.")
+    nothing = FastlockError(f"{where}: holds neither {SINGLE} nor {INDEX}. Give a checkpoint's directory.")
+    return holds_another_kind(files, where) or nothing
 
 
 def _read_headers(files: dict[str, Any], weight_map: dict[str, str], where: str) -> dict[str, StoredTensor]:

@@ -213,7 +213,8 @@ def holds_no_config(place: Path | str) -> FastlockError:
 
 def no_such_directory(place: Path | str) -> FastlockError:
     """The error that says so, of what should be a checkpoint."""
-    return FastlockError(f"{place}: no such directory. {_GIVE_A_CHECKPOINT}")
+    what = "is a file, and no directory" if os.path.isfile(place) else "no such directory"
+    return FastlockError(f"{place}: {what}. {_GIVE_A_CHECKPOINT}")
 
 
 def _too_large(where: str, limit: int) -> DamagedError:

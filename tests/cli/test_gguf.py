@@ -77,6 +77,31 @@ def test_what_doctor_says_of_other_stacks_and_of_damage(files) -> None:
     assert "ends after" in " ".join(run_command("doctor", out, code=3).err.split())
 
 
+def test_options_of_other_kinds_are_refused(files) -> None:
+    """None is passed over in silence."""
+    source, lock, out = files / "m.gguf", files / "lock.safetensors", files / "out.gguf"
+    for command, message in {
+        ("doctor", source, "--base", files): "is no adapter, and is examined without a base",
+        ("doctor", source, "--lock", lock): "is no adapter, and is examined without a base",
+        ("verify", source, "--lock", lock, "--base", files): "a base is given with an adapter",
+        ("relock", source, "--lock", lock, "--out", out, "--base", files): "holds GGUF. Give the path of the GGUF",
+        ("relock", source, "--lock", lock, "--out", out, "--gap", "0.1", "--base", files): "are for adapters",
+        ("relock", source, "--lock", lock, "--out", out, "--as", "adapter"): "is a GGUF. Make the adapter of",
+    }.items():
+        code = 2 if "for adapters" in message else 3
+        assert message in " ".join(run_command(*command, code=code).err.split())
+    assert not out.exists()
+
+
+def test_a_directory_of_them_is_no_checkpoint(files) -> None:
+    hub, lock, out = files / "hub", ["--lock", files / "lock.safetensors"], ["--out", files / "out"]
+    hub.mkdir()
+    (files / "m.gguf").rename(hub / "m.gguf")
+    for name, options in {"relock": [*lock, *out], "verify": lock, "unlock": out, "doctor": []}.items():
+        said = " ".join(run_command(name, hub, *options, code=3).err.split())
+        assert "hub: holds GGUF. Give the path of the GGUF file itself" in said
+
+
 def test_inspect_shows_its_receipt(files) -> None:
     source, out, lock = files / "m.gguf", files / "out.gguf", files / "lock.safetensors"
     said = run_command("inspect", source).out
