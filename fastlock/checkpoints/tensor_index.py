@@ -87,11 +87,8 @@ def read_shards(files: dict[str, Any], where: str) -> Shards:
     """
     index = _read_index(files, where) if INDEX in files else None
     if SINGLE in files:
-        if index is not None and set(index["weight_map"].values()) != {SINGLE}:
-            raise DamagedError(
-                f"{where}: holds {SINGLE} and an index of other shards; which one counts depends on who loads it. "
-                "Remove the one that is not meant."
-            )
+        if index is not None and (others := set(index["weight_map"].values()) - {SINGLE}):
+            raise _two_checkpoints(others - files.keys(), where)
         return Shards(read_header(files[SINGLE], SINGLE, where), index)
     if index is None:
         raise _no_safetensors(files, where)
@@ -135,6 +132,21 @@ def _read_index(files: dict[str, Any], where: str) -> dict[str, Any]:
                 "file beside it. Do not trust this checkpoint."
             )
     return index
+
+
+def _two_checkpoints(missing: set[str], where: str) -> DamagedError:
+    """The error for a single file beside an index of other shards, some of which may be missing."""
+    if not missing:
+        return DamagedError(
+            f"{where}: holds {SINGLE} and an index of other shards; which one counts depends on who loads it: "
+            "transformers takes the single file, vLLM what the index names. Remove the one that is not meant."
+        )
+    return DamagedError(
+        f"{where}: holds {SINGLE} and an index of shards that are not there ({min(missing)[:200]!a}): a model was "
+        f"saved as one file over a checkpoint in shards. transformers takes {SINGLE}; others may go by the index. Save the "
+        f"model into a new directory; or, to keep what was saved, remove {INDEX}, and what else is left of a relocked "
+        "checkpoint: model-fastlock.safetensors and the directory fastlock."
+    )
 
 
 def _no_safetensors(files: Collection[str], where: str) -> FastlockError:
