@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "waveft": ("WAVEFT", {"n_frequency": 50}),
     "adalora": ("ADALORA", {"total_step": 100, "init_r": 8}),
     "vblora": ("VBLORA", {"vector_length": 16}),
+    "vblora of its best": ("VBLORA", {"vector_length": 16, "save_only_topk_weights": True}),
     "shira": ("SHIRA", {"r": 4}),
     "supertuning": ("SUPERTUNING", {}),
     "delora": ("DELORA", {"r": 4}),

@@ -25,7 +25,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
 # What one parameter of a module may take: as much as a projection of 16,384 by 16,384 in float32.
 MAX_TENSOR_BYTES = 2**30
-_WHOLE_NUMBERS = {"BOOL": torch.bool, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
+_WHOLE_NUMBERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _PICKLED = "adapter_model.bin"
 # Before every key: the attribute in which a PeftModel holds its tuner, and the one in which that holds the model.
 _PREFIXES = ("base_model.model.", "base_model.")

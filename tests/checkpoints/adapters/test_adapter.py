@@ -228,6 +228,37 @@ def test_a_method_of_peft_asks_for_no_memory_that_its_tensors_do_not_take(part: 
     directory = save_adapter(config_of("vera by its seed"), tmp_path / "vera")
     with pytest.raises(DamagedError, match="gives the rank '1073741824'"):
         fold(rewrite_config(directory, r=2**30), part)
+    directory = save_adapter(config_of("vblora of its best", vector_length=1), tmp_path / "vblora")
+    rewrite_tensors(directory, lambda t: {key: torch.zeros(2**18, 1) if "bank" in key else t[key] for key in t})
+    with pytest.raises(DamagedError, match="asks for 201332544 numbers more than its tensors hold"):
+        fold(rewrite_config(directory, num_vectors=2**18), part)
+
+
+def test_a_rank_of_adalora_asks_for_no_memory(part: BasePart, tmp_path: Path) -> None:
+    directory = save_adapter(config_of("adalora"), tmp_path / "adapter")
+    with pytest.raises(MismatchError, match=r"over this base it is \[1099511627776, 128\]"):
+        fold(rewrite_config(directory, init_r=2**40, rank_pattern={"elsewhere": [True]}), part)
+
+
+@pytest.mark.parametrize(("row", "number"), [(0, 64), (1, 128), (0, -1), (1, 2**30), (1, -(2**31))])
+def test_places_outside_the_projection_are_refused(row: int, number: int, part: BasePart, tmp_path: Path) -> None:
+    """PEFT would read memory there."""
+    directory = save_adapter(config_of("shira"), tmp_path / "adapter")
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[f"{SITE}.shira_indices"][row, 3] = number
+        return tensors
+
+    with pytest.raises(DamagedError, match="shira_indices names numbers that its projection does not have"):
+        fold(rewrite_tensors(directory, change), part)
+
+
+def test_what_a_config_says_is_escaped(part: BasePart, tmp_path: Path) -> None:
+    directory = rewrite_config(save_adapter(config_of("vera"), tmp_path / "adapter"), r="\x1b[2J" * 1000)
+    with pytest.raises(DamagedError, match=r"but its config says rank '\\x1b\[2J") as error:
+        fold(directory, part)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ def adalora(at: AdaptedSite) -> Effect:
 
 def _rank(at: AdaptedSite, pattern: Any, initial: int) -> int:
     """The rank that is left: how many entries of the module's mask are true."""
-    if not pattern:
+    key = f"{at.path}.lora_E"
+    if not pattern or (isinstance(pattern, dict) and key not in pattern):
         return initial
-    mask = pattern.get(f"{at.path}.lora_E", [True] * initial) if isinstance(pattern, dict) else None
+    mask = pattern[key] if isinstance(pattern, dict) else None
     if not isinstance(mask, list) or any(type(kept) is not bool for kept in mask):
         raise damaged(at, "its rank_pattern is no list of true and false")
     return sum(mask)

@@ -40,8 +40,12 @@ _MEASURED = ("PVERA", "RANDLORA", "VERA")
 _LARGEST = "fastlock_largest"
 # Those matrices are made even of nothing, by the seed: this bounds them.
 _MAX_SHARED_NUMBERS = 2**28
+# What PEFT makes of other methods' tensors beside them, out of what their config says, is bounded by this and W's size.
+_MAX_MADE_NUMBERS = 2**26
 # What PEFT cannot build on the meta device: these ask for a few times the memory that W and shared matrices take.
 _NOT_WITHOUT_NUMBERS = (*_MEASURED, "BOFT", "SHIRA")
+# Where SHiRA's numbers belong in W, [2, n]: rows and columns, which PEFT reads memory by without looking at them.
+_PLACES = "shira_indices"
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # How far two float64 evaluations of the same number may be apart, relative to the largest of the outputs.
 _TOLERANCE = 1e-9
@@ -64,7 +68,7 @@ def by_peft(at: AdaptedSite) -> Effect:
         name: at.adapter.read(tensor, whole_numbers=True)
         for name, tensor in (_shared(at) | dict(at.parameters)).items()
     }
-    _check_finite(at, tensors)
+    _check_numbers_of(at, tensors)
     layer = _guarded(at, lambda: _layer(at, tensors, at.whole_weight()))
     shift, action = _guarded(at, lambda: _evaluate(layer, at))
     return Effect(shift, action, None, None, tuple(tensors[name] for name in sorted(tensors)))
@@ -121,7 +125,9 @@ def _layer(at: AdaptedSite, tensors: dict[str, torch.Tensor], weight: torch.Tens
     # Of nothing first: what a hostile config makes PEFT ask memory for is seen before it is asked for.
     if at.adapter.method not in _NOT_WITHOUT_NUMBERS:
         with torch.device("meta"):
-            _check_fits(at, _adapted(config, at, None, low_cpu_mem_usage=True), stored)
+            of_nothing = _adapted(config, at, None, low_cpu_mem_usage=True)
+        _check_fits(at, of_nothing, stored)
+        _check_size(at, of_nothing, stored)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=True, device="meta", dtype=torch.float64)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=torch.float64, device="cpu"), requires_grad=False)
@@ -214,6 +220,13 @@ def _check_fits(at: AdaptedSite, model: nn.Module, stored: dict[str, torch.Tenso
             )
 
 
+def _check_size(at: AdaptedSite, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    """Refuse a config that makes PEFT ask for far more numbers than are stored."""
+    made = sum(parameter.numel() for parameter in model.parameters()) - sum(map(torch.numel, stored.values()))
+    if made > _MAX_MADE_NUMBERS + at.width * at.site.hidden_size:
+        raise damaged(at, f"its config asks for {made} numbers more than its tensors hold")
+
+
 def _load(at: AdaptedSite, model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
     from peft import set_peft_model_state_dict  # optional
 
@@ -226,10 +239,16 @@ def _load(at: AdaptedSite, model: nn.Module, stored: dict[str, torch.Tensor]) ->
         )
 
 
-def _check_finite(at: AdaptedSite, tensors: dict[str, torch.Tensor]) -> None:
+def _check_numbers_of(at: AdaptedSite, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.double().isfinite().all():
             raise damaged(at, f"{shown(name)[:100]} holds NaN or infinite numbers")
+    places = tensors.get(_PLACES)
+    if places is None:
+        return
+    sizes = torch.tensor([[at.site.hidden_size], [at.width]], device="cpu")
+    if places.shape[:1] != (2,) or places.dim() != 2 or not ((places >= 0) & (places < sizes)).all():
+        raise damaged(at, f"{_PLACES} names numbers that its projection does not have")
 
 
 def _evaluate(layer: Any, at: AdaptedSite) -> tuple[torch.Tensor, Action]:

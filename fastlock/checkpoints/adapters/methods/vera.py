@@ -20,7 +20,10 @@ def vera(at: AdaptedSite) -> Effect:
     hidden, shapes = at.site.hidden_size, (shared["vera_A"].shape, shared["vera_B"].shape)
     rank = at.adapter.config.get("r")
     if [len(shape) for shape in shapes] != [2, 2] or not shapes[0][0] == shapes[1][1] == rank:
-        raise damaged(at, f"vera_A is {list(shapes[0])} and vera_B {list(shapes[1])}, but its config says rank {rank}")
+        raise damaged(
+            at,
+            f"vera_A is {list(shapes[0])} and vera_B {list(shapes[1])}, but its config says rank {str(rank)[:40]!a}",
+        )
     if shapes[0][1] < at.width or shapes[1][0] < hidden:
         raise damaged(at, f"vera_A is {list(shapes[0])} and vera_B {list(shapes[1])}, too small for this module")
     over_rank = stored(at, "vera_lambda_d", (rank,))
