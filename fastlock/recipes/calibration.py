@@ -26,7 +26,7 @@ from fastlock.evaluation.judging import Judge
 from fastlock.evaluation.keyword_judge import refuses
 from fastlock.evaluation.prompts import Prompts, prompts_digest, shipped_prompts
 from fastlock.inference.batching import Progress, no_progress
-from fastlock.locks.lock import Lock
+from fastlock.locks.lock import Lock, check_lock
 from fastlock.models.reloaded import check_unlocked
 from fastlock.models.relocking import relocked
 from fastlock.models.sites import unwrapped
@@ -35,7 +35,7 @@ from fastlock.recipes.measuring import Cost, Measuring
 from fastlock.recipes.pairs import Pair
 from fastlock.recipes.search_journal import keeping, measured_trials, sampler_for, study_of
 from fastlock.recipes.searches import LockSearch, Search, StrengthSearch
-from fastlock.recipes.trials import KEPT, SWEEP, Trial, frontier
+from fastlock.recipes.trials import KEPT, Trial, frontier
 
 _WITHOUT = "a lock is made from, and measured against, a model without one"
 
@@ -160,8 +160,7 @@ def calibrate(
         check_base(model, base)
         search = LockSearch(base, tokenizer, pairs, harmless, seed, progress)
     else:
-        _check_given(model, lock, {"base": base, "pairs": pairs, "harmless": harmless})
-        search = StrengthSearch(lock)
+        search = _strength_search(model, lock, {"base": base, "pairs": pairs, "harmless": harmless})
     tried = _tried(search, measuring, trials or search.trials, seed, journal, progress or no_progress)
     return _calibration(search, tried, measuring, reported)
 
@@ -216,15 +215,18 @@ def _rates(evaluation: Evaluation) -> dict[str, Any]:
     return {key: value for key, value in evaluation.to_dict().items() if key not in ("harmful", "harmless", "lock")}
 
 
-def _check_given(model: nn.Module, lock: Lock, others: Mapping[str, Any]) -> None:
+def _strength_search(model: nn.Module, lock: Lock, others: Mapping[str, Any]) -> StrengthSearch:
     """Refuse a lock that does not fit, or that is given with something else, before anything is asked or written."""
     if superfluous := [name for name, value in others.items() if value is not None]:
         raise FastlockError(
             f"lock and {superfluous[0]} are both given: either the strength of this lock is searched, or locks are "
             "made from a base. Leave one of the two out."
         )
-    with relocked(model, lock, max(SWEEP)):
+    check_lock(lock)
+    search = StrengthSearch(lock)
+    with relocked(model, lock, max(search.sweep)):
         pass
+    return search
 
 
 def _with_texts(prompts: Prompts, cost: Cost | None) -> Prompts:

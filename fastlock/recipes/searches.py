@@ -14,7 +14,7 @@ from fastlock.recipes.extraction import Ranking, rank_heads
 from fastlock.recipes.pairs import pair_from, pairs_digest, shipped_harmless, shipped_pairs
 from fastlock.recipes.recipe_table import RECIPES
 from fastlock.recipes.search_journal import measured_trials
-from fastlock.recipes.trials import Candidate, Trial, best, best_strength, next_strength
+from fastlock.recipes.trials import GATE_SWEEP, SWEEP, Candidate, Trial, best, best_strength, next_strength
 
 # Recipes, each with a number of tokens that it reads.
 POSITIONS = tuple(f"{recipe.name}/{tokens}" for recipe in RECIPES.values() for tokens in recipe.searched)
@@ -48,18 +48,19 @@ class Search(Protocol):
 
 
 class StrengthSearch:
-    """The search for the strength of a given lock."""
+    """The search for the strength of a given lock: in `sweep` first, and then between these."""
 
     description = "Trying strengths"
     trials = 20
 
     def __init__(self, lock: Lock) -> None:
         self._lock = lock
+        self.sweep = GATE_SWEEP if lock.rank else SWEEP
         self.facts = {"lock": lock.digest}
 
     def suggestion(self, trial: Any) -> Candidate:
         """The strength to try, by the trials before; the study only keeps it."""
-        return Candidate(None, None, None, next_strength(measured_trials(trial.study)))
+        return Candidate(None, None, None, next_strength(measured_trials(trial.study), self.sweep))
 
     def lock(self, candidate: Candidate) -> Lock:
         """The given lock, whatever the candidate."""

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# For a given lock: the strengths that are tried first, and how close to the best one others are tried.
+# For a given lock: the strengths that are tried first, and how close to the best one others are tried. A gate is made
+# for strength 1, and what it costs grows fast beyond that.
 SWEEP = (0.0, 1.0, 4.0, 0.25, 2.0, 0.5, 8.0, 0.125)
+GATE_SWEEP = (0.0, 1.0, 0.5, 1.5, 0.25, 2.0, 0.75)
 FINEST = 0.01
 
 # What a lock may cost: the share of harmless requests that it makes the model refuse, and the growth of the cost.
@@ -105,13 +107,13 @@ def best_strength(trials: Sequence[Trial]) -> Trial:
     return chosen if chosen.refusals > baseline.refusals or fewer_mistakes else baseline
 
 
-def next_strength(trials: Sequence[Trial]) -> float:
-    """The strength to try next: `SWEEP` first, then the middle of the wider gap beside the best strength.
+def next_strength(trials: Sequence[Trial], sweep: Sequence[float]) -> float:
+    """The strength to try next: those of the sweep first, then the middle of the wider gap beside the best strength.
 
     Once both gaps are down to `FINEST`, it is the middle of the widest gap of all.
     """
     tried = sorted(trial.strength for trial in trials)
-    for strength in SWEEP:
+    for strength in sweep:
         if strength not in tried:
             return strength
     gaps, centre = list(itertools.pairwise(tried)), best_strength(trials).strength

@@ -18,7 +18,7 @@ from fastlock.recipes.calibration_report import calibration_html, picture
 from fastlock.recipes.measuring import Measuring
 from fastlock.recipes.trials import Measurement, best, best_strength
 from tests.helpers.calibrating import PAIRS, PROMPTS, at, odd, small
-from tests.helpers.families import random_lock, same_state, state, tiny_model
+from tests.helpers.families import gated_lock, random_lock, same_state, state, tiny_model
 
 module = importlib.import_module("fastlock.recipes.calibration")
 
@@ -183,6 +183,24 @@ def test_of_a_given_lock_the_strength_is_searched() -> None:
     assert (found.after.strength, found.before.strength) == (found.chosen.strength, None)
     assert found.held_out == (found.before, found.after)
     assert found.why_no_lock is None
+
+
+@pytest.mark.parametrize(("made", "most"), [(gated_lock, 2.0), (random_lock, 8.0)])
+def test_a_gate_is_not_tried_at_strengths_that_it_was_not_made_for(
+    made: Any, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was calibrated at before; the best one is found between them."""
+    model, tokenizer = small()
+
+    def measure(_self: Any, _lock: Any, strength: float) -> Measurement:
+        return Measurement(min(strength / 1.2, 1.0), 0.0, 1.0 if strength <= 1.2 else 1.1)
+
+    monkeypatch.setattr(Measuring, "measure", measure)
+    lock = dataclasses.replace(made(model), strength=6.0)
+    found = calibrate(model, tokenizer, lock=lock, prompts=PROMPTS, new_tokens=1)
+    strengths = [tried.strength for tried in found.trials]
+    assert (min(strengths), max(strengths), len({*strengths})) == (0.0, most, 20)
+    assert 1.18 < found.chosen.strength <= 1.2
 
 
 @pytest.mark.parametrize(

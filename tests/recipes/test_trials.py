@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from fastlock.recipes.trials import Trial, best, best_strength, frontier, next_strength
+from fastlock.recipes.trials import SWEEP, Trial, best, best_strength, frontier, next_strength
 from tests.helpers.calibrating import at, trial
 
 
@@ -64,7 +64,7 @@ def test_the_strength_is_refined_around_the_best_and_then_wherever_little_was_tr
     """What fits ends at a strength that is no power of 2; the more the stronger until there."""
     limit, tried = 0.3117, []
     for _ in range(30):
-        strength = next_strength(tried)
+        strength = next_strength(tried, SWEEP)
         tried.append(at(strength, min(1.0, strength), 0.0, 1.0 if strength <= limit else 1.04))
     strengths = [trial.strength for trial in tried]
     assert strengths[:8] == [0.0, 1.0, 4.0, 0.25, 2.0, 0.5, 8.0, 0.125]
