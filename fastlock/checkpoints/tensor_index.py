@@ -143,9 +143,9 @@ def _two_checkpoints(missing: set[str], where: str) -> DamagedError:
         )
     return DamagedError(
         f"{where}: holds {SINGLE} and an index of shards that are not there ({min(missing)[:200]!a}): a model was "
-        f"saved as one file over a checkpoint in shards. transformers takes {SINGLE}; others may go by the index. Save the "
-        f"model into a new directory; or, to keep what was saved, remove {INDEX}, and what else is left of a relocked "
-        "checkpoint: model-fastlock.safetensors and the directory fastlock."
+        f"saved as one file over a checkpoint in shards. transformers takes {SINGLE}; others may go by the index. Save "
+        f"the model into a new directory; or, to keep what was saved, remove {INDEX}, and what else is left of a "
+        "relocked checkpoint: model-fastlock.safetensors and the directory fastlock."
     )
 
 
