@@ -41,7 +41,8 @@ class Awq:
         """
         if not tensors.has("qweight", "qzeros", "scales") or tensors.shape("qweight")[:1] != (settings.width,):
             return None
-        bits, version = settings.config.get("bits", 4), settings.config.get("version", "gemm")
+        bits, config = settings.config.get("bits", 4), settings.config
+        version = next((config[key] for key in ("version", "format") if config.get(key) is not None), "gemm")
         if bits != _BITS or str(version).lower() != "gemm":
             raise UnsupportedError(
                 f"{settings.where}: is quantised by AWQ to {str(bits)[:20]!a} bits in version {str(version)[:20]!a}; "

@@ -12,6 +12,7 @@ from fastlock.storage.files import json_object
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 MAX_STATE_BYTES = 1024 * 1024
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _INT8_LARGEST = 127
 
 
@@ -37,8 +38,8 @@ class Bits4:
         if "weight.nested_absmax" in tensors:
             self._nested = _whole(tensors, state, "nested_blocksize")
             offset = state.get("nested_offset")
-            if not isinstance(offset, (int, float)):
-                raise tensors.damaged("its quant_state has no nested_offset")
+            if type(offset) not in (int, float) or not abs(offset) <= _LARGEST_FLOAT32:
+                raise tensors.damaged("its quant_state has no sound nested_offset")
             self._offset = float(offset)
             tensors.check("weight.absmax", ("U8",), (blocks,))
             tensors.check("weight.nested_absmax", ("F32",), (-(-blocks // self._nested),))
@@ -108,8 +109,10 @@ class Int8:
         scale = next((name for name in ("SCB", "weight.SCB") if name in tensors), None)
         if scale is None or tensors.dtype("weight") != "I8":
             return None
-        if "weight_format" in tensors and tensors.whole("weight_format").flatten().tolist() not in ([], [0]):
-            raise tensors.damaged("its weights are in another order than row by row")
+        if "weight_format" in tensors:
+            tensors.check("weight_format", ("U8",), (), (0,), (1,))
+            if bool(tensors.whole("weight_format").any()):
+                raise tensors.damaged("its weights are in another order than row by row")
         return cls(tensors, settings, scale)
 
     def columns(self, first: int, count: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from fastlock.checkpoints.quantised.site_tensors import (
 from fastlock.errors import UnsupportedError
 
 _BITS = (2, 4, 8)
+# What is to be added to the zero points that each version of the format stores.
+_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 
 class Gptq:
@@ -35,14 +37,14 @@ class Gptq:
         tensors.check("scales", ("F16", "BF16", "F32"), (groups, hidden))
         tensors.check("qzeros", ("I32",), (groups, hidden * bits // 32))
         self._group = groups_of_inputs(tensors, "g_idx", groups, width)
-        self._offset = 0 if str(settings.config.get("checkpoint_format", "gptq")) == "gptq_v2" else 1
+        self._offset = _ZERO_OFFSETS[_version(settings)]
 
     @classmethod
     def at(cls, tensors: SiteTensors, settings: Settings) -> Gptq | None:
         """The projection, if its tensors are of this format; by their shapes, where AWQ has tensors of these names.
 
         Raises:
-            UnsupportedError: the number of bits is not one that is packed into whole words.
+            UnsupportedError: the number of bits is not one that is packed into whole words, or the version is unknown.
             DamagedError: they are of this format, but do not go together.
         """
         if not tensors.has("qweight", "qzeros", "scales"):
@@ -51,10 +53,16 @@ class Gptq:
         if len(shape) != 2 or (shape[0] == settings.width and shape[1] != settings.hidden):
             return None
         bits = settings.config.get("bits", 4)
-        if bits not in _BITS:
+        if type(bits) is not int or bits not in _BITS:
             raise UnsupportedError(
                 f"{settings.where}: is quantised to {str(bits)[:20]!a} bits by GPTQ; fastlock reads {_BITS}. Relock "
                 "the unquantised checkpoint, and quantise it again."
+            )
+        version = _version(settings)
+        if version not in _ZERO_OFFSETS:
+            raise UnsupportedError(
+                f"{settings.where}: is in the version {version[:20]!a} of GPTQ; fastlock reads "
+                f"{' and '.join(_ZERO_OFFSETS)}. Save it in one of them, with GPTQModel."
             )
         return cls(tensors, settings, bits)
 
@@ -87,3 +95,11 @@ class Gptq:
     def _of_groups(self, suffix: str, used: torch.Tensor) -> torch.Tensor:
         first, last = int(used[0]), int(used[-1])
         return self._tensors.rows(suffix, first, last - first + 1)[used - first]
+
+
+def _version(settings: Settings) -> str:
+    """Of the format, as transformers finds it in a config."""
+    config = settings.config
+    return str(
+        next((config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None), "gptq")
+    ).lower()

@@ -17,7 +17,8 @@ class Scaled:
 
     As compressed-tensors writes "int-quantized" and "float-quantized", ModelOpt FP8, and DeepSeek and Qwen FP8 (whose
     `weight_scale_inv` is the scale all the same). `weight` is [hidden, width] int8 or float8_e4m3fn. The scale is one
-    number, [hidden, 1], or of blocks of 128 by 128 or whatever the config says, the last of which may be cut off.
+    number, [hidden], [hidden, 1], or of blocks of 128 by 128 or whatever the config says, the last of which may be cut
+    off.
     """
 
     def __init__(self, tensors: SiteTensors, settings: Settings, scale: str) -> None:
@@ -25,7 +26,7 @@ class Scaled:
         self._hidden = settings.hidden
         tensors.check("weight", ("I8", "F8_E4M3"), (settings.hidden, settings.width))
         shape = tensors.shape(scale)
-        shape = (1,) * (2 - len(shape)) + shape
+        shape += (1,) * (2 - len(shape))  # ModelOpt has a number a row in one dimension
         block = _block_of(settings)
         sizes = [
             _block_size(blocks, size, wanted)
@@ -83,8 +84,9 @@ def _block_of(settings: Settings) -> tuple[int, int] | None:
     block = settings.config.get("weight_block_size")
     groups = settings.config.get("config_groups")
     if block is None and isinstance(groups, dict):
-        weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
-        block = next((one.get("block_structure") for one in weights if one.get("block_structure")), None)
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        blocks = [one.get("block_structure") for one in weights if isinstance(one, dict)]
+        block = next(filter(None, blocks), None)
     if block is None:
         return None
     if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):

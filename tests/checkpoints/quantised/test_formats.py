@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,25 @@ def compressed(layout: str, **arguments) -> Callable[..., Written]:
     return partial(quantised.compressed, layout=layout, **arguments)
 
 
+def changed(write: Callable[..., Written], change: Callable[[dict, dict], None]) -> Callable[..., Written]:
+    """The same, with another change to the tensors and the config, which leaves the weights what they are."""
+
+    def written(hidden: int, width: int) -> Written:
+        tensors, config, dense = write(hidden, width)
+        change(tensors, config)
+        return tensors, config, dense
+
+    return written
+
+
 # With the difference that its oracle may have, relative to the largest weight: libraries round to float32, or less.
 FORMATS: dict[str, tuple[Callable[..., Written], float]] = {
     "gptq": (quantised.gptq, 0),
     "gptq v2": (partial(quantised.gptq, version=2), 0),
+    "gptq v2, said as transformers does": (
+        changed(partial(quantised.gptq, version=2), lambda _, c: c.update(format=c.pop("checkpoint_format").upper())),
+        0,
+    ),
     "gptq act-order": (partial(quantised.gptq, act_order=True), 0),
     "gptq 8 bits": (partial(quantised.gptq, bits=8), 0),
     "gptq 2 bits": (partial(quantised.gptq, bits=2, group=64), 0),
@@ -49,6 +65,13 @@ FORMATS: dict[str, tuple[Callable[..., Written], float]] = {
     "w8a16": (compressed("pack-quantized", **INT8), 1e-6),
     "w8a8": (compressed("int-quantized", **INT8), 1e-6),
     "fp8 a row": (compressed("float-quantized", strategy="channel", **FLOAT8), 1e-6),
+    "fp8 a row, in one dimension": (
+        changed(
+            compressed("float-quantized", strategy="channel", **FLOAT8),
+            lambda t, _: t.update(weight_scale=t["weight_scale"].flatten()),
+        ),
+        1e-6,
+    ),
     "fp8": (compressed("float-quantized", strategy="tensor", **FLOAT8), 1e-6),
     "nvfp4": (compressed("nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **FLOAT4), 2**-8),
     "mxfp4": (
@@ -148,6 +171,13 @@ def test_the_digest_is_of_what_was_read(tmp_path) -> None:
     assert len(set(digests)) == 3
 
 
+def state(tensors: dict[str, torch.Tensor], **changes) -> None:
+    """Change what the quant_state of bitsandbytes says."""
+    name = "weight.quant_state.bitsandbytes__nf4"
+    said = json.dumps(json.loads(bytes(tensors[name].tolist())) | changes)
+    tensors[name] = torch.tensor(list(said.encode()), dtype=torch.uint8)
+
+
 DAMAGES = {
     "another number of groups": (quantised.gptq, lambda t: t.update(scales=t["scales"][:-1].clone())),
     "scales of the wrong width": (quantised.gptq, lambda t: t.update(scales=t["scales"][:, :-1].clone())),
@@ -185,6 +215,11 @@ DAMAGES = {
         lambda t: t.update({"weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}),
     ),
     "int8 in tiles": (quantised.llm_int8, lambda t: t["weight_format"].fill_(2)),
+    "int8 in many tiles": (quantised.llm_int8, lambda t: t.update(weight_format=torch.zeros(9, dtype=torch.uint8))),
+    "int8 in true tiles": (quantised.llm_int8, lambda t: t.update(weight_format=torch.tensor(False))),
+    "an offset that overflows": (quantised.bits_and_bytes, lambda t: state(t, nested_offset=10**400)),
+    "an offset that is none": (quantised.bits_and_bytes, lambda t: state(t, nested_offset=float("nan"))),
+    "a block size beyond all": (quantised.bits_and_bytes, lambda t: state(t, blocksize=2**63)),
 }
 
 
@@ -199,12 +234,26 @@ def test_tensors_that_do_not_go_together_are_refused(name: str, tmp_path) -> Non
 
 @pytest.mark.parametrize(
     ("write", "config"),
-    [(quantised.gptq, {"bits": 3}), (quantised.gptq, {"bits": "four"}), (quantised.awq, {"version": "gemv"})],
+    [
+        *((quantised.gptq, {"bits": bits}) for bits in (3, "four", 4.0, [4])),
+        *((quantised.gptq, {key: name}) for key in ("checkpoint_format", "format") for name in ("marlin", 0, [])),
+        *((quantised.awq, {"bits": 8}), (quantised.awq, {"version": "gemv"}), (quantised.awq, {"version": 0})),
+        (changed(quantised.awq, lambda _, c: c.pop("version")), {"format": "gemv"}),
+        (quantised.block_fp8, {"weight_block_size": [128.0, 128]}),
+        (quantised.block_fp8, {"weight_block_size": None, "config_groups": {"a": {"weights": {"block_structure": 3}}}}),
+    ],
 )
 def test_variants_that_are_not_read_are_refused(write, config: dict, tmp_path) -> None:
     tensors, described, _ = write(HIDDEN, WIDTH)
     with pytest.raises(fastlock.UnsupportedError, match="fastlock reads"):
         site_in(tmp_path, tensors, described | config, HIDDEN, WIDTH)
+
+
+@pytest.mark.parametrize("weights", [5, "x", [1], True, None, {}])
+def test_groups_that_say_nothing_of_blocks_are_passed_over(weights, tmp_path) -> None:
+    tensors, config, _ = quantised.block_fp8(HIDDEN, WIDTH)
+    told = config | {"weight_block_size": None, "config_groups": {"a": {"weights": weights}, "b": 3}}
+    assert site_in(tmp_path, tensors, told, HIDDEN, WIDTH)[0] is not None
 
 
 def test_a_plain_weight_is_none_of_them(tmp_path) -> None:

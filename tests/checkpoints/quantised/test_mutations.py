@@ -37,8 +37,24 @@ READERS = {
     "bitsandbytes 4 bits, plain scales": "nf4, absmax in float32",
     "bitsandbytes int8": "int8",
 }
-KEYS = ("bits", "version", "checkpoint_format", "weight_block_size", "config_groups", "group_size")
-VALUES = (0, -1, 3, 2**40, "x", "", None, [], {}, [128], [0, 0], [1, 2**40], 4.5, True, {"a": {"weights": {"x": 1}}})
+KEYS = ("bits", "version", "checkpoint_format", "format", "weight_block_size", "config_groups", "group_size")
+STATE_KEYS = ("blocksize", "nested_blocksize", "nested_offset", "shape", "quant_type", "dtype", "nested_dtype")
+NUMBERS = (0, -1, 3, 4.0, 8, 8.0, 16, 64, 2**31, 2**40, 2**63, 10**400, 4.5, float("nan"), float("inf"), True, False)
+GROUPS = [{"a": {"weights": value}} for value in ({"x": 1}, [1], "x", 5, {"block_structure": [1, 2**40]})]
+VALUES = (*NUMBERS, "x", "", "4", None, [], {}, [128], [0, 0], [1, 2**40], [16, 64], [4], {"a": [], "b": {}}, *GROUPS)
+DTYPES = (
+    *("U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "BOOL"),
+    *("F8_E8M0", "F4", "C64", "F8_E4M3FNUZ", "X"),
+)
+# As four bytes: large numbers, negative ones, and the bits of infinity.
+EXTREMES = (0, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 0x7F800000)
+# Suffixes of all formats: of more than are there, the wrong one may be taken.
+SUFFIXES = (
+    *("weight", "qweight", "weight_packed", "scales", "qzeros", "g_idx", "weight_scale", "weight_scale_inv", "bias"),
+    *("weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale", "weight_scale_2", "weight.SCB"),
+    *("SCB", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight_format", "weight.nested_quant_map"),
+    *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
+)
 
 
 def file_of(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], bytearray]:
@@ -56,16 +72,16 @@ def file_of(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], bytearray
 
 
 def mutate(header: dict[str, Any], data: bytearray, config: dict[str, Any], rng: np.random.Generator) -> None:
-    """One or two things are changed: bytes, a dtype, a shape, a tensor's presence, an entry of the config."""
+    """One or two things are changed: bytes, a dtype, a shape, a name, which tensors there are, the config."""
     for _ in range(int(rng.integers(1, 3))):
         name = str(rng.choice(sorted(header)))
-        entry, kind = header[name], int(rng.integers(0, 7))
+        entry, kind = header[name], int(rng.integers(0, 12))
         if kind == 0 and data:
             begin, end = entry["data_offsets"]
             for at in rng.integers(begin, max(end, begin + 1), 4):
                 data[min(int(at), len(data) - 1)] = int(rng.integers(0, 256))
         elif kind == 1:
-            entry["dtype"] = str(rng.choice(["U8", "I8", "I32", "I64", "F16", "BF16", "F32", "F64", "F8_E4M3", "I16"]))
+            entry["dtype"] = str(rng.choice(DTYPES))
         elif kind == 2 and entry["shape"]:
             place = int(rng.integers(0, len(entry["shape"])))
             entry["shape"][place] = int(rng.choice([0, 1, 2, entry["shape"][place] + 1, 2**31, 2**62]))
@@ -76,8 +92,57 @@ def mutate(header: dict[str, Any], data: bytearray, config: dict[str, Any], rng:
         elif kind == 5:
             size = entry["data_offsets"][1] - entry["data_offsets"][0]
             entry.update(dtype="U8", shape=[size])
+        elif kind == 6:
+            resize(header, data, name, rng)
+        elif kind == 7:
+            header[f"{SITE}.{rng.choice(SUFFIXES)}"] = header.pop(name) if rng.integers(0, 2) else entry.copy()
+        elif kind == 8:
+            entry["data_offsets"] = [end + int(rng.integers(-9, 9)) for end in entry["data_offsets"]]
+        elif kind == 9 and ".quant_state." in "".join(header):
+            change_state(header, data, rng)
+        elif kind == 10 and entry["data_offsets"][0] + 4 <= entry["data_offsets"][1] <= len(data):
+            begin, end = entry["data_offsets"]
+            at = begin + 4 * int(rng.integers(0, (end - begin) // 4))
+            data[at : at + 4] = int(rng.choice(EXTREMES)).to_bytes(4, "little")
         else:
             config[str(rng.choice(KEYS))] = VALUES[int(rng.integers(0, len(VALUES)))]
+
+
+def resize(header: dict[str, Any], data: bytearray, name: str, rng: np.random.Generator) -> None:
+    """A tensor is shorter or longer along one dimension, or has one less, and the file says so truthfully."""
+    entry = header[name]
+    shape, (begin, end) = list(entry["shape"]), entry["data_offsets"]
+    numbers = int(np.prod(shape))
+    if not numbers or not shape or begin < 0:
+        return
+    place, size = int(rng.integers(0, len(shape))), (end - begin) // numbers
+    shape[place] = int(rng.choice([0, 1, shape[place] // 2, shape[place] + 1, 2 * shape[place], shape[place] - 1]))
+    if shape[place] == 1 and rng.integers(0, 2):
+        del shape[place]
+    length = int(np.prod(shape)) * size
+    entry.update(shape=shape, data_offsets=[len(data), len(data) + length])
+    data += (bytes(data[begin:end]) * 3)[:length].ljust(length, b"\0")
+
+
+def change_state(header: dict[str, Any], data: bytearray, rng: np.random.Generator) -> None:
+    """The quant_state of bitsandbytes says something else, or is no JSON object any more."""
+    name = next(name for name in header if ".quant_state." in name)
+    begin, end = header[name]["data_offsets"]
+    said = json.loads(data[begin:end]) if data[begin:end].startswith(b"{") and begin >= 0 else {}
+    said |= {str(rng.choice(STATE_KEYS)): VALUES[int(rng.integers(0, len(VALUES)))]}
+    encoded = json.dumps(said if rng.integers(0, 9) else [said]).encode()
+    header[name] = {"dtype": "U8", "shape": [len(encoded)], "data_offsets": [len(data), len(data) + len(encoded)]}
+    data += encoded
+
+
+def packed(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The same tensors one after the other: what was taken out leaves no gap, which would be refused at once."""
+    new, out = {}, b""
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        new[name] = entry | {"data_offsets": [len(out), len(out) + end - begin]}
+        out += data[max(0, begin) : max(0, end)]
+    return new, out
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -89,6 +154,8 @@ def test_a_mutation_is_refused_or_gives_columns(reader: str, tmp_path) -> None:
         header, data = file_of(tensors)
         changed = json.loads(json.dumps(config))
         mutate(header, data, changed, rng)
+        if rng.integers(0, 10):
+            header, data = packed(header, bytes(data))
         encoded = json.dumps(header).encode()
         path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
         files = local_files(tmp_path)
