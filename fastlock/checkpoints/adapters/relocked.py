@@ -63,8 +63,9 @@ def original_adapter_files(files: Mapping[str, Any], where: str) -> dict[str, An
         return dict(files)
     if is_lock_alone(receipt):
         raise FastlockError(
-            f"{where}: is a lock as an adapter, and was none before. To do without the lock, serve {receipt.base.name} "
-            "without it."
+            f"{where}: is a lock as an adapter, and was none before: nothing else is in it to unlock or relock. For "
+            "another lock or strength, make another one (fastlock relock BASE --lock LOCK --as adapter); to do "
+            f"without, serve {shown(receipt.base.name)} alone."
         )
     if (name := rewritten_since(files, receipt, where)) is not None:
         raise changed_adapter(where, f"{shown(name)} is not the one that fastlock wrote")
