@@ -19,7 +19,7 @@ from fastlock.checkpoints.model_card import CARD, with_section, without_section
 from fastlock.checkpoints.relocked import carry, receipt_in
 from fastlock.checkpoints.tensor_index import INDEX, read_shards
 from fastlock.checkpoints.tokenizer import versions_in
-from fastlock.errors import DamagedError, UnsupportedError
+from fastlock.errors import DamagedError, FastlockError, UnsupportedError
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import KnownDigests, Receipt, SavedReceipt
 from fastlock.models.loading import load_model
@@ -92,10 +92,12 @@ def unlock_saved(source: Place, out: Place, in_place: bool) -> None:
     """
     source, out = _both_here(source, out)
     saved = receipt_in(local_files(source), str(source))
+    if saved is None:
+        raise FastlockError(f"{source}: is not relocked: it has no receipt. There is nothing to unlock.")
     check_without_gate(saved, str(source))
     model = load_model(source)
     unlock(model)
-    if saved is not None and saved.carrier.form == "llama":
+    if saved.carrier.form == "llama":
         model = out_of_llama_form(model, saved.carrier.original_config, source)
     _save(model, source, out, in_place, None, ())
 

@@ -8,6 +8,17 @@ import torch
 
 import fastlock
 from tests.helpers.families import gated_lock, logits, random_lock, reload, tiny_model, tokens
+from tests.helpers.relocked_adapters import contents
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_not_relocked_is_not_loaded_to_find_that_out(in_place: bool, monkeypatch, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    before = contents(tmp_path)
+    monkeypatch.setattr("fastlock.checkpoints.resaved.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(fastlock.FastlockError, match=r"/plain: is not relocked: .* There is nothing to unlock\."):
+        fastlock.unlock_checkpoint(tmp_path / "plain", tmp_path / ("plain" if in_place else "out"), in_place=in_place)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("shards", ["50KB", "1GB"])
