@@ -1,6 +1,6 @@
 """What serving stacks make of PEFT adapters: which bias acts, by which scale they serve, and what they refuse.
 
-At the versions in `serving_stacks.CHECKED`: PEFT and vLLM are run, the source of SGLang and llama.cpp was read.
+At the versions in `serving_stacks.CHECKED`: PEFT, vLLM and llama.cpp are run, the source of SGLang was read.
 docs/adapters.md is the same table for people.
 """
 
