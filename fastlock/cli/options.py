@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, STACKS, check_stacks
 from fastlock.cli.commands import ArgumentsError, Option, option
 from fastlock.cli.output import confirmed
-from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.errors import FastlockError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,11 +132,10 @@ def target(checkpoint: str, out: str | None, in_place: bool, yes: bool) -> str:
 
 def check_gguf_options(checkpoint: str, in_place: bool, stacks: Sequence[tuple[str, ...]] | None = None) -> None:
     """Refuse what cannot be done with a GGUF: another stack than llama.cpp, and changing the file itself."""
-    if stacks and set(stack_names(stacks)) != {"llama.cpp"}:
-        raise UnsupportedError(
-            f"{checkpoint}: is a GGUF, in which a lock acts in llama.cpp alone. Leave --for out, or relock the "
-            "checkpoint that it was converted from."
-        )
+    from fastlock.checkpoints.gguf import check_gguf_stacks
+
+    if stacks:
+        check_gguf_stacks(stack_names(stacks), checkpoint)
     if in_place:
         raise FastlockError(f"{checkpoint}: a GGUF is not changed in place. Give --out FILE, a new file.")
 

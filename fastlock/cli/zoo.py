@@ -1,4 +1,4 @@
-"""`fastlock zoo`: many checkpoints at once.
+"""`fastlock zoo`: many checkpoints, adapters and GGUF files at once.
 
 Exit codes: 0 all are relocked, done already or skipped (`verify`: locked); 1 some are not; 2 wrong arguments;
 3 nothing could be started, with the reason; 130 stopped by Ctrl-C: the same command resumes.
@@ -51,7 +51,7 @@ def _relock(
             loaded,
             out,
             strength,
-            stacks=stack_names(stacks),
+            stacks=stack_names(stacks) if stacks else None,
             base=_bases(bases),
             workers=workers,
             rank=rank,
@@ -149,8 +149,8 @@ _SOURCES = option(
     "sources",
     nargs="+",
     metavar="SOURCE",
-    help="A checkpoint or an adapter, a directory to search, a quoted pattern, a Hugging Face cache, a URL, or a .txt "
-    "list of them.",
+    help="A checkpoint, an adapter or a GGUF file, a directory to search, a quoted pattern, a Hugging Face cache, a "
+    "URL, or a .txt list of them.",
 )
 _WORKERS = option("--workers", type=at_least(1), metavar="N", help="How many at once. Default: one for each CPU.")
 _RAY = option("--ray", metavar="ADDRESS", help="A Ray cluster to use: auto, local or host:port.")
@@ -167,7 +167,7 @@ _VERIFIED_OVER = option(
 
 RELOCK = Command(
     "relock",
-    "Relock many checkpoints and adapters into one directory. If stopped, the same command resumes.",
+    "Relock many checkpoints, adapters and GGUF files into one directory. If stopped, the same command resumes.",
     (
         _SOURCES,
         LOCK,
@@ -184,7 +184,7 @@ RELOCK = Command(
             dest="bases",
             metavar="DIR",
             action="append",
-            help="The base of the zoo: adapters of it are relocked over it, and checkpoints of another geometry are "
+            help="The base of the zoo: adapters of it are relocked over it, and other models of another geometry are "
             "skipped (for these, its config.json will do). May be repeated. NAME=DIR if adapters name it differently.",
         ),
         COPY,
@@ -200,8 +200,8 @@ RELOCK = Command(
 )
 VERIFY = Command(
     "verify",
-    "Check that the lock is in place in many checkpoints and adapters, and print where it is not.",
+    "Check that the lock is in place in many checkpoints, adapters and GGUF files, and print where it is not.",
     (_SOURCES, LOCK, _VERIFIED_OVER, _WORKERS, _RAY, _RANK, _WORLD_SIZE, JSON),
     _verify,
 )
-COMMAND = Group("zoo", "Relock or verify many checkpoints and adapters at once.", (RELOCK, VERIFY))
+COMMAND = Group("zoo", "Relock or verify many checkpoints, adapters and GGUF files at once.", (RELOCK, VERIFY))

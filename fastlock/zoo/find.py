@@ -1,17 +1,18 @@
-"""Finding the checkpoints and adapters of a zoo, their names, and the files that several of them share."""
+"""Finding the checkpoints, adapters and GGUF models of a zoo, their names, and the files that several of them share."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastlock.checkpoints.adapters.adapter import ADAPTER_CONFIG
 from fastlock.checkpoints.adapters.adapter_files import holds_adapter_only
+from fastlock.checkpoints.gguf.parts import SUFFIX, name_of_first
 from fastlock.errors import FastlockError
 from fastlock.storage.files import CONFIG, read_bounded
 from fastlock.storage.places import Place, as_place
@@ -21,38 +22,40 @@ HUB_PREFIX = "models--"
 MAX_LIST_BYTES = 64 * 1024 * 1024
 
 FileId = tuple[int, int]
-CHECKPOINT, ADAPTER = "checkpoint", "adapter"
+CHECKPOINT, ADAPTER, GGUF = "checkpoint", "adapter", "GGUF"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint or an adapter that was found.
+    """A checkpoint, an adapter or a GGUF model that was found.
 
     Attributes:
-        directory: where it is; its URL, if it is on another machine.
+        place: its directory, or a GGUF's file, of a split one the first; its URL, if it is on another machine.
         name: what it is called beside the other ones, and in the directory of the results.
-        kind: CHECKPOINT or ADAPTER.
+        kind: CHECKPOINT, ADAPTER or GGUF.
     """
 
-    directory: str
+    place: str
     name: str
     kind: str = CHECKPOINT
 
 
 def find_sources(places: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> list[Source]:
-    """The checkpoints and adapters at these places, sorted by name.
+    """The checkpoints, adapters and GGUF models at these places, sorted by name.
 
     A place is a checkpoint's directory (one with a config.json; its name is its last path component), an adapter's (one
-    with an adapter_config.json and no model), a directory to search (names are relative to it), a Hugging Face cache
-    (names are `org--model`), a pattern like `runs/*/final`, or a .txt file with one of these per line, relative to that
-    file; `#` begins a comment. Directories and patterns may be URLs ("s3://bucket/runs/*/final").
+    with an adapter_config.json and no model), a GGUF file (any part stands for a split model, which has the name of its
+    first), a directory to search (names are relative to it), a Hugging Face cache (names are `org--model`), a pattern
+    like `runs/*/final`, or a .txt file with one of these per line, relative to that file; `#` begins a comment.
+    Directories and patterns may be URLs ("s3://bucket/runs/*/final").
 
     Args:
         places: where to look.
         out: the directory that the results go to; every search leaves it out.
 
     Raises:
-        FastlockError: neither is at one of the places, or it is `out`.
+        FastlockError: none of them is at one of the places, or it is `out`.
     """
     left_out = _identity(out) if out is not None else None
     sources: dict[tuple[str, FileId | str | None], Source] = {}
@@ -63,10 +66,10 @@ def find_sources(places: Iterable[str | os.PathLike[str]], out: str | os.PathLik
                 "below a directory that is searched."
             )
         for source in _at_url(place, left_out) if isinstance(place, str) else _at_path(str(place), left_out):
-            sources.setdefault((source.name, _identity(source.directory)), source)
+            sources.setdefault((source.name, _identity(source.place)), source)
     if not sources:
         raise FastlockError("there is nowhere to search: give checkpoints, directories, patterns, or a list file.")
-    return sorted(sources.values(), key=lambda source: (source.name, source.directory))
+    return sorted(sources.values(), key=lambda source: (source.name, source.place))
 
 
 def check_names(sources: list[Source]) -> None:
@@ -75,36 +78,36 @@ def check_names(sources: list[Source]) -> None:
     Raises:
         FastlockError: two are the same, one is inside another, or one is empty.
     """
-    directories: dict[str, str] = {}
+    places: dict[str, str] = {}
     for source in sources:
-        other = directories.setdefault(source.name, source.directory)
-        if other != source.directory:
+        other = places.setdefault(source.name, source.place)
+        if other != source.place:
             raise FastlockError(
-                f"{other} and {source.directory}: both would be named {source.name}. Rename one, relock them into "
+                f"{other} and {source.place}: both would be named {source.name}. Rename one, relock them into "
                 "different directories, or give the directory above them to be searched."
             )
-    for name, directory in directories.items():
+    for name, place in places.items():
         if not name:
-            raise FastlockError(f"{directory}: has no name. Move the checkpoint into a directory.")
+            raise FastlockError(f"{place}: has no name. Move the checkpoint into a directory.")
         for parent in map(str, Path(name).parents):
-            if parent in directories:
+            if parent in places:
                 raise FastlockError(
-                    f"{directory}: would be named {name}, which is inside {parent}, the name of "
-                    f"{directories[parent]}. Relock them into different directories."
+                    f"{place}: would be named {name}, which is inside {parent}, the name of {places[parent]}. Relock "
+                    "them into different directories."
                 )
 
 
 def shared_files(sources: list[Source]) -> list[list[FileId]]:
     """For each checkpoint, the safetensors files that others of these have too, by hard or symbolic links.
 
-    Of adapters none are named: what is folded of their files is not shared. Files are only looked at, and those that
+    Of others none are named: what is folded of their files is not shared. Files are only looked at, and those that
     cannot be shared are not even followed.
     """
-    directories = [_identity(source.directory) for source in sources]
-    times = Counter(directories)
+    identities = [_identity(source.place) for source in sources]
+    times = Counter(identities)
     linked = [
-        _linked_files(source.directory, times[directory] > 1) if source.kind == CHECKPOINT else set[FileId]()
-        for source, directory in zip(sources, directories, strict=True)
+        _linked_files(source.place, times[identity] > 1) if source.kind == CHECKPOINT else set[FileId]()
+        for source, identity in zip(sources, identities, strict=True)
     ]
     users = Counter(file for files in linked for file in files)
     return [sorted(file for file in files if users[file] > 1) for files in linked]
@@ -126,7 +129,7 @@ def _linked_files(directory: str, directory_is_linked: bool) -> set[FileId]:
 
 
 def _identity(path: str | os.PathLike[str]) -> FileId | str | None:
-    """Something that is the same exactly for the same directory; None where there is none."""
+    """Something that is the same exactly for the same directory or file; None where there is none."""
     if isinstance(place := as_place(path), str):
         return normalised(place)
     try:
@@ -175,7 +178,8 @@ def _at_url(url: str, left_out: FileId | str | None) -> list[Source]:
         sources = [source for top in tops for source in _below_url(fs, top.rstrip("/"), left_out)]
     if not sources:
         raise FastlockError(
-            f"{url}: no checkpoint is there (no {CONFIG}), no adapter, and none below it. Check the address."
+            f"{url}: no checkpoint is there (no {CONFIG}), no adapter and no GGUF, and none below it. Check the "
+            "address."
         )
     return sources
 
@@ -183,19 +187,24 @@ def _at_url(url: str, left_out: FileId | str | None) -> list[Source]:
 def _below_url(fs: Any, top: str, left_out: FileId | str | None) -> list[Source]:
     """What lies below a path of a remote file system, found in one listing; none inside another."""
     url: str = fs.unstrip_protocol(top)
-    if any(fs.isfile(f"{top}/{name}") for name in (CONFIG, ADAPTER_CONFIG)):
-        kind = _kind([path.rpartition("/")[2] for path in fs.ls(top, detail=False)])
-        return [Source(url, top.rpartition("/")[2], kind or CHECKPOINT)]
+    called = top.rpartition("/")[2]
+    if _is_gguf(called) and fs.isfile(top):
+        return [Source(url, called, GGUF)]
+    if any(fs.isfile(f"{top}/{name}") for name in (CONFIG, ADAPTER_CONFIG)) and (
+        kind := _kind([path.rpartition("/")[2] for path in fs.ls(top, detail=False)])
+    ):
+        return [Source(url, called, kind)]
     names: dict[str, list[str]] = {}
     for path in fs.find(top):
         directory, _, file = path.rpartition("/")
         names.setdefault(directory, []).append(file)
-    directories = {directory: kind for directory, files in names.items() if (kind := _kind(files))}
+    found = {directory: kind for directory, files in names.items() if (kind := _kind(files))}
+    found |= {f"{directory}/{name}": GGUF for directory, files in names.items() for name in _gguf_models(files)}
     sources = []
-    for directory, kind in sorted(directories.items()):
-        name = directory.removeprefix(f"{top}/")
+    for place, kind in sorted(found.items()):
+        name = place.removeprefix(f"{top}/")
         parts = name.split("/")
-        is_inside = any("/".join((top, *parts[:length])) in directories for length in range(1, len(parts)))
+        is_inside = any("/".join((top, *parts[:length])) in found for length in range(1, len(parts)))
         is_result = isinstance(left_out, str) and f"{url}/{name}/".startswith(f"{left_out}/")
         is_hidden = any(part in ("", "..") or part.startswith(".") for part in parts)
         if not is_inside and not is_result and not is_hidden:
@@ -207,16 +216,17 @@ def _at_path(path: str, left_out: FileId | str | None) -> list[Source]:
     try:
         if os.path.lexists(path):
             sources = _in_or_below(path, left_out)
-            problem = "no checkpoint is in it (no config.json), no adapter, and none below it"
+            problem = "no checkpoint is in it (no config.json), no adapter and no GGUF, and none below it"
         else:
             matches = _expanded(path) if glob.has_magic(path) else []
             sources = [source for match in matches for source in _in_or_below(match, left_out)]
-            problem = "no checkpoint and no adapter is there" if matches else "does not exist"
+            problem = "no checkpoint, no adapter and no GGUF is there" if matches else "does not exist"
     except (OSError, ValueError) as error:
         raise FastlockError(f"{path}: cannot be searched ({error}). Check the path and its permissions.") from None
     if not sources:
         raise FastlockError(
-            f"{path}: {problem}. Give the directory of a checkpoint or an adapter, one to search, a pattern, or a list."
+            f"{path}: {problem}. Give the directory of a checkpoint or an adapter, a GGUF file, a directory to search, "
+            "a pattern, or a list."
         )
     return sources
 
@@ -232,7 +242,7 @@ def _expanded(pattern: str) -> list[str]:
 def _in_or_below(path: str, left_out: FileId | str | None) -> list[Source]:
     path = os.path.abspath(path)
     if not os.path.isdir(path):
-        return []
+        return [_gguf_at(path)] if _is_gguf(path) else []
     if kind := _kind_of(path):
         return [Source(path, os.path.basename(path), kind)]
     return list(_below(path, left_out))
@@ -240,17 +250,39 @@ def _in_or_below(path: str, left_out: FileId | str | None) -> list[Source]:
 
 def _kind_of(path: str) -> str | None:
     """What a directory is: of one without either of two files, nothing else is looked at."""
-    if os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
+    if any(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, ADAPTER_CONFIG)):
         return _kind(os.listdir(path))
-    return CHECKPOINT if os.path.isfile(os.path.join(path, CONFIG)) else None
+    return None
 
 
-def _kind(files: Iterable[str]) -> str | None:
-    """What a directory with these files is: an adapter beside a model's weights or its config belongs to a model."""
+def _kind(files: Collection[str]) -> str | None:
+    """What a directory with these files is, None where it is nothing by itself.
+
+    An adapter beside a model's weights or its config belongs to a model; a config beside GGUF alone says of what they
+    were made.
+    """
     names = dict.fromkeys(files)
     if holds_adapter_only(names):
         return ADAPTER
-    return CHECKPOINT if CONFIG in names else None
+    holds_gguf_only = any(map(_is_gguf, names)) and not any(name.endswith(_WEIGHTS) for name in names)
+    return CHECKPOINT if CONFIG in names and not holds_gguf_only else None
+
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(SUFFIX)
+
+
+def _gguf_models(files: Iterable[str]) -> list[str]:
+    """The GGUF models among a directory's files: a split one is its first part, or, where that is not there, each."""
+    names = {name for name in files if _is_gguf(name)}
+    return sorted(name for name in names if (first := name_of_first(name)) == name or first not in names)
+
+
+def _gguf_at(path: str) -> Source:
+    directory, name = os.path.split(path)
+    first = name_of_first(name)
+    name = first if os.path.isfile(os.path.join(directory, first)) else name
+    return Source(os.path.join(directory, name), name, GGUF)
 
 
 def _below(top: str, left_out: FileId | str | None) -> Iterator[Source]:
@@ -273,11 +305,12 @@ def _below(top: str, left_out: FileId | str | None) -> Iterator[Source]:
             yield from _in_hub(directory)
             continue
         with os.scandir(directory) as entries:
-            below = sorted(
-                (entry.path, entry.is_symlink())
-                for entry in entries
-                if not entry.name.startswith(".") and os.path.isdir(entry.path)
-            )
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        below = sorted((entry.path, entry.is_symlink()) for entry in shown if os.path.isdir(entry.path))
+        directories = {path for path, _ in below}
+        for name in _gguf_models(entry.name for entry in shown if entry.path not in directories):
+            place = os.path.join(directory, name)
+            yield Source(place, os.path.relpath(place, top), GGUF)
         # Taken from the right: links last, so that the real directories give the names.
         waiting.extend(path for path, is_link in reversed(below) if not is_link)
         waiting.extendleft(path for path, is_link in below if is_link)
@@ -291,12 +324,25 @@ def _in_hub(repository: str) -> list[Source]:
     """What a repository's directory of a Hugging Face cache holds: the snapshot of its main branch, or else all."""
     name = os.path.basename(repository).removeprefix(HUB_PREFIX)
     snapshots = os.path.join(repository, "snapshots")
-    kinds = {entry: kind for entry in os.listdir(snapshots) if (kind := _kind_of(os.path.join(snapshots, entry)))}
-    revisions, main = sorted(kinds), _main_revision(repository)
+    held = {entry: found for entry in os.listdir(snapshots) if (found := _in_snapshot(os.path.join(snapshots, entry)))}
+    revisions, main = sorted(held), _main_revision(repository)
     if main in revisions:
         revisions = [main]
     names = {revision: name if len(revisions) == 1 else f"{name}@{revision[:8]}" for revision in revisions}
-    return [Source(os.path.join(snapshots, entry), named, kinds[entry]) for entry, named in names.items()]
+    return [
+        replace(source, name=f"{named}/{source.name}" if source.kind == GGUF else named)
+        for revision, named in names.items()
+        for source in held[revision]
+    ]
+
+
+def _in_snapshot(directory: str) -> list[Source]:
+    """A checkpoint or an adapter, or else the GGUF models in a snapshot, which may have directories of their own."""
+    if not os.path.isdir(directory):
+        return []
+    if kind := _kind_of(directory):
+        return [Source(directory, os.path.basename(directory), kind)]
+    return [source for source in _below(directory, None) if source.kind == GGUF]
 
 
 def _main_revision(repository: str) -> str:

@@ -8,13 +8,14 @@ from datetime import datetime, timezone
 
 from fastlock.html_page import Axis, facts_list, figure, group, head, html_text, label, mark, svg, y_axis
 from fastlock.version import __version__
-from fastlock.zoo.find import ADAPTER
+from fastlock.zoo.find import ADAPTER, CHECKPOINT, GGUF
 from fastlock.zoo.tasks import DONE_ALREADY, FAILED, RELOCKED, SKIPPED, Result
 
 MAX_ROWS = 2000
 BINS = 80
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 960, 200, 56, 12, 40, 26
 ORDER = (RELOCKED, DONE_ALREADY, SKIPPED, FAILED)
+KINDS = {CHECKPOINT: "checkpoints", ADAPTER: "adapters", GGUF: "GGUF models"}
 
 
 def report_page(results: Sequence[Result], total: int, seconds: float, facts: dict[str, str]) -> str:
@@ -28,7 +29,9 @@ def report_page(results: Sequence[Result], total: int, seconds: float, facts: di
     """
     failed = [result for result in results if result.status == FAILED]
     left = total - len(results)
-    what = "checkpoints and adapters" if any(result.kind == ADAPTER for result in results) else "checkpoints"
+    found = {result.kind for result in results}
+    *others, last = [name for kind, name in KINDS.items() if kind in found] or ["checkpoints"]
+    what = f"{', '.join(others)} and {last}" if others else last
     stopped = f"<p class=warning>Stopped early: {left:,} of {total:,} {what} are not done. Run it again.</p>"
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""A whole zoo of checkpoints and adapters: relocked or verified by many workers, on one machine or many."""
+"""A zoo of checkpoints, adapters and GGUF models: relocked or verified by many workers, on one machine or many."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import IO, Any
 from fastlock.architectures.serving_stacks import DEFAULT_STACKS, check_stacks
 from fastlock.checkpoints.adapters.carriers.table import checked_carrier
 from fastlock.checkpoints.adapters.relocking import checked_gap
+from fastlock.checkpoints.gguf.relocking import STACKS as GGUF_STACKS
 from fastlock.errors import FastlockError
 from fastlock.locks.lock import Lock, check_lock, strength_for
 from fastlock.storage.files import CONFIG, write_atomic
@@ -81,7 +82,7 @@ def relock_zoo(
     out: str | os.PathLike[str],
     strength: float | None = None,
     *,
-    stacks: Sequence[str] = DEFAULT_STACKS,
+    stacks: Sequence[str] | None = None,
     base: Bases | None = None,
     workers: int | None = None,
     rank: int | None = None,
@@ -92,7 +93,7 @@ def relock_zoo(
     gap: float | None = None,
     on_result: OnResult | None = None,
 ) -> Summary:
-    """Relock many checkpoints and adapters, each into a directory of its name below `out`.
+    """Relock many checkpoints, adapters and GGUF models, each into a directory or file of its name below `out`.
 
     Each worker opens a base once for all adapters of it. An adapter whose base is not among `base` is a failure, with a
     sentence. A base that adapters need with the lock in its biases is relocked once, below `out`, as NAME-locked.
@@ -108,10 +109,11 @@ def relock_zoo(
         out: the directory to fill, or its URL; a log (JSON lines) and a report (HTML) are written there too (at a
             URL: when the run ends).
         strength: the paper's α; by default as for `fastlock.relock`.
-        stacks: the serving stacks in which the lock must act; see `relock_checkpoint`.
+        stacks: the serving stacks in which the lock must act; by default as for `relock_checkpoint`, and in a GGUF in
+            llama.cpp, the only one in which it can.
         base: the base of the zoo, or several, as a list or by the names that adapters call them. Adapters are relocked
-            over the one that they name, by its name or path; checkpoints of a geometry that none of them has are
-            skipped, for which a config.json will do.
+            over the one that they name, by its name or path; checkpoints and GGUF models of a geometry that none of
+            them has are skipped, for which a config.json will do.
         workers: how many at once; by default one for each CPU, or all that Ray has.
         rank: which share of the zoo this call does, from 0; all ranks together do the whole zoo.
         world_size: how many shares the zoo is divided into.
@@ -136,7 +138,8 @@ def relock_zoo(
         work=relock_one,
         lock=pickle.dumps(lock),
         strength=strength,
-        stacks=check_stacks(stacks),
+        stacks=check_stacks(DEFAULT_STACKS if stacks is None else stacks),
+        gguf_stacks=GGUF_STACKS if stacks is None else check_stacks(stacks),
         copy=copy,
         geometries=tuple(geometry(place) for _, place in places_of(base)),
         bases=adapter_bases(base, root),
@@ -169,7 +172,7 @@ def verify_zoo(
     ray: str | None = None,
     on_result: OnResult | None = None,
 ) -> Summary:
-    """Verify many checkpoints and adapters, as `verify` does each; the arguments are those of `relock_zoo`.
+    """Verify many checkpoints, adapters and GGUF models, as `verify` does each; the arguments are as in `relock_zoo`.
 
     An adapter is verified over the base that its receipt names; where that is not there, over one of `base`.
 

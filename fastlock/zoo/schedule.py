@@ -47,7 +47,7 @@ class Schedule:
         known = {file: self._folds[file] for file in files if file in self._folds}
         return Task(
             index,
-            source.directory,
+            source.place,
             source.name,
             str(below(self._out, source.name)) if self._out else "",
             tuple({id(folds): folds for folds in known.values()}.values()),

@@ -1,4 +1,4 @@
-"""What a worker does with one checkpoint or adapter of a zoo, and what becomes of it."""
+"""What a worker does with one checkpoint, adapter or GGUF model of a zoo, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastlock.checkpoints.adapters.relocking import AdapterSettings
 from fastlock.checkpoints.config import transformers_config
 from fastlock.checkpoints.diagnosis import doctor
 from fastlock.checkpoints.folding import Folds
+from fastlock.checkpoints.gguf import check_gguf_stacks, relock_gguf
 from fastlock.checkpoints.relocked import read_receipt
 from fastlock.checkpoints.relocking import relock_checkpoint
 from fastlock.errors import FastlockError
@@ -32,7 +33,8 @@ from fastlock.verification import verify
 from fastlock.zoo.adapters import relock_adapter_over, verify_adapter_over, why_adapter_is_not_done
 from fastlock.zoo.bases import ZooBase
 from fastlock.zoo.existing import in_the_way, why_not_this_relock
-from fastlock.zoo.find import ADAPTER, CHECKPOINT
+from fastlock.zoo.find import ADAPTER, CHECKPOINT, GGUF
+from fastlock.zoo.gguf_files import why_gguf_is_not_done, why_gguf_is_skipped
 
 RELOCKED, DONE_ALREADY, SKIPPED, FAILED = "relocked", "done already", "skipped", "failed"
 LOCKED = "locked"
@@ -48,6 +50,7 @@ class Job:
         lock: the lock, pickled.
         strength: the strength to relock at.
         stacks: the serving stacks in which the lock must act.
+        gguf_stacks: those of GGUF models.
         copy: copy the files that could be linked.
         geometries: those that checkpoints may have; none for any.
         bases: those that adapters may be of.
@@ -58,6 +61,7 @@ class Job:
     lock: bytes
     strength: float = 0.0
     stacks: tuple[str, ...] = ()
+    gguf_stacks: tuple[str, ...] = ()
     copy: bool = False
     geometries: tuple[dict[str, Any], ...] = ()
     bases: tuple[ZooBase, ...] = ()
@@ -72,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """One checkpoint or adapter.
+    """One checkpoint, adapter or GGUF model.
 
     Attributes:
         index: which one of the zoo's it is.
@@ -81,7 +85,7 @@ class Task:
         out: where it goes, "" if nothing is written.
         folds: the pickled folds of files that it shares with earlier ones.
         returns_folds: whether later ones wait for folds of its files.
-        kind: CHECKPOINT or ADAPTER.
+        kind: CHECKPOINT, ADAPTER or GGUF.
     """
 
     index: int
@@ -95,12 +99,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one checkpoint or adapter.
+    """What became of one checkpoint, adapter or GGUF model.
 
     Attributes:
-        source: its directory.
+        source: its directory or file.
         name: its name in the zoo.
-        out: the relocked directory, "" where none was asked for.
+        out: the relocked one, "" where none was asked for.
         status: "relocked", "done already", "skipped" or "failed"; of `verify_zoo` "locked", "not locked", "altered"
             or "failed".
         error: why it was skipped, failed or is not locked; "" otherwise.
@@ -108,8 +112,8 @@ class Result:
         bytes_read: what its worker read, whole projections included; None where the system does not say.
         bytes_written: what its worker wrote.
         time: when it was finished, in seconds since 1970.
-        kind: "checkpoint" or "adapter".
-        carrier: how an adapter got its lock, see `relock_adapter`; "" for a checkpoint, and where nothing was made.
+        kind: "checkpoint", "adapter" or "GGUF".
+        carrier: how an adapter got its lock, see `relock_adapter`; "" for any other, and where nothing was made.
         base: what such an adapter is to be served over; "" otherwise, as for one that was merged into its base.
     """
 
@@ -142,9 +146,11 @@ Done = tuple[Result, bytes | None]
 
 
 def relock_one(job: Job, task: Task) -> Done:
-    """Relock one checkpoint or adapter of a zoo; whatever goes wrong is in the result."""
+    """Relock one checkpoint, adapter or GGUF model of a zoo; whatever goes wrong is in the result."""
     if task.kind == ADAPTER:
         return _relock_adapter(job, task), None
+    if task.kind == GGUF:
+        return _measured(task, lambda: _relock_gguf(job, task)), None
     known: Folds = {}
     for pickled in task.folds:
         known |= pickle.loads(pickled)  # as this run's own workers made them
@@ -155,7 +161,7 @@ def relock_one(job: Job, task: Task) -> Done:
 
 
 def verify_one(job: Job, task: Task) -> Done:
-    """Verify one checkpoint or adapter of a zoo; whatever goes wrong is in the result."""
+    """Verify one checkpoint, adapter or GGUF model of a zoo; whatever goes wrong is in the result."""
 
     def check() -> tuple[str, str]:
         lock = _lock(job.lock)
@@ -220,6 +226,19 @@ def _relock_adapter(job: Job, task: Task) -> Result:
             result, carrier=receipt.carrier, base="" if receipt.carrier == ADAPTER_MERGE.name else receipt.base.name
         )
     return result
+
+
+def _relock_gguf(job: Job, task: Task) -> tuple[str, str]:
+    is_done = is_there(as_place(task.out))
+    if not is_done and (reason := why_gguf_is_skipped(task.source, job.geometries)) is not None:
+        return SKIPPED, reason
+    check_gguf_stacks(job.gguf_stacks, task.source)
+    lock = _lock(job.lock)
+    if is_done:
+        state = why_gguf_is_not_done(task.out, lock, job.strength)
+        return (DONE_ALREADY, "") if state is None else (FAILED, in_the_way(task.out, state))
+    relock_gguf(task.source, lock, task.out, job.strength, copy=job.copy)
+    return RELOCKED, ""
 
 
 def _adapter_already_there(job: Job, out: str) -> tuple[str, str]:

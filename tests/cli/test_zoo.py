@@ -58,7 +58,7 @@ def test_the_options_reach_the_function(files, tunes, monkeypatch) -> None:
         del keywords["on_result"]
     default = {"base": None, "workers": None, "ray": None, "rank": None, "world_size": None, "copy": False}
     default |= {"carrier": None, "gap": None}
-    assert calls[0] == {**default, "stacks": ("transformers", "vllm")}
+    assert calls[0] == {**default, "stacks": None}
     stated = {"base": "x", "ray": "auto", "rank": 1, "world_size": 3, "copy": True}
     assert calls[1] == {**default, **stated, "stacks": ("vllm", "sglang", "llama.cpp")}
     for wrong in (["--rank", "1"], ["--world-size", "2"], ["--rank", "2", "--world-size", "2"], ["--workers", "0"]):

@@ -14,6 +14,14 @@ from gguf import GGMLQuantizationType as Kind
 import fastlock
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 3, 4, 2, 64, 256, 256, 128
+# Of a checkpoint that they could have been made from.
+SHAPE = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+}
 F32 = Kind.F32
 # Where in a block the numbers of half precision are by which all others are multiplied, and how large these are to be,
 # for a mean near 0: of the types that the package dequantises and does not quantise.

@@ -7,7 +7,7 @@ import pytest
 
 import fastlock
 from fastlock.zoo import find
-from fastlock.zoo.find import Source, check_names, find_sources, shared_files
+from fastlock.zoo.find import ADAPTER, CHECKPOINT, GGUF, Source, check_names, find_sources, shared_files
 
 REVISIONS = ("0123456789abcdef", "fedcba9876543210")
 
@@ -34,7 +34,7 @@ def test_what_each_kind_of_source_stands_for(tmp_path, monkeypatch) -> None:
     assert names(tmp_path / "list.txt", tmp_path / "runs" / "b") == ["alone", "b", "final"]
     monkeypatch.chdir(tmp_path / "alone")
     assert names(".") == ["alone"]
-    assert find_sources(["."])[0].directory == str(tmp_path / "alone")
+    assert find_sources(["."])[0].place == str(tmp_path / "alone")
 
 
 def test_a_hugging_face_cache(tmp_path) -> None:
@@ -53,9 +53,71 @@ def test_a_hugging_face_cache(tmp_path) -> None:
         "org--two@01234567",
         "org--two@fedcba98",
     ]
-    assert found[0].directory.endswith(REVISIONS[1])
+    assert found[0].place.endswith(REVISIONS[1])
     assert names(tmp_path / "hub" / "models--org--main") == ["org--main"]
     assert names(tmp_path / "hub" / "models--*") == [source.name for source in found]
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def test_gguf_files(tmp_path) -> None:
+    """Of a split model the first part, or where that is missing, each: whoever reads it says what is missing."""
+    zoo = tmp_path / "zoo"
+    parts = [f"b/big-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    touch(*(zoo / name for name in ("a.gguf", "b/B.GGUF", *parts, "b/.hidden.gguf", "b/.cache/c.gguf", "b/readme.md")))
+    touch(zoo / "b" / "lone-00002-of-00003.gguf", zoo / "b" / "lone-00003-of-00003.gguf")
+    (zoo / "b" / "link.gguf").symlink_to(tmp_path / "nowhere")
+    of_b = ["B.GGUF", "big-00001-of-00003.gguf", "link.gguf", *(f"lone-0000{i}-of-00003.gguf" for i in (2, 3))]
+    assert names(zoo) == ["a.gguf", *(f"b/{name}" for name in of_b)]
+    assert {source.kind for source in find_sources([zoo])} == {GGUF}
+    assert names(zoo / "b" / "*.*") == of_b
+    assert names(*(zoo / part for part in parts), zoo / "b" / "*-00003-of-*") == [of_b[1], of_b[4]]
+    assert find_sources([zoo / parts[2]]) == [Source(str(zoo / parts[0]), of_b[1], GGUF)]
+    assert names(zoo, out=zoo / "b") == ["a.gguf"]
+    url = zoo.as_uri().replace("file://", "local://")
+    (zoo / "b" / "link.gguf").unlink()  # a link to nothing is nothing to fsspec
+    assert names(url) == names(zoo)
+    assert find_sources([f"{url}/a.gguf"])[0].kind == GGUF
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["m.gguf", "config.json"], {"z/m.gguf": GGUF}),
+        (["m.gguf", "config.json", "model.safetensors", "sub/n.gguf"], {"z": CHECKPOINT}),
+        (["m.gguf", "config.json", "pytorch_model.bin"], {"z": CHECKPOINT}),
+        (["m.gguf", "adapter_config.json", "adapter_model.safetensors"], {"z": ADAPTER}),
+        (["m.gguf", "sub/config.json", "sub/n.gguf"], {"z/m.gguf": GGUF, "z/sub/n.gguf": GGUF}),
+        (["sub/config.json", "sub/model.safetensors", "m.gguf"], {"z/m.gguf": GGUF, "z/sub": CHECKPOINT}),
+    ],
+)
+def test_what_a_gguf_lies_beside(files: list[str], found: dict[str, str], tmp_path) -> None:
+    touch(*(tmp_path / "zoo" / "z" / name for name in files))
+    url = (tmp_path / "zoo").as_uri().replace("file://", "local://")
+    for place in (tmp_path / "zoo", url):
+        assert {source.name: source.kind for source in find_sources([place])} == found
+    for place in (tmp_path / "zoo" / "z", f"{url}/z"):
+        shorter = {name.removeprefix("z/"): kind for name, kind in found.items()}
+        assert {source.name: source.kind for source in find_sources([place])} == shorter
+
+
+def test_gguf_files_in_a_hugging_face_cache(tmp_path) -> None:
+    files = ("config.json", "m-Q4_0.gguf", "BF16/m-00001-of-00002.gguf", "BF16/m-00002-of-00002.gguf")
+    snapshots = tmp_path / "models--org--one" / "snapshots"
+    touch(*(snapshots / REVISIONS[0] / name for name in files), snapshots / "file")
+    found = ["org--one/BF16/m-00001-of-00002.gguf", "org--one/m-Q4_0.gguf"]
+    assert names(tmp_path) == found
+    touch(
+        snapshots / REVISIONS[1] / "n.gguf", tmp_path / "models--org--two" / "snapshots" / "1" / "unet" / "config.json"
+    )
+    assert names(tmp_path) == [
+        *(name.replace("one", f"one@{REVISIONS[0][:8]}") for name in found),
+        "org--one@fedcba98/n.gguf",
+    ]
 
 
 @pytest.mark.parametrize("pattern", ["zoo", "zoo/**/m"])

@@ -32,6 +32,7 @@ _OTHER_KINDS = {
     "mmproj": "the part of a model that reads images or sound. Relock the language model's GGUF, and keep this one",
     "vocab": "a vocabulary without a model. Give the model's GGUF",
 }
+_WITHOUT_HEADS = ("imatrix", "mmproj", "vocab")
 # Words in keys by which tools would say that they rotated the heads. llama.cpp itself writes no such key.
 _ROTATED = re.compile("rotation|rotated|hadamard|quarot|spinquant", re.IGNORECASE)
 
@@ -92,6 +93,10 @@ class GgufColumns:
     digest: bytes
 
 
+class WithoutHeadsError(UnsupportedError):
+    """A GGUF is no model that speaks: there is nothing in it to lock."""
+
+
 class GgufModel:
     """A model in GGUF files.
 
@@ -106,6 +111,7 @@ class GgufModel:
         """Read the metadata.
 
         Raises:
+            WithoutHeadsError: it has none.
             UnsupportedError: it is no model, is of an architecture in which a lock would not act, or was rotated.
             DamagedError: the metadata is damaged.
         """
@@ -117,7 +123,8 @@ class GgufModel:
             kind = "vocab"
         if kind != "model":
             what = _OTHER_KINDS.get(kind, f"of the type {shown(kind)[:80]}. Give the model's GGUF")
-            raise UnsupportedError(f"{where}: is {what}.")
+            kind_of_error = WithoutHeadsError if kind in _WITHOUT_HEADS else UnsupportedError
+            raise kind_of_error(f"{where}: is {what}.")
         if not self.architecture:
             raise self._damaged(f"has no {_ARCHITECTURE}")
         check_gguf_architecture(self.architecture, where)

@@ -132,6 +132,12 @@ def part_paths(first: Path, count: int) -> list[Path]:
     return [first.with_name(f"{match[1]}-{i:05d}-of-{count:05d}{SUFFIX}") for i in range(1, count + 1)]
 
 
+def name_of_first(name: str) -> str:
+    """The name of the first part of the split model that a file is a part of by its name; its own name of any other."""
+    match = _PART.fullmatch(name)
+    return name if match is None else f"{match[1]}-00001-of-{match[3]}{SUFFIX}"
+
+
 def _open_part(path: Path) -> GgufPart:
     with reading(path):
         if path.is_dir():

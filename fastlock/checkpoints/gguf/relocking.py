@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from fastlock.locks.receipt import (
 from fastlock.storage.new_directory import check_absent
 from fastlock.threads import in_threads
 
-_STACKS = ("llama.cpp",)
+STACKS = ("llama.cpp",)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,19 @@ def original_model(path: Path) -> GgufModel:
     return model if receipt is None else GgufModel(original_parts(model, receipt), model.where)
 
 
+def check_gguf_stacks(stacks: Collection[str], where: str) -> None:
+    """Refuse stacks in which a lock in a GGUF would not act.
+
+    Raises:
+        UnsupportedError: there are others than llama.cpp.
+    """
+    if set(stacks) != set(STACKS):
+        raise UnsupportedError(
+            f"{where}: is a GGUF, in which a lock acts in llama.cpp alone. Leave --for out, or relock the checkpoint "
+            "that it was converted from."
+        )
+
+
 def check_no_gate(lock: Lock, where: str) -> None:
     """Refuse a lock with a gate.
 
@@ -180,7 +193,7 @@ def _new_files(
 ) -> list[NewFile]:
     """What the relocked files hold: the biases that are added are in the first of them."""
     originals = {f.site.layer: raw_bytes(f.original) for f in folded if f.original is not None}
-    note = CarrierNote(form="native", flag="", was=True, original_biases=originals, stacks=_STACKS)
+    note = CarrierNote(form="native", flag="", was=True, original_biases=originals, stacks=STACKS)
     saved = GgufReceipt(SavedReceipt(receipt, note), tuple(OriginalFile.of(part) for part in model.parts))
     added = [f for f in folded if f.site.bias is None]
     files = []

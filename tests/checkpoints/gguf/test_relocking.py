@@ -22,8 +22,8 @@ from tests.helpers.gguf_files import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
-    KV_HEADS,
     LAYERS,
+    SHAPE,
     Kind,
     Tiny,
     dense,
@@ -34,14 +34,6 @@ from tests.helpers.gguf_files import (
 
 ROWS = [(0, 3), (0, 1), (2, 2)]
 STRENGTH = 4.0
-# Of a checkpoint that a tiny GGUF could have been made from.
-SHAPE = {
-    "num_hidden_layers": LAYERS,
-    "hidden_size": HIDDEN,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
-}
 KINDS = [
     *(Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.MXFP4, Kind.TQ1_0, Kind.TQ2_0),
     *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
