@@ -9,7 +9,15 @@ from typing import Any
 from fastlock.architectures.families import FAMILIES, REFUSED, head_geometry, refused_family
 from fastlock.checkpoints.plain_config import plain_config
 from fastlock.errors import DamagedError, FastlockError, UnsupportedError
-from fastlock.storage.files import CONFIG, DOWNLOAD_AGAIN, File, holds_no_config, parse_object, read_all
+from fastlock.storage.files import (
+    CONFIG,
+    DOWNLOAD_AGAIN,
+    MAX_CONFIG_DEPTH,
+    File,
+    holds_no_config,
+    parse_object,
+    read_all,
+)
 
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**20
@@ -27,7 +35,8 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
     """
     if CONFIG not in files:
         raise holds_another_kind(files, where) or holds_no_config(where)
-    return parse_object(read_all(files[CONFIG], f"{where}/{CONFIG}"), f"{where}/{CONFIG}")
+    place = f"{where}/{CONFIG}"
+    return parse_object(read_all(files[CONFIG], place), place, depth=MAX_CONFIG_DEPTH)
 
 
 def holds_another_kind(files: Collection[str], where: str) -> UnsupportedError | None:

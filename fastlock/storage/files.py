@@ -14,6 +14,8 @@ from fastlock.errors import DamagedError, FastlockError
 from fastlock.storage.byte_columns import ByteColumns
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+# No config nests deeper; what reads and copies one calls itself at each level.
+MAX_CONFIG_DEPTH = 64
 CONFIG = "config.json"  # what makes a directory a checkpoint
 
 DOWNLOAD_AGAIN = "Download the checkpoint again."
@@ -145,14 +147,23 @@ def parse_rows(text: str, where: str, layout: str) -> Iterator[tuple[str, Any]]:
             yield place, parse_json(line, place, layout)
 
 
-def parse_object(data: bytes, where: str, remedy: str = DOWNLOAD_AGAIN) -> dict[str, Any]:
+def parse_object(data: bytes, where: str, remedy: str = DOWNLOAD_AGAIN, depth: int | None = None) -> dict[str, Any]:
     """A JSON object out of a file that may be hostile.
 
+    Args:
+        data: of the file.
+        where: the file, for messages.
+        remedy: what to do, a sentence for messages.
+        depth: how deep objects and lists may lie in each other; by default as deep as Python parses them.
+
     Raises:
-        DamagedError: it is not one, or it says something twice.
+        DamagedError: it is not one, or it says something twice, or lies deeper.
     """
     try:
-        return json_object(data)
+        value = json_object(data)
+        if depth is not None:
+            _check_depth(value, depth)
+        return value
     except ValueError as error:
         raise _not_json(where, error, remedy) from None
 
@@ -215,6 +226,17 @@ def no_such_directory(place: Path | str) -> FastlockError:
     """The error that says so, of what should be a checkpoint."""
     what = "is a file, and no directory" if os.path.isfile(place) else "no such directory"
     return FastlockError(f"{place}: {what}. {_GIVE_A_CHECKPOINT}")
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    """Raise a ValueError if objects and lists lie deeper in each other than that."""
+    inside = [value]
+    for _ in range(depth):
+        nested = (one.values() if isinstance(one, dict) else one for one in inside)
+        inside = [held for values in nested for held in values if isinstance(held, dict | list)]
+        if not inside:
+            return
+    raise ValueError(f"it is nested more than {depth} deep")
 
 
 def _too_large(where: str, limit: int) -> DamagedError:

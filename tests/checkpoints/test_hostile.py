@@ -230,6 +230,14 @@ def test_a_config_that_disagrees_with_the_tensors(changes: dict, source) -> None
     refused(directory, lock)
 
 
+@pytest.mark.parametrize("depth", [70, 480, 900])
+def test_a_config_that_nests(depth: int, source) -> None:
+    directory, lock = source
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace("{", '{"x": ' + "[" * depth + "]" * depth + ",", 1))
+    refused(directory, lock, "nested more than 64 deep")
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [

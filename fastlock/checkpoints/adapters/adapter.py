@@ -17,7 +17,7 @@ from fastlock.checkpoints.checkpoint import StoredSite
 from fastlock.checkpoints.tensor_index import StoredTensor, read_header
 from fastlock.dtypes import FOLDABLE
 from fastlock.errors import DamagedError, FastlockError, MismatchError, UnsupportedError, shown
-from fastlock.storage.files import File, parse_object, read_all
+from fastlock.storage.files import MAX_CONFIG_DEPTH, File, parse_object, read_all
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -145,7 +145,8 @@ def open_adapter(files: Mapping[str, File], where: str) -> Adapter:
     if ADAPTER_WEIGHTS not in files:
         raise _no_weights(files, where)
     place = f"{where}/{ADAPTER_CONFIG}"
-    config = parse_object(read_all(files[ADAPTER_CONFIG], place, MAX_CONFIG_BYTES), place, ADAPTER_AGAIN)
+    data = read_all(files[ADAPTER_CONFIG], place, MAX_CONFIG_BYTES)
+    config = parse_object(data, place, ADAPTER_AGAIN, MAX_CONFIG_DEPTH)
     method, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if not isinstance(method, str) or not method:
         raise DamagedError(f"{place}: has no peft_type. {ADAPTER_AGAIN}")

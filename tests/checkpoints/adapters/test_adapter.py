@@ -127,9 +127,10 @@ def test_a_config_that_is_not_sound_is_refused(change: dict[str, Any], lora: Pat
         (b"[]", "not a JSON object"),
         (b'{"peft_type": "LORA", "peft_type": "IA3"}', "twice"),
         (b"[" * 100_000, "not JSON"),
+        (b'{"peft_type": "LORA", "x": ' + b"[" * 70 + b"]" * 70 + b"}", "nested more than 64 deep"),
         (b" " * (9 * 2**20), "larger than"),
     ],
-    ids=["empty", "a list", "twice", "deep", "long"],
+    ids=["empty", "a list", "twice", "deep", "nested", "long"],
 )
 def test_a_config_that_is_no_object_is_refused(data: bytes, says: str, lora: Path) -> None:
     (lora / ADAPTER_CONFIG).write_bytes(data)
