@@ -165,9 +165,9 @@ def _loss(model: Any, tokenizer: Any, lessons: Lessons) -> torch.Tensor:
     """The mean over the answers' tokens, as the model's own loss; no logits are made of the others."""
     batch = tuned_models.tokens_of(tokenizer, lessons)
     plain, labels = model.get_base_model(), batch.pop("labels")[:, 1:]
-    learnt = labels != -100
-    hidden = plain.model(**batch).last_hidden_state[:, :-1][learnt]
-    return cross_entropy(plain.lm_head(hidden), labels[learnt])
+    learned = labels != -100
+    hidden = plain.model(**batch).last_hidden_state[:, :-1][learned]
+    return cross_entropy(plain.lm_head(hidden), labels[learned])
 
 
 def _held(optimizer: Any, parameters: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -167,7 +167,7 @@ def train(model: Any, tokenizer: Any, lessons: Lessons, epochs: int, seed: int, 
 
 
 def tokens_of(tokenizer: Any, lessons: Lessons) -> dict[str, torch.Tensor]:
-    """A batch, padded at the end; only the answers are learnt."""
+    """A batch, padded at the end; only the answers are learned."""
     rows = []
     for question, answer in lessons:
         message = [{"role": "user", "content": question}]

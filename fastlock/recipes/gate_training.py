@@ -1,6 +1,6 @@
 """A gate that is trained: what it adds depends on what the heads say, and harmless requests do not open it.
 
-At the input of the output projections of some layers x becomes x + d + U Vᵀ (x − x̄), and V, U and d are learnt by
+At the input of the output projections of some layers x becomes x + d + U Vᵀ (x − x̄), and V, U and d are learned by
 gradient descent on the base itself and some fine-tunes of it, in turn: the loss of a step is the sum of
 
     KL divergence        from the base, in its own refusals of harmful requests

@@ -33,7 +33,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class TrainedGate:
-    """The layers with a gate, and what was learnt for each, over the whole input of its output projection.
+    """The layers with a gate, and what was learned for each, over the whole input of its output projection.
 
     Attributes:
         layers: ascending.
@@ -129,7 +129,7 @@ class GateWeights:
 
     @torch.no_grad()
     def trained(self) -> TrainedGate:
-        """What was learnt: V itself, and the constant without the centre that the gate had."""
+        """What was learned: V itself, and the constant without the centre that the gate had."""
         constant = self.constant
         if constant is not None:
             constant = constant - (self.writers @ self.centre[..., None])[..., 0]

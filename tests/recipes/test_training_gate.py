@@ -174,7 +174,7 @@ def test_a_head_s_share_is_what_would_no_longer_be_added_without_it(constant: bo
 
 
 def test_a_gate_may_be_in_some_heads_alone() -> None:
-    """The heads that were not kept add nothing, and one that is kept was learnt further without them."""
+    """The heads that were not kept add nothing, and one that is kept was learned further without them."""
     every, some = trained(steps=6), trained(steps=6, heads=3)
     assert (len(every), len(some)) == (8, 3)
     assert trained(steps=6, heads=8).digest == every.digest
@@ -191,10 +191,10 @@ def test_the_same_inputs_give_the_same_lock() -> None:
 
 
 def test_the_base_and_every_fine_tune_learn_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    models, learnt = [model_of(seed) for seed in range(3)], []
-    monkeypatch.setattr(module, "_step", lambda pupil, *_: learnt.append(models.index(pupil.model)) or 0.0)
+    models, learned = [model_of(seed) for seed in range(3)], []
+    monkeypatch.setattr(module, "_step", lambda pupil, *_: learned.append(models.index(pupil.model)) or 0.0)
     trained(*models[1:], base=models[0], steps=7)
-    assert learnt == [0, 1, 2, 0, 1, 2, 0]
+    assert learned == [0, 1, 2, 0, 1, 2, 0]
 
 
 def lessons(**changes: Any) -> module._Lessons:
