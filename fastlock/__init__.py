@@ -1,4 +1,4 @@
-"""Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias.
+"""Bring the refusals back in every fine-tune of an aligned language model: exactly, and at the cost of a bias at most.
 
 The names are looked up when they are first used (PEP 562), so that importing fastlock imports nothing else.
 """
