@@ -134,13 +134,13 @@ class GgufHeader:
         if entry.kind not in _WHOLE_NUMBERS or entry.count == 0:
             raise self._not_a("a whole number", key)
         layout, count = _SCALARS[entry.kind], 1 if entry.count is None else entry.count
-        numbers = {found for (found,) in layout.iter_unpack(self.raw[entry.at : entry.at + count * layout.size])}
-        if len(numbers) > 1:
+        first = self.raw[entry.at : entry.at + layout.size]
+        if self.raw[entry.at : entry.at + count * layout.size] != count * first:
             raise UnsupportedError(
                 f"{self.where}: its layers have different {shown(key)}. fastlock relocks models in which all layers "
                 "are alike."
             )
-        number: int = numbers.pop()
+        number: int = layout.unpack(first)[0]
         return number
 
     def _not_a(self, what: str, key: str) -> DamagedError:

@@ -33,6 +33,8 @@ _OTHER_KINDS = {
     "vocab": "a vocabulary without a model. Give the model's GGUF",
 }
 _WITHOUT_HEADS = ("imatrix", "mmproj", "vocab")
+# No model has more layers, heads, or numbers in a row.
+_MAX_SIZE = 2**20
 # Words in keys by which tools would say that they rotated the heads. llama.cpp itself writes no such key.
 _ROTATED = re.compile("rotation|rotated|hadamard|quarot|spinquant", re.IGNORECASE)
 
@@ -222,13 +224,13 @@ class GgufModel:
         heads, hidden = self._number("attention.head_count"), self._number("embedding_length")
         head_dim = self.parts[0].header.number(f"{self.architecture}.attention.value_length")
         head_dim = hidden // heads if head_dim is None else head_dim
-        if head_dim < 1:
+        if not 0 < head_dim <= _MAX_SIZE:
             raise self._damaged(f"says that its heads have a length of {head_dim}")
         return GgufGeometry(self._number("block_count"), heads, head_dim, hidden)
 
     def _number(self, key: str) -> int:
         number = self.parts[0].header.number(f"{self.architecture}.{key}")
-        if number is None or number < 1:
+        if number is None or not 0 < number <= _MAX_SIZE:
             raise self._damaged(f"its {self.architecture}.{key} is {'missing' if number is None else number}")
         return number
 

@@ -249,6 +249,21 @@ def test_memory_is_bounded_whatever_the_counts_say(value: bytes) -> None:
     assert most < 8 * 2**20 < MAX_HEADER_BYTES
 
 
+def test_numbers_that_differ_take_no_memory() -> None:
+    """Of a header of 64 MiB, all of it a list of different numbers."""
+    numbers = np.arange(2**23, dtype="<u8").tobytes()
+    found = read(header(entry("n", 9, struct.pack("<IQ", 10, 2**23) + numbers), entries=1))
+    del numbers
+    tracemalloc.start()
+    try:
+        with pytest.raises(fastlock.UnsupportedError, match="its layers have different n"):
+            found.number("n")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 2**28
+
+
 LARGE = (0, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 
 
@@ -292,7 +307,7 @@ def relocked_or_refused(data: bytes, directory: Path, lock: fastlock.Lock) -> bo
 
 
 def test_files_changed_at_random(tmp_path: Path) -> None:
-    """By hand, 10,000 of them: MUTATIONS=10000."""
+    """By hand, 10,000 of them: FASTLOCK_MUTATIONS=10000."""
     lock, rng = lock_of([(0, 1), (2, 3)]), np.random.default_rng(7)
     sources = [Tiny(Kind.Q8_0), Tiny(Kind.Q8_0, biased=(0,)), Tiny(Kind.Q4_K)]
     files = [one.write(tmp_path / f"{i}.gguf").read_bytes() for i, one in enumerate(sources)]
@@ -302,7 +317,7 @@ def test_files_changed_at_random(tmp_path: Path) -> None:
     directory = tmp_path / "directory"
     directory.mkdir()
     done = 0
-    for i in range(int(os.environ.get("MUTATIONS", "200"))):
+    for i in range(int(os.environ.get("FASTLOCK_MUTATIONS", "200"))):
         which = i % len(files)
         done += relocked_or_refused(mutated(files[which], ends[which], rng), directory, lock)
     assert done

@@ -353,7 +353,14 @@ def test_what_cannot_be_relocked(name: str, tmp_path, lock) -> None:
 
 DAMAGED = {
     "no heads": (Tiny(metadata={"llama.attention.head_count": 0}), "its llama.attention.head_count is 0"),
-    "too many heads": (Tiny(metadata={"llama.attention.head_count": 2**31}), "says that its heads have a length of 0"),
+    "heads without numbers": (
+        Tiny(metadata={"llama.attention.head_count": 512}),
+        "says that its heads have a length of 0",
+    ),
+    "too many heads": (Tiny(metadata={"llama.attention.head_count": 2**31}), "attention.head_count is 2147483648"),
+    "too many layers": (Tiny(metadata={"llama.block_count": 2**32 - 1}), "llama.block_count is 4294967295"),
+    "too long rows": (Tiny(metadata={"llama.embedding_length": 2**20 + 1}), "llama.embedding_length is 1048577"),
+    "too long heads": (Tiny(metadata={"llama.attention.value_length": 2**31}), "have a length of 2147483648"),
     "other heads": (
         Tiny(metadata={"llama.attention.value_length": 32}),
         r"blk.0.attn_output.weight is \[256, 256\], but by its metadata should be \[128, 256\]",
