@@ -32,7 +32,7 @@ ORIGINAL_CONFIG = ASIDE + ADAPTER_CONFIG
 # The weights themselves, where more of them changed than can be put back from the header.
 ORIGINAL_WEIGHTS = ASIDE + ADAPTER_WEIGHTS
 
-_BLOCK_BYTES = 8 * 1024 * 1024
+_BLOCK_BYTES = 256 * 1024
 _WEIGHTS_OF_MODELS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 

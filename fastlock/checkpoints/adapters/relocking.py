@@ -10,8 +10,10 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +251,8 @@ def _receipt(
 def _gap(fold: AdapterFold) -> float | None:
     if fold.shares_base:
         return 0.0
-    return fold.gap if math.isfinite(fold.gap) else None
+    gap = fold.gap
+    return gap if math.isfinite(gap) else None
 
 
 def _written(carried: Carried) -> dict[str, Any]:
@@ -266,20 +269,26 @@ def _write(
     new: NewDirectory, job: AdapterJob, carried: Carried, written: dict[str, Any], receipt: AdapterReceipt
 ) -> None:
     adapter = job.adapter
+    steps: list[Callable[[], None]] = []
     for name, placed in adapter_placements(adapter.files).items():
         file: Any = adapter.files[name]
         if name not in written:
-            put(new, placed, file, copy=name == ADAPTER_CONFIG or file.size <= MAX_COPIED_BYTES)
+            copy = name == ADAPTER_CONFIG or file.size <= MAX_COPIED_BYTES
+            steps.append(partial(put, new, placed, file, copy))
     for name, file in written.items():
-        put(new, name, file, copy=True)
+        steps.append(partial(put, new, name, file, copy=True))
     if ADAPTER_CONFIG in receipt.original:
-        new.write(ORIGINAL_CONFIG, read_all(adapter.files[ADAPTER_CONFIG], adapter.where))
+        config = read_all(adapter.files[ADAPTER_CONFIG], adapter.where)
+        steps.append(partial(new.write, ORIGINAL_CONFIG, config))
     if carried.kept_whole:
         file = adapter.files[ADAPTER_WEIGHTS]
-        put(new, ORIGINAL_WEIGHTS, file, copy=file.size <= MAX_COPIED_BYTES)
+        steps.append(partial(put, new, ORIGINAL_WEIGHTS, file, copy=file.size <= MAX_COPIED_BYTES))
     elif ADAPTER_WEIGHTS in receipt.original:
-        new.write(ORIGINAL_HEADER, header_of(adapter.files[ADAPTER_WEIGHTS]))
-    new.write(ADAPTER_RECEIPT, _json(receipt.to_dict()))
+        steps.append(partial(new.write, ORIGINAL_HEADER, header_of(adapter.files[ADAPTER_WEIGHTS])))
+    steps.append(partial(new.write, ADAPTER_RECEIPT, _json(receipt.to_dict())))
+    with ThreadPoolExecutor() as pool:  # each file is synced: the disk is waited for once, and not once a file
+        for done in [pool.submit(step) for step in steps]:
+            done.result()
 
 
 def _json(data: dict[str, Any]) -> bytes:

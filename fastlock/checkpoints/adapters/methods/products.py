@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastlock.checkpoints.adapters.methods.method import AdaptedSite
-from fastlock.kernels.fold.reference import HeadColumns, exact_fold
+
+# From so many on (its GRAIN_SIZE), torch shares numbers among its threads, for which it waits longer than it computes.
+_SHARED_NUMBERS = 2**15
 
 
 def displaced(at: AdaptedSite, matrix: torch.Tensor) -> torch.Tensor:
@@ -13,14 +15,12 @@ def displaced(at: AdaptedSite, matrix: torch.Tensor) -> torch.Tensor:
 
     Only the locked columns are read.
     """
-    if not len(matrix):
-        return torch.zeros(0, dtype=torch.float64, device="cpu")
-    displacement = at.displacement
-    return exact_fold(HeadColumns.in_projection(matrix, displacement.heads, displacement.head_dim), displacement.values)
+    values, head_dim = at.displacement.values.flatten(), at.displacement.head_dim
+    locked = [matrix[:, head * head_dim : (head + 1) * head_dim] for head in at.displacement.heads]
+    return times(torch.cat(locked, dim=1), values)
 
 
 def times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """M v, [rows] float64, of a matrix [rows, n] and v, [n] float64."""
-    if not len(vector):
-        return torch.zeros(len(matrix), dtype=torch.float64, device="cpu")
-    return exact_fold(HeadColumns(matrix, (0,)), vector[None])
+    rows = max(1, (_SHARED_NUMBERS - 1) // max(1, len(vector)))
+    return torch.cat([(some * vector).sum(1) for some in matrix.split(rows)])
