@@ -331,7 +331,7 @@ def _verify_over_base(found: AdapterEvidence, lock: Lock) -> Verification:
     receipt, layers = found.receipt, tuple(fold.layer for fold in found.folds)
     if receipt is not None and (other := not_this_lock(receipt, lock, layers)) is not None:
         return other
-    of_base = _verify_checkpoint(str(found.base.place), lock)
+    of_base = _verified_base(found.base, lock)
     if not of_base:
         reason = f"the lock should be in its base, {found.base.place}, and there it is not ({of_base.reason})"
         return replace(of_base, reason=reason)
@@ -341,6 +341,13 @@ def _verify_over_base(found: AdapterEvidence, lock: Lock) -> Verification:
     if found.problem is not None:
         return Verification("altered", of_base.strength, layers, layers, found.problem)
     return _judge_gaps(found, lock, of_base)
+
+
+def _verified_base(base: OpenedBase, lock: Lock) -> Verification:
+    """What is found of a relocked base: once for all adapters that it was opened for."""
+    if not base.verified:
+        base.verified.append(_verify_checkpoint(str(base.place), lock))
+    return base.verified[0]
 
 
 def _judge_gaps(found: AdapterEvidence, lock: Lock, of_base: Verification) -> Verification:

@@ -9,6 +9,7 @@ import peft
 import pytest
 
 import fastlock
+from fastlock import verification
 from fastlock.checkpoints.adapters import relocked_base
 from fastlock.zoo import adapters as zoo_adapters
 from fastlock.zoo import run as zoo
@@ -253,6 +254,33 @@ def test_a_worker_reads_a_base_once(mixed, adapted, lock, tmp_path, monkeypatch)
     assert opened == [str(adapted / "base")]
     monkeypatch.setattr(relocked_base, "open_base", None)
     assert do(job, Path(shutil.copytree(adapted / "three", mixed / "3")), tmp_path / "out").carrier == "base bias"
+    zoo_adapters._opened.cache_clear()
+
+
+def test_a_worker_verifies_a_relocked_base_once(mixed, adapted, lock, tmp_path, monkeypatch) -> None:
+    """Each adapter is judged by itself; and a base whose lock is gone is seen by a worker that did not look before."""
+    out, looked = tmp_path / "out", []
+    zoo_adapters._opened.cache_clear()
+    for name in ("1", "2", "3"):
+        shutil.copytree(adapted / "three", mixed / name)
+        assert do(job_for(lock, adapted / "base", out), mixed / name, out).carrier == "base bias"
+    rename_base(out / "2", "elsewhere")
+    shutil.copy(adapted / "two" / "adapter_model.safetensors", out / "3")
+    real = verification._verify_checkpoint
+    monkeypatch.setattr(verification, "_verify_checkpoint", lambda *of: looked.append(of[0]) or real(*of))
+
+    def verified(name):
+        task = tasks.Task(0, str(out / name), name, kind=ADAPTER)
+        return tasks.verify_one(job_for(lock, adapted / "base", out), task)[0].status
+
+    zoo_adapters._opened.cache_clear()
+    assert [verified(name) for name in "123"] == ["locked", "locked", "altered"]
+    assert looked == [str(out / "base-locked")]
+    shutil.rmtree(out / "base-locked")
+    fastlock.relock_checkpoint(adapted / "base", lock, out / "base-locked", 2.0, stacks=["transformers"])
+    zoo_adapters._opened.cache_clear()
+    assert verified("1") == "altered"
+    assert len(looked) == 2
     zoo_adapters._opened.cache_clear()
 
 

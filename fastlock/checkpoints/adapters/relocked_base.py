@@ -93,7 +93,7 @@ def _locked_at(base: OpenedBase, stacks: tuple[str, ...], place: Place) -> Opene
     part = base.part
     if not is_there(place):
         relock_checkpoint(base.place, part.lock, place, part.strength, stacks=stacks)
-        return replace(base, place=place, saved=receipt_in(files_in(place), str(place)))
+        return replace(base, place=place, saved=receipt_in(files_in(place), str(place)), verified=[])
     found = open_base(place, part.lock, part.strength, compared=False)
     digests = [weights_digest(of.part.digests[site.layer] for site in part.sites) for of in (base, found)]
     carried = () if found.saved is None else found.saved.carrier.stacks or ()

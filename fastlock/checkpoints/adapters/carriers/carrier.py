@@ -14,6 +14,7 @@ from fastlock.checkpoints.adapters.adapter_files import JoinedFile, SplicedFile
 from fastlock.checkpoints.adapters.folding import AdapterFold, AdapterFolds, BasePart, fold_adapter
 from fastlock.checkpoints.carrier import choose_carrier
 from fastlock.errors import FastlockError, UnsupportedError
+from fastlock.judgement import Verification
 from fastlock.kernels.fold.reference import rounded
 from fastlock.locks.lock import Lock
 from fastlock.locks.receipt import SavedReceipt
@@ -29,12 +30,14 @@ class OpenedBase:
         part: W d at every locked layer; its checkpoint is the base as it was before any relock.
         saved: the base's own receipt, None where it is not relocked.
         locked: the same base with the lock in its biases, by its place and stacks, once an adapter needed it.
+        verified: what was found of its own lock, once an adapter needed it; empty before.
     """
 
     place: Place
     part: BasePart
     saved: SavedReceipt | None
     locked: dict[tuple[Place, tuple[str, ...]], OpenedBase] = field(default_factory=dict, repr=False)
+    verified: list[Verification] = field(default_factory=list, repr=False)
 
     @property
     def carries_lock(self) -> bool:
