@@ -19,6 +19,8 @@ from fastlock.storage.files import (
     read_all,
 )
 
+# Relocked, a config holds the biases that its checkpoint had before: some megabytes in the largest models.
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**20
 
@@ -36,7 +38,7 @@ def read_config(files: Mapping[str, File], where: str) -> dict[str, Any]:
     if CONFIG not in files:
         raise holds_another_kind(files, where) or holds_no_config(where)
     place = f"{where}/{CONFIG}"
-    return parse_object(read_all(files[CONFIG], place), place, depth=MAX_CONFIG_DEPTH)
+    return parse_object(read_all(files[CONFIG], place, MAX_CONFIG_BYTES), place, depth=MAX_CONFIG_DEPTH)
 
 
 def holds_another_kind(files: Collection[str], where: str) -> UnsupportedError | None:

@@ -230,6 +230,13 @@ def test_a_config_that_disagrees_with_the_tensors(changes: dict, source) -> None
     refused(directory, lock)
 
 
+def test_a_config_of_millions_of_lists(source) -> None:
+    directory, lock = source
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace("{", '{"x": [' + "[]," * (6 * 2**20) + "0],", 1))
+    refused(directory, lock, "larger than 16 MiB")
+
+
 @pytest.mark.parametrize("depth", [70, 480, 900])
 def test_a_config_that_nests(depth: int, source) -> None:
     directory, lock = source
