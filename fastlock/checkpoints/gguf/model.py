@@ -119,12 +119,12 @@ class GgufModel:
         """
         self.parts, self.where = parts, where
         header = parts[0].header
-        self.architecture = shown(header.text(_ARCHITECTURE) or "")[:80]
+        self.architecture = shown((header.text(_ARCHITECTURE) or "")[:80])
         kind = header.text(_TYPE) or ("mmproj" if self.architecture == "clip" else "model")
         if kind == "model" and not any(part.header.tensors for part in parts):
             kind = "vocab"
         if kind != "model":
-            what = _OTHER_KINDS.get(kind, f"of the type {shown(kind)[:80]}. Give the model's GGUF")
+            what = _OTHER_KINDS.get(kind, f"of the type {shown(kind[:80])}. Give the model's GGUF")
             kind_of_error = WithoutHeadsError if kind in _WITHOUT_HEADS else UnsupportedError
             raise kind_of_error(f"{where}: is {what}.")
         if not self.architecture:

@@ -16,6 +16,8 @@ from fastlock.storage.files import parse_object
 
 RECEIPT_KEY = "fastlock.receipt"
 _FILES = "files"
+# That of the largest models holds the biases that they had before: some megabytes.
+_MAX_RECEIPT = 16 * 1024 * 1024
 _RELOCK_AGAIN = "Relock the original GGUF again."
 
 
@@ -83,6 +85,8 @@ def receipt_of_parts(parts: Sequence[GgufPart], where: str) -> GgufReceipt | Non
     text = parts[0].header.text(RECEIPT_KEY)
     if text is None:
         return None
+    if len(text) > _MAX_RECEIPT:
+        raise DamagedError(f"{where}: {RECEIPT_KEY} has {len(text)} characters, and no receipt does. {_RELOCK_AGAIN}")
     data = parse_object(text.encode(), f"{where}: {RECEIPT_KEY}", _RELOCK_AGAIN)
     files = data.pop(_FILES, None)
     if not isinstance(files, list) or len(files) != len(parts):

@@ -585,3 +585,6 @@ def test_a_key_of_ours_that_we_did_not_write(tmp_path, lock) -> None:
         relocked(source, lock)
     assert encoded_text("fastlock.receipt", "hello") in source.read_bytes()
     assert not os.path.exists(tmp_path / "out.gguf")
+    Tiny(metadata={"fastlock.receipt": "[]," * (6 * 2**20)}).write(source)
+    with pytest.raises(fastlock.DamagedError, match="fastlock.receipt has 18874368 characters, and no receipt does"):
+        relocked(source, lock)
