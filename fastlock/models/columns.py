@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from fastlock.models.sites import Site
 ORIGINAL_COLUMNS = "fastlock_original_columns"
 PLACED_COLUMNS = "fastlock_placed_columns"
 _HEADS = "fastlock_gated_heads"
+# The modules of this process that have them.
+_GATED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 _ADAPTER = "make an adapter of the lock on disk (fastlock relock), which leaves the weights as they are"
 
@@ -39,6 +42,17 @@ class GatedColumns:
 def holds_gate(module: Any) -> bool:
     """Whether a gate was written into a module's weight."""
     return hasattr(module, PLACED_COLUMNS)
+
+
+def gated_weights() -> list[tuple[nn.Module, torch.Tensor]]:
+    """The modules of this process into whose weights a gate was written, with these weights."""
+    weights = [(module, getattr(module, "weight", None)) for module in _GATED]
+    return [(module, weight) for module, weight in weights if isinstance(weight, torch.Tensor)]
+
+
+def note_copy(model: nn.Module) -> None:
+    """Take note of the gates in a copy of a relocked model."""
+    _GATED.update(module for module in model.modules() if holds_gate(module))
 
 
 def gated_heads(module: Any) -> tuple[int, ...]:
@@ -108,6 +122,7 @@ def keep_columns(
     module.register_buffer(ORIGINAL_COLUMNS, original, persistent=False)
     module.register_buffer(PLACED_COLUMNS, placed, persistent=False)
     module.__dict__[_HEADS] = tuple(heads)
+    _GATED.add(module)
 
 
 def forget_columns(module: nn.Module) -> None:
@@ -115,6 +130,7 @@ def forget_columns(module: nn.Module) -> None:
     for name in (ORIGINAL_COLUMNS, PLACED_COLUMNS, _HEADS):
         if hasattr(module, name):
             delattr(module, name)
+    _GATED.discard(module)
 
 
 def check_rewritable(site: Site) -> None:

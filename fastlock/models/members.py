@@ -20,12 +20,13 @@ from fastlock.models.columns import (
     check_not_around,
     check_rewritable,
     extent_of,
+    gated_weights,
     holds_gate,
     original_columns,
     overlap,
     shares_memory,
 )
-from fastlock.models.placing import gated_weights, holder_of, original_bias
+from fastlock.models.placing import holder_of, original_bias
 from fastlock.models.reloaded import guard_saving, receipt_of, take_over
 from fastlock.models.sites import BareProjections, Site, bare_sites, sites_for, unwrapped
 from fastlock.models.state import holds_lock, locked_sites

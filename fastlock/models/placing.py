@@ -40,8 +40,6 @@ from fastlock.models.state import (
 
 # Of each original bias that holds a lock now, the projection (a weak reference) through which it got it.
 _HOLDERS: Any = WeakIdKeyDictionary()
-# The projections whose weights hold a gate now.
-_GATED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def original_bias(site: Site) -> torch.Tensor | None:
@@ -107,7 +105,6 @@ def place_all(model: nn.Module, receipt: Receipt, placements: Sequence[Placement
             _place(p.site.module, p.bias, undo)
         if p.columns is not None:
             place_columns(p.site, p.heads, p.columns, undo)
-            _note_gate(p.site.module, True, undo)
     mark(model, receipt, undo)
     return with_digests_of(receipt, [p.site for p in placements])
 
@@ -130,7 +127,6 @@ def take_out(model: nn.Module, undo: ExitStack) -> None:
             _restore(site.module, undo)
         if holds_gate(site.module):
             restore_columns(site, undo)
-            _note_gate(site.module, False, undo)
     mark(model, None, undo)
 
 
@@ -195,17 +191,6 @@ def still_locked(model: nn.Module, receipt: Receipt) -> list[Site]:
                 "tell whether it holds the lock. Put the earlier module back, or load the checkpoint again."
             )
     return locked
-
-
-def gated_weights() -> list[tuple[nn.Module, torch.Tensor]]:
-    """The modules of this process into whose weights a gate was written, with these weights."""
-    weights = [(module, getattr(module, "weight", None)) for module in _GATED]
-    return [(module, weight) for module, weight in weights if isinstance(weight, torch.Tensor)]
-
-
-def _note_gate(module: nn.Module, holds: bool, undo: ExitStack) -> None:
-    undo.callback(_GATED.discard if holds else _GATED.add, module)
-    (_GATED.add if holds else _GATED.discard)(module)
 
 
 def _place(module: Any, bias: torch.Tensor, undo: ExitStack) -> None:

@@ -23,6 +23,7 @@ from fastlock.architectures.bias_paths import keys_that_use_the_bias
 from fastlock.architectures.llama_form import llama_config
 from fastlock.errors import FastlockError, FastlockWarning, UnsupportedError
 from fastlock.locks.receipt import CONFIG_KEY, CarrierNote, Receipt, SavedReceipt, raw_bytes
+from fastlock.models.columns import note_copy
 from fastlock.models.sites import Site, family_of
 from fastlock.models.state import ORIGINAL_BIAS, RECEIPT, flag_before, locked_sites, with_digests_of
 
@@ -35,6 +36,11 @@ class _Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_swapped, type(self).__bases__, self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        model: Any = self
+        note_copy(model)
 
 
 class Relocked(_Swapped):

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -415,6 +416,25 @@ def test_memory_that_two_models_share_takes_one_gate() -> None:
     fastlock.unlock(first)
     assert same_state(state(first), before)
     fastlock.relock(second, lock)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_memory_that_a_copy_shares_takes_one_gate(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """The copy of a relocked model, which nobody relocked, and a third one over its memory."""
+    model, third = tiny_model("llama"), tiny_model("llama")
+    lock, unlocked = gated_lock(model), state(model)
+    fastlock.relock(model, lock)
+    twin = copied(model)
+    for own, other in zip(sites(third), sites(twin), strict=True):
+        own.module.weight = nn.Parameter(other.module.weight.detach())
+    before = state(third)
+    for late in (lock, random_lock(third)):
+        with pytest.raises(fastlock.UnsupportedError, match="holds a gate already"):
+            fastlock.relock(third, late)
+    assert same_state(state(third), before)
+    fastlock.unlock(twin)
+    assert same_state(state(third), unlocked)
+    fastlock.relock(third, lock)
 
 
 def test_adapters_take_no_gate() -> None:
