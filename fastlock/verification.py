@@ -17,7 +17,7 @@ from fastlock.checkpoints.adapters.carriers.carrier import OpenedBase
 from fastlock.checkpoints.adapters.evidence import AdapterEvidence, gather_evidence
 from fastlock.checkpoints.band_digests import StoredBand, TensorDifference, compared
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
-from fastlock.checkpoints.layout import ORIGINAL_COLUMNS, bypass
+from fastlock.checkpoints.layout import COLUMNS_FILE, bypass
 from fastlock.checkpoints.relocked import (
     change_since,
     original_biases_on_disk,
@@ -277,7 +277,7 @@ def _verify_checkpoint(directory: str | os.PathLike[str], lock: Lock) -> Verific
 
 def _stored_gate(checkpoint: Checkpoint, saved: SavedReceipt | None, lock: Lock) -> StoredGate | None:
     """The gate of this lock in a checkpoint's weights, with the columns before it; None where there is none."""
-    if saved is None or not saved.receipt.rank or ORIGINAL_COLUMNS not in checkpoint.files:
+    if saved is None or not saved.receipt.rank or COLUMNS_FILE not in checkpoint.files:
         return None
     return StoredGate(checkpoint, saved.receipt, lock) if saved.receipt.lock_digest == lock.digest else None
 

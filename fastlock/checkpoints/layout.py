@@ -22,7 +22,7 @@ _LINKED = "model-fastlock-"
 
 ASIDE = "fastlock/original/"
 # Of sites whose weights a gate rewrote, the columns that were there before.
-ORIGINAL_COLUMNS = "fastlock/original_columns.safetensors"
+COLUMNS_FILE = "fastlock/original_columns.safetensors"
 
 MAX_COPIED_BYTES = 2**20
 
@@ -100,7 +100,7 @@ def linked_name(shard: str) -> str:
 
 def is_of_relocking(name: str) -> bool:
     """Whether a name in a relocked directory is fastlock's own: new, changed, renamed, or a signature of the new."""
-    is_new = name in (CONFIG, INDEX, NEW_SHARD, ORIGINAL_COLUMNS)
+    is_new = name in (CONFIG, INDEX, NEW_SHARD, COLUMNS_FILE)
     return is_new or name.startswith((ASIDE, _LINKED)) or fnmatch(_plain(name), _SIGNATURE)
 
 

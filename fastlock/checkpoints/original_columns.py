@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
-from fastlock.checkpoints.layout import ORIGINAL_COLUMNS
+from fastlock.checkpoints.layout import COLUMNS_FILE
 from fastlock.checkpoints.tensor_index import read_header, shard_header
 from fastlock.errors import DamagedError
 from fastlock.locks.receipt import Receipt, columns_digest, raw_bytes, weights_digest
@@ -33,10 +33,10 @@ class OriginalColumns:
             DamagedError: it is not there, or damaged.
         """
         self._where = where
-        if ORIGINAL_COLUMNS not in files:
+        if COLUMNS_FILE not in files:
             raise self._lost("is not there any more")
-        self._file = files[ORIGINAL_COLUMNS]
-        self._tensors = read_header(self._file, ORIGINAL_COLUMNS, where)
+        self._file = files[COLUMNS_FILE]
+        self._tensors = read_header(self._file, COLUMNS_FILE, where)
 
     def read(self, site: StoredSite, heads: tuple[int, ...]) -> torch.Tensor:
         """Those of one site, side by side: [hidden, len(heads) * head_dim], in the dtype of the site.
@@ -66,7 +66,7 @@ class OriginalColumns:
 
     def _lost(self, how: str) -> DamagedError:
         return DamagedError(
-            f"{self._where}: {ORIGINAL_COLUMNS} {how}. It keeps the weights that the lock's gate rewrote, which "
+            f"{self._where}: {COLUMNS_FILE} {how}. It keeps the weights that the lock's gate rewrote, which "
             "therefore cannot be put back. Start from the original checkpoint."
         )
 

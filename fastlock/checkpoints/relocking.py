@@ -24,8 +24,8 @@ from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.folding import FoldedSite, FoldedSites, Folds, fold_sites, helpers
 from fastlock.checkpoints.layout import (
     ASIDE,
+    COLUMNS_FILE,
     NEW_SHARD,
-    ORIGINAL_COLUMNS,
     Placement,
     is_small,
     linked_name,
@@ -212,7 +212,7 @@ def _write(new: Target, relocked: _Relocked) -> None:
     set_aside = _carry_files(new, relocked)
     rewritten = [(f.site, f.heads) for f in folded if f.rewritten is not None]
     if rewritten:
-        new.write_parts(ORIGINAL_COLUMNS, kept_columns(checkpoint, rewritten))
+        new.write_parts(COLUMNS_FILE, kept_columns(checkpoint, rewritten))
     index_digest = _write_index(new, checkpoint, added)
     card = checkpoint.files.get(CARD)
     new.write(CARD, with_section(None if card is None else read_all(card, CARD), relocked.receipt, relocked.stacks))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredSite
-from fastlock.checkpoints.layout import ORIGINAL_COLUMNS
+from fastlock.checkpoints.layout import COLUMNS_FILE
 from fastlock.checkpoints.original_columns import OriginalColumns, locked_sites
 from fastlock.judgement import is_rewritten
 from fastlock.kernels.fold.reference import HeadColumns
@@ -62,7 +62,7 @@ class StoredGate:
     def kept_others(self) -> str | None:
         """What is to be said if the columns that are kept are not those that the receipt speaks of, as a clause."""
         digest = self._digest(self._kept, lambda site, heads: columns_digest(self._originals.read(site, heads)))
-        return None if digest == self._receipt.weights_digest else f"{ORIGINAL_COLUMNS} holds others than it was given"
+        return None if digest == self._receipt.weights_digest else f"{COLUMNS_FILE} holds others than it was given"
 
     def _digest(self, known: _Digests, read: Callable[[StoredSite, tuple[int, ...]], bytes]) -> str:
         """The digest over all sites of the receipt; only those that nobody compared are read for it."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastlock
-from fastlock.checkpoints.layout import ORIGINAL_COLUMNS
+from fastlock.checkpoints.layout import COLUMNS_FILE
 from tests.checkpoints.test_crash import Failing, contents, finished, forked
 from tests.helpers.adapters import config_of, save_adapter
 from tests.helpers.families import gated_lock, tiny_model
@@ -67,7 +67,7 @@ def of_checkpoints(tmp_path: Path, what: str) -> Work:
     source, locked, place, out = (tmp_path / name for name in ("source", "locked", "place", "out"))
     model.save_pretrained(source, max_shard_size="80KB")
     fastlock.relock_checkpoint(source, lock, locked)
-    assert (locked / ORIGINAL_COLUMNS).is_file()
+    assert (locked / COLUMNS_FILE).is_file()
     kept = {source: contents(source), locked: contents(locked)}
     if what == "relock":
         return Work(partial(fastlock.relock_checkpoint, source, lock, out), out, None, kept[locked], kept)

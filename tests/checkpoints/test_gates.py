@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import fastlock
 from fastlock.architectures.families import FAMILIES
 from fastlock.checkpoints import folding
-from fastlock.checkpoints.layout import NEW_SHARD, ORIGINAL_COLUMNS
+from fastlock.checkpoints.layout import COLUMNS_FILE, NEW_SHARD
 from fastlock.checkpoints.tensor_index import read_header
 from fastlock.models.unfolded import unfolded
 from fastlock.storage.local import LocalFile
@@ -116,7 +116,7 @@ def test_shards_without_a_locked_projection_are_linked(tmp_path) -> None:
     for shard in set(index.values()):
         linked = (tmp_path / "locked" / shard.replace("model-", "model-fastlock-")).samefile(source / shard)
         assert linked == (shard not in holding)
-    columns = load_file(tmp_path / "locked" / ORIGINAL_COLUMNS)
+    columns = load_file(tmp_path / "locked" / COLUMNS_FILE)
     assert sum(tensor.nbytes for tensor in columns.values()) == 3 * 32 * 64 * 2  # three heads
     assert contents(source) == before
 
@@ -193,7 +193,7 @@ def test_verifying_reads_every_column_once(tmp_path, monkeypatch) -> None:
         for name in index
         if name.endswith(("0.self_attn.o_proj.weight", "2.self_attn.o_proj.weight"))
     }
-    columns |= dict.fromkeys(load_file(locked / ORIGINAL_COLUMNS), locked / ORIGINAL_COLUMNS)
+    columns |= dict.fromkeys(load_file(locked / COLUMNS_FILE), locked / COLUMNS_FILE)
     assert len(columns) == 4
     for name, path in columns.items():
         tensor = read_header(LocalFile(path), path.name, "")[name]
@@ -213,7 +213,7 @@ def test_what_was_changed_is_found(tmp_path) -> None:
     name = "model.layers.2.self_attn.o_proj.weight"
     for case, file, tensor, change in (
         ("weights", RENAMED, name, lambda t: t[5, 64:96].mul_(1.5)),  # of head 2
-        ("kept", ORIGINAL_COLUMNS, name.replace("weight", "columns"), lambda t: t[5].mul_(1.5)),
+        ("kept", COLUMNS_FILE, name.replace("weight", "columns"), lambda t: t[5].mul_(1.5)),
     ):
         shutil.copytree(tmp_path / "locked", tmp_path / case)
         alter(tmp_path / case / file, tensor, change)
@@ -234,7 +234,7 @@ def test_a_bit_of_what_is_kept_is_found(tmp_path) -> None:
     """The fold of it is as right, within the bound of a float32 sum; the receipt's digest tells."""
     _, lock, source = gated(tmp_path, dtype=torch.float32)
     fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
-    kept = tmp_path / "locked" / ORIGINAL_COLUMNS
+    kept = tmp_path / "locked" / COLUMNS_FILE
     alter(kept, "model.layers.2.self_attn.o_proj.columns", lambda t: t.view(torch.int32)[5, 3:4].bitwise_xor_(1))
     assert "holds others" in fastlock.verify(tmp_path / "locked", lock).reason
 
@@ -245,7 +245,7 @@ def test_both_columns_of_another_model_are_not_the_receipts(tmp_path) -> None:
     fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
     tiny_model("llama", torch.bfloat16, seed=8).save_pretrained(tmp_path / "b")
     fastlock.relock_checkpoint(tmp_path / "b", lock, tmp_path / "other")
-    for file in (RENAMED, ORIGINAL_COLUMNS):
+    for file in (RENAMED, COLUMNS_FILE):
         (tmp_path / "locked" / file).unlink()
         shutil.copy(tmp_path / "other" / file, tmp_path / "locked" / file)
     assert fastlock.verify(tmp_path / "locked", lock).state == "altered"
@@ -257,7 +257,7 @@ def test_both_columns_of_another_model_are_not_the_receipts(tmp_path) -> None:
 def test_without_what_was_kept_there_is_no_way_back(tmp_path) -> None:
     _, lock, source = gated(tmp_path)
     fastlock.relock_checkpoint(source, lock, tmp_path / "locked")
-    (tmp_path / "locked" / ORIGINAL_COLUMNS).unlink()
+    (tmp_path / "locked" / COLUMNS_FILE).unlink()
     found = fastlock.verify(tmp_path / "locked", lock)
     assert found
     assert "nothing was recomputed" in found.reason
