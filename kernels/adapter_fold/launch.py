@@ -260,7 +260,7 @@ def _check_shapes(site: LowRankSite, result: torch.Tensor, head_dim: int, device
 def _interpreted() -> bool:
     """Whether Triton is there and interprets its kernels, which then run on a CPU."""
     try:
-        from fastlock.kernels.adapter_fold import triton_kernel as jit
+        from fastlock.kernels.fold.triton_kernel import INTERPRETED
     except ImportError:
         return False
-    return jit.INTERPRETED
+    return INTERPRETED

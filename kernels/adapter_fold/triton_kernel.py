@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 
 from fastlock.kernels.adapter_fold import variants
-
-# True where TRITON_INTERPRET=1 was set when this module was imported: the kernel then runs on the CPU.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+from fastlock.kernels.fold.triton_kernel import DTYPES, pointer_to
 
 # One row of the site table, [SITE_FIELDS] int64, as `launch.build_table` fills it: 128 bytes, at a multiple of 128.
 A = tl.constexpr(0)  # address of A, [rank, width]
@@ -36,18 +32,6 @@ SHARED = tl.constexpr(13)  # address of what the layer's adapters share, float32
 OUT = tl.constexpr(14)  # address of the result
 SITE = tl.constexpr(15)  # which of the caller's sites it is, for its flag
 SITE_FIELDS = tl.constexpr(variants.SITE_FIELDS)
-
-VECTOR_BYTES = tl.constexpr(variants.VECTOR_BYTES)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def pointer_to(address: tl.tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """A pointer to what an int64 is the address of."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        # On the pointer, not on the integer before the cast: only then are the loads 16 bytes wide.
-        pointer = tl.multiple_of(pointer, VECTOR_BYTES)
-    return pointer
 
 
 @triton.jit  # type: ignore[untyped-decorator]
