@@ -183,9 +183,9 @@ class Adapted:
             base.bias = nn.Parameter(of_base if own is None else own + of_base, requires_grad=False)
             through = copied(units[-1:][None])[0, 0] - outputs[-1]
             scale = float(max(outputs.abs().max(), of_base.abs().max(), of_layer.abs().max()))
-        if _alike(through, of_base, scale):
+        if alike(through, of_base, scale):
             return found.contiguous()
-        if _alike(through, of_layer, scale):
+        if alike(through, of_layer, scale):
             return plain
         raise UnsupportedError(
             f"{_shown(self.layer)} treats a bias of its base in a way that fastlock does not know. Merge its adapters "
@@ -197,7 +197,7 @@ class Adapted:
         x, d = torch.randn(2, self.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(self.device)
         with self._copied() as copied:
             zero, of_d, of_x, of_both = copied(torch.stack([0 * d, d, x, x + d])[None])[0]
-        return _alike(of_both - of_x, of_d - zero, float(max(of_both.abs().max(), of_d.abs().max())))
+        return alike(of_both - of_x, of_d - zero, float(max(of_both.abs().max(), of_d.abs().max())))
 
     @contextlib.contextmanager
     def _copied(self) -> Iterator[Any]:
@@ -209,7 +209,8 @@ class Adapted:
         yield copied.requires_grad_(False).double()
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
+def alike(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
+    """Whether two float64 evaluations give the same numbers, up to rounding; the largest of the outputs is `scale`."""
     return bool(((a - b).abs() <= _TOLERANCE * scale).all())
 
 

@@ -19,6 +19,7 @@ from fastlock.checkpoints.adapters.methods.method import Action, AdaptedSite, Ef
 from fastlock.checkpoints.adapters.methods.patterns import value_for
 from fastlock.checkpoints.tensor_index import StoredTensor
 from fastlock.errors import FastlockError, UnsupportedError, shown
+from fastlock.models.projections.adapted import alike
 
 # What of a config says which modules are adapted: here it is the one, whatever it says.
 _CHOICE = {
@@ -47,8 +48,6 @@ _NOT_WITHOUT_NUMBERS = (*_MEASURED, "BOFT", "SHIRA")
 # Where SHiRA's numbers belong in W, [2, n]: rows and columns, which PEFT reads memory by without looking at them.
 _PLACES = "shira_indices"
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-# How far two float64 evaluations of the same number may be apart, relative to the largest of the outputs.
-_TOLERANCE = 1e-9
 _MAX_NUMBER = 2**31
 # What PEFT loops over as often as a config says, and no tensor's shape holds.
 _MAX_LOOPS = {"num_cayley_neumann_terms": 1024, "boft_n_butterfly_factor": 64, "depth": 256}
@@ -259,19 +258,15 @@ def _evaluate(layer: Any, at: AdaptedSite) -> tuple[torch.Tensor, Action]:
     zero, displaced, there, there_displaced = layer(torch.stack([0 * d, d, elsewhere, elsewhere + d])[None])[0]
     shift = displaced - zero
     scale = max(float(x.abs().max()) for x in (displaced, there, there_displaced, at.base_part))
-    if not _alike(there_displaced - there, shift, scale):
+    if not alike(there_displaced - there, shift, scale):
         raise UnsupportedError(
             f"{at.where}: its layer is not affine: what a displacement does to it depends on its input, and no bias "
             "does the same. Merge the adapter into its base if PEFT can, and relock the result."
         )
     layer.get_base_layer().bias.copy_(at.base_part)
     through = layer((0 * d)[None, None])[0, 0] - zero
-    if _alike(through, at.base_part, scale):
+    if alike(through, at.base_part, scale):
         return shift, "added"
-    if _alike(through, shift, scale):
+    if alike(through, shift, scale):
         return shift, "scaled"
     return shift, "replaced"
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
-    return bool(((a - b).abs() <= _TOLERANCE * scale).all())
