@@ -63,7 +63,8 @@ def _steps(key: str, path: str) -> int:
     if len(key) > _MAX_LENGTH or len(path) > _MAX_LENGTH or _UNSAFE.search(key):
         return _MAX_STEPS + 1
     choices = math.prod(part.count("|") + 1 for part in re.split("[()]", key))
-    return max(_COMPILED_STEPS, choices * (len(path) + 1) ** (1 + len(_REPEATS.findall(key))))
+    lengths: int = (len(path) + 1) ** (1 + len(_REPEATS.findall(key)))
+    return max(_COMPILED_STEPS, choices * lengths)
 
 
 def _matches(key: str, path: str, name: str, where: str) -> bool:
