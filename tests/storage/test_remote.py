@@ -480,13 +480,13 @@ def test_sources_of_a_zoo_there(s3, tmp_path) -> None:
     lock, source, _ = prepared(tmp_path)
     zoo_of(bucket, source, ["x/final", "y/final", "y/other"])
     found = find_sources([f"{S3}/zoo/*/final", source])
-    assert [(c.directory, c.name) for c in found][-1] == (str(source), "source")
-    assert {c.directory for c in found} >= {f"{S3}/zoo/x/final", f"{S3}/zoo/y/final"}
+    assert [(c.place, c.name) for c in found][-1] == (str(source), "source")
+    assert {c.place for c in found} >= {f"{S3}/zoo/x/final", f"{S3}/zoo/y/final"}
     with pytest.raises(fastlock.FastlockError, match="both would be named final"):
         relock_zoo([f"{S3}/zoo/*/final"], lock, tmp_path / "out", workers=1)
     (tmp_path / "list.txt").write_text(f"{S3}/zoo/x/final\nsource  \n# no\n")
     found = find_sources([tmp_path / "list.txt", f"{S3}/zoo/x/final/"])
-    assert [c.directory for c in found] == [f"{S3}/zoo/x/final", str(source)]
+    assert [c.place for c in found] == [f"{S3}/zoo/x/final", str(source)]
     names = [c.name for c in find_sources([f"{S3}/zoo"], f"{S3}/zoo/y")]
     assert names == ["x/final"]
     with pytest.raises(fastlock.FastlockError, match="no checkpoint is there"):
