@@ -37,7 +37,7 @@ class Bits4:
         tensors.check("weight.quant_map", ("F32",), (16,))
         if "weight.nested_absmax" in tensors:
             self._nested = _whole(tensors, state, "nested_blocksize")
-            offset = state.get("nested_offset")
+            offset: Any = state.get("nested_offset")
             if type(offset) not in (int, float) or not abs(offset) <= _LARGEST_FLOAT32:
                 raise tensors.damaged("its quant_state has no sound nested_offset")
             self._offset = float(offset)
