@@ -26,25 +26,22 @@ from fastlock.checkpoints.relocked import (
     was_relocked_here,
 )
 from fastlock.checkpoints.stored_gate import StoredGate
-from fastlock.dtypes import BY_TORCH_NAME, coarsest
+from fastlock.dtypes import BY_TORCH_NAME
 from fastlock.errors import FastlockError
 from fastlock.judgement import (
     SiteEvidence,
     Verification,
     evidence_of,
-    is_rewritten,
     judge,
     judge_by_digests,
     not_this_lock,
 )
-from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.band import Band, check_band
-from fastlock.locks.gate import Gate
 from fastlock.locks.lock import Displacement, Lock, check_lock
 from fastlock.locks.receipt import Receipt, SavedReceipt
-from fastlock.models.columns import check_not_around, holds_gate, original_columns, present_columns
+from fastlock.models.evidence import site_evidence
 from fastlock.models.reloaded import can_tell, is_loaded, original_biases, receipt_of, unchanged
-from fastlock.models.sites import Site, sites_for, unwrapped
+from fastlock.models.sites import sites_for, unwrapped
 from fastlock.storage.places import as_place, files_in
 from fastlock.threads import in_threads
 
@@ -226,9 +223,7 @@ def _verify_model(model: nn.Module, lock: Lock) -> Verification:
         return judge_by_digests(receipt, lock, tuple(site.layer for site in sites), problem_found)
     earlier = _dtypes_by_layer(receipt)
     unit, gates = lock.constant(1.0), {} if receipt is None else lock.gates(receipt.strength)
-    evidence = [
-        _evidence_in_memory(site, unit[site.layer], earlier[site.layer], gates.get(site.layer)) for site in sites
-    ]
+    evidence = [site_evidence(site, unit[site.layer], earlier[site.layer], gates.get(site.layer)) for site in sites]
 
     def originals(known: Receipt) -> dict[int, torch.Tensor | None]:
         by_name = original_biases(model, known)
@@ -392,24 +387,6 @@ def _dtypes_by_layer(receipt: Receipt | None) -> defaultdict[int, list[torch.dty
         for site, dtype in zip(receipt.sites, receipt.dtypes, strict=True):
             dtypes[site.layer] = [BY_TORCH_NAME[name] for name in (*site.earlier_dtypes, dtype)]
     return dtypes
-
-
-def _evidence_in_memory(site: Site, unit: Displacement, earlier: list[torch.dtype], gate: Gate | None) -> SiteEvidence:
-    check_not_around(site)
-    columns = original_columns(site, unit.heads)
-    # One of the two may be another dtype than it was: bitsandbytes rounds biases when they are first used.
-    now = coarsest([columns.matrix.dtype] if site.bias is None else [columns.matrix.dtype, site.bias.dtype])
-    found = evidence_of(site.layer, columns, unit.values, site.bias, [*earlier, now])
-    if gate is None:
-        return found
-    before, present = _as_rounded(columns, found.dtype), present_columns(site, gate.heads)
-    return replace(found, gate=holds_gate(site.module) and is_rewritten(before, gate, present, found.rounding))
-
-
-def _as_rounded(columns: HeadColumns, dtype: torch.dtype) -> HeadColumns:
-    """The same numbers in the dtype that what a gate makes of them was rounded to, if it holds them."""
-    rounded = columns.matrix.to(dtype)
-    return HeadColumns(rounded, columns.starts) if torch.equal(rounded.to(columns.matrix), columns.matrix) else columns
 
 
 def _stored_evidence(
