@@ -20,7 +20,8 @@ from fastlock.models.reloaded import check_unlocked
 from fastlock.models.sites import Site, sites, unwrapped
 from fastlock.recipes.constant_training import ConstantSettings, train_constant
 from fastlock.recipes.gate_lock import checked_layers, gated_rows, lock_of
-from fastlock.recipes.gate_training import Asked, GateSettings, TrainedGate, train_gate
+from fastlock.recipes.gate_training import Asked, train_gate
+from fastlock.recipes.gate_weights import GateSettings, TrainedGate
 from fastlock.recipes.pairs import (
     Pair,
     pair_from,
