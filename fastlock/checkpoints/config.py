@@ -45,8 +45,8 @@ def holds_another_kind(files: Collection[str], where: str) -> UnsupportedError |
     """The error that says what is in a directory instead of a checkpoint; None where nothing is that fastlock knows."""
     if any(name.lower().endswith(".gguf") for name in files):
         return UnsupportedError(
-            f"{where}: holds GGUF. Give the path of the GGUF file itself (in Python, fastlock.relock_gguf), or relock "
-            "the safetensors that it was made from, and convert the result."
+            f"{where}: holds GGUF. Give the path of the GGUF file itself (in Python, fastlock.relock_gguf), or all of "
+            "them to fastlock zoo; or relock the safetensors that it was made from, and convert the result."
         )
     if "adapter_config.json" in files:
         return UnsupportedError(
