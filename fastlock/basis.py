@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -41,6 +42,17 @@ _WHAT_TO_DO = (
 )
 
 
+class Columns(Protocol):
+    """The columns of some heads, in the rows that are asked for: `HeadColumns`, or such as are dequantised then."""
+
+    @property
+    def hidden(self) -> int:
+        """How many rows there are."""
+
+    def in_rows(self, rows: slice) -> HeadColumns:
+        """Those in some rows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Likeness:
     """How alike the columns of one site's locked heads and those of the lock's base are.
@@ -57,7 +69,7 @@ class Likeness:
     alike: torch.Tensor | None = None
 
 
-def column_norms(columns: HeadColumns, head_dim: int, every: int = 1) -> torch.Tensor:
+def column_norms(columns: Columns, head_dim: int, every: int = 1) -> torch.Tensor:
     """The Euclidean norm of each column, over the hidden dimension: [heads, head_dim] float32, on the CPU.
 
     Args:
@@ -65,17 +77,18 @@ def column_norms(columns: HeadColumns, head_dim: int, every: int = 1) -> torch.T
         head_dim: how many a head has.
         every: take one row of so many, and estimate.
     """
-    matrix = columns.matrix[::every]
-    sums = torch.zeros(len(columns.starts), head_dim, dtype=torch.float64, device=matrix.device)
-    for i, start in enumerate(columns.starts):
+    taken = columns.in_rows(slice(None, None, every))
+    matrix = taken.matrix
+    sums = torch.zeros(len(taken.starts), head_dim, dtype=torch.float64, device=matrix.device)
+    for i, start in enumerate(taken.starts):
         for rows in matrix[:, start : start + head_dim].split(SAMPLED_ROWS):
             # In float32 alone, where a float64 would overflow: a fold of such weights is refused for that.
             narrow = rows.float()
             sums[i] += narrow.mul_(narrow).sum(dim=0) if narrow is not rows else narrow.square().sum(dim=0)
-    return (sums * (columns.matrix.shape[0] / max(1, matrix.shape[0]))).sqrt().float().cpu()
+    return (sums * (columns.hidden / max(1, len(matrix)))).sqrt().float().cpu()
 
 
-def likeness(columns: HeadColumns, norms: torch.Tensor, base: HeadColumns | None = None) -> Likeness | None:
+def likeness(columns: Columns, norms: torch.Tensor, base: HeadColumns | None = None) -> Likeness | None:
     """How alike the locked heads of one site and those of the base are; None where norms are not finite.
 
     Args:
@@ -84,13 +97,13 @@ def likeness(columns: HeadColumns, norms: torch.Tensor, base: HeadColumns | None
         base: the base's columns, if they are at hand.
     """
     head_dim = norms.shape[1]
-    every = max(1, columns.matrix.shape[0] // SAMPLED_ROWS)
+    every = max(1, columns.hidden // SAMPLED_ROWS)
     found = _likeness_of_norms(column_norms(columns, head_dim, every), norms)
     if found is not None and every > 1 and float(found.spreads.max()) > _DOUBT:
         found = _likeness_of_norms(column_norms(columns, head_dim), norms)
     if found is None or base is None:
         return found
-    return Likeness(found.levels, found.spreads, _alike(columns, base, head_dim))
+    return Likeness(found.levels, found.spreads, _alike(columns.in_rows(slice(None)), base, head_dim))
 
 
 def _likeness_of_norms(found: torch.Tensor, norms: torch.Tensor) -> Likeness | None:

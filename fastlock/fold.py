@@ -276,7 +276,7 @@ class _ByReference:
             room = reference.Room.on(self.results[0].device, max(map(len, self.results)), self.head_dim)
             for f, b in zip(self._folds, self.results, strict=True):
                 rows = slice(part * len(b) // parts, (part + 1) * len(b) // parts)
-                columns = replace(f.columns, matrix=f.columns.matrix[rows])
+                columns = f.columns.in_rows(rows)
                 b[rows].copy_(reference.fold(columns, f.values, None if f.bias is None else f.bias[rows], room))
 
     def finish(self) -> FastlockError | None:

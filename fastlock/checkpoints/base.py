@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastlock.basis import Likeness, column_norms, likeness
+from fastlock.basis import Columns, Likeness, column_norms, likeness
 from fastlock.checkpoints.checkpoint import Checkpoint
 from fastlock.checkpoints.relocked import original_files
 from fastlock.errors import FastlockWarning, MismatchError
-from fastlock.kernels.fold.reference import HeadColumns
 from fastlock.locks.lock import Lock
 from fastlock.storage.places import as_place, files_in
 
@@ -40,7 +39,7 @@ class Base:
         """Whether anything can be compared."""
         return bool(self.norms) or self.checkpoint is not None
 
-    def likeness(self, layer: int, heads: Sequence[int], columns: HeadColumns) -> Likeness | None:
+    def likeness(self, layer: int, heads: Sequence[int], columns: Columns) -> Likeness | None:
         """How alike the locked columns of a layer and the base's are; None where nothing can be compared."""
         if self.checkpoint is None:
             norms = self.norms.get(layer)

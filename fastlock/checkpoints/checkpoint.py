@@ -18,6 +18,7 @@ from fastlock.architectures.families import Family, check_lock_fits, family_of_c
 from fastlock.checkpoints.config import read_config, transformers_config
 from fastlock.checkpoints.quantised import (
     WEIGHTS,
+    DequantisedColumns,
     Quantised,
     Settings,
     SiteTensors,
@@ -97,13 +98,18 @@ class StoredColumns:
     """The locked columns of one site.
 
     Attributes:
-        columns: side by side, [hidden, len(heads) * head_dim], in the dtype of the file; float64 if they are quantised.
+        stored: as they are read: quantised ones are dequantised in the rows that are asked for.
         digest: takes the SHA-256 of their bytes, row by row; if they are quantised, of the bytes that were read for
             them. It is long, and may be called in any thread.
     """
 
-    columns: HeadColumns
+    stored: HeadColumns | DequantisedColumns
     digest: Callable[[], bytes]
+
+    @property
+    def columns(self) -> HeadColumns:
+        """All of them, [hidden, len(heads) * head_dim], in the dtype of the file; float64 if they are quantised."""
+        return self.stored.in_rows(slice(None))
 
 
 class Checkpoint:
@@ -226,7 +232,7 @@ class Checkpoint:
         if site.quantised:
             projection, tensors = self._quantised(site)
             of_heads = [projection.columns(head * site.head_dim, site.head_dim) for head in heads]
-            return StoredColumns(HeadColumns.side_by_side(torch.cat(of_heads, dim=1), site.head_dim), tensors.digest)
+            return StoredColumns(DequantisedColumns(of_heads, site.hidden_size, site.head_dim), tensors.digest)
         file, itemsize = self.files[site.weight.file], site.dtype.itemsize
         width = site.head_dim * itemsize
         rows, row_bytes = site.weight.shape[0], site.weight.shape[1] * itemsize

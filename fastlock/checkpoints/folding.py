@@ -19,6 +19,7 @@ import torch
 from fastlock.basis import Likeness
 from fastlock.checkpoints.base import Base
 from fastlock.checkpoints.checkpoint import Checkpoint, StoredColumns, StoredSite
+from fastlock.checkpoints.quantised import DequantisedColumns
 from fastlock.errors import UnsupportedError, shown
 from fastlock.fold import Fold, fold, rounded_fold
 from fastlock.gate_fold import GateFold, gate_fold
@@ -217,13 +218,19 @@ class _Folding:
         read = self.checkpoint.read_columns(site, heads, room)
         bias = self._new_bias(site, read, original) if self.has_constant else None
         rewritten = self._rewritten(site, heads, read) if self.gates else None
-        likeness = self.base.likeness(site.layer, heads, read.columns)
+        likeness = self.base.likeness(site.layer, heads, read.stored)
         return FoldedSite(site, heads, key, bias, original, self.begin(read.digest), likeness, rewritten)
 
     def _new_bias(self, site: StoredSite, read: StoredColumns, original: torch.Tensor | None) -> torch.Tensor:
-        columns, name = read.columns, f"{self.checkpoint.where}: {shown(site.name)}"
+        values, name = self.displacements[site.layer].values, f"{self.checkpoint.where}: {shown(site.name)}"
+        if isinstance(read.stored, DequantisedColumns):
+            exact = read.stored.exact_fold(values)
+            exact = exact if original is None else exact + original.double()
+            if exact.isfinite().all():
+                return rounded_fold(exact, site.dtype, name)
+        columns = read.columns  # of quantised ones, only to say what is not finite in them
         c = None if original is None else original.to(columns.matrix.dtype)
-        (bias,) = fold([Fold(columns, self.displacements[site.layer].values, c, name)])
+        (bias,) = fold([Fold(columns, values, c, name)])
         return rounded_fold(bias, site.dtype, name)
 
     def _rewritten(self, site: StoredSite, heads: tuple[int, ...], read: StoredColumns) -> NewColumns:

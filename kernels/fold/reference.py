@@ -41,6 +41,15 @@ class HeadColumns:
         """Those of a matrix that has the locked heads alone, side by side: [hidden, len(heads) * head_dim]."""
         return cls(columns.detach(), tuple(range(0, columns.shape[1], head_dim)))
 
+    @property
+    def hidden(self) -> int:
+        """How many rows there are."""
+        return self.matrix.shape[0]
+
+    def in_rows(self, rows: slice) -> HeadColumns:
+        """Those in some rows, in the same memory."""
+        return HeadColumns(self.matrix[rows], self.starts)
+
 
 @dataclass(frozen=True, eq=False)
 class Room:

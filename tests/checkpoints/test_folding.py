@@ -84,7 +84,7 @@ def test_the_columns_of_one_batch_are_kept_at_a_time(source, tmp_path, monkeypat
                 kept -= 1
             return columns.digest()
 
-        return digest(columns.columns, counted_digest)
+        return digest(columns.stored, counted_digest)
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -111,7 +111,7 @@ def test_the_longest_are_begun_first_and_no_fold_waits_for_a_digest(source, tmp_
     def noted_read(self, site, heads, room=None):
         columns = read(self, site, heads, room)
         done.append("read")
-        return StoredColumns(columns.columns, lambda: done.append("digest") or columns.digest())
+        return StoredColumns(columns.stored, lambda: done.append("digest") or columns.digest())
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -138,7 +138,7 @@ def test_what_goes_wrong_in_another_thread_leaves_nothing(source, threads, where
         if where == "read_columns" and site.layer == 4:
             no_digest()
         columns = read(self, site, heads, room)
-        return StoredColumns(columns.columns, no_digest if site.layer == 4 else columns.digest)
+        return StoredColumns(columns.stored, no_digest if site.layer == 4 else columns.digest)
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "read_columns", broken)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, in_groups
+from fastlock.checkpoints.quantised.site_tensors import Dequantised, Settings, SiteTensors, in_runs, scaled
 from fastlock.errors import UnsupportedError
 
-# Column 8 n + _ORDER[i] is in bits 4 i to 4 i + 3 of word n.
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# Row 8 n + i of W is in the four bits of word n that begin here.
+_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 _BITS = 4
 
 
@@ -30,6 +30,8 @@ class Awq:
         if groups < 1 or width % groups:
             raise tensors.damaged(f"{groups} groups do not divide {width} inputs")
         self._size = width // groups
+        self._word = torch.arange(hidden) // len(_SHIFTS)
+        self._shift = torch.tensor(_SHIFTS, dtype=torch.int32).repeat(hidden // len(_SHIFTS))[:, None]
 
     @classmethod
     def at(cls, tensors: SiteTensors, settings: Settings) -> Awq | None:
@@ -50,24 +52,18 @@ class Awq:
             )
         return cls(tensors, settings)
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
-        groups = range(first // self._size, -(-(first + count) // self._size))
-        q = _in_order(self._tensors.rows("qweight", first, count))  # [hidden, count]
-        zeros = _in_order(self._tensors.rows("qzeros", groups.start, len(groups)))  # [hidden, groups]
-        scales = self._tensors.rows("scales", groups.start, len(groups)).double().t()
-        first -= groups.start * self._size
-        whole, of_groups = in_groups(q, zeros, first, self._size)
-        whole.sub_(of_groups)
-        whole, of_groups = in_groups(q, scales, first, self._size)
-        whole.mul_(of_groups)
-        return q
+        words = self._tensors.rows("qweight", first, count).t().contiguous()
+        groups = in_runs(torch.arange(first, first + count) // self._size)
+        start, number = int(groups[0]), int(groups[-1] - groups[0]) + 1
+        zeros = self._tensors.rows("qzeros", start, number)[groups - start].t()
+        scales = self._tensors.rows("scales", start, number)[groups - start].t()
+        return scaled(
+            lambda rows: self._numbers(words, rows), self._numbers(zeros, slice(None)), scales.double().contiguous()
+        )
 
-
-def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """The 4-bit numbers of words, [rows, n] int32, in the order of their columns: [8 n, rows] float64."""
-    transposed = words.t().contiguous()
-    numbers = torch.empty(words.shape[1], 8, len(words), dtype=torch.float64)
-    for place, column in enumerate(_ORDER):
-        numbers[:, column] = (transposed >> (_BITS * place)) & ((1 << _BITS) - 1)
-    return numbers.flatten(0, 1)
+    def _numbers(self, words: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The 4-bit numbers of some rows of W in words, [hidden / 8, n] int32: [rows, n] float64."""
+        words = words[self._word[rows]]  # a copy
+        return words.bitwise_right_shift_(self._shift[rows]).bitwise_and_((1 << _BITS) - 1).double()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, paired
+from fastlock.checkpoints.quantised.site_tensors import Dequantised, Settings, SiteTensors, paired, pairs, scaled
 from fastlock.errors import DamagedError
 from fastlock.storage.files import json_object
 
@@ -65,21 +65,18 @@ class Bits4:
             raise tensors.damaged(f"its quant_state is not a JSON object ({str(error)[:100]})") from None
         return cls(tensors, settings, state)
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
         left = first - first % 2
         right = first + count + (first + count) % 2
         packed = self._tensors.part_of_rows("weight", self._hidden, left // 2, (right - left) // 2)
-        values = paired(packed, self._tensors.whole("weight.quant_map").double().tolist(), upper_first=True)
-        values = values[:, first - left :][:, :count]
-        rows, size = torch.arange(self._hidden)[:, None], self._block
-        if self._width % size == 0 and first % size == 0 and count % size == 0:  # each row has blocks of its own
-            of_row = torch.arange(first // size, (first + count) // size)[None, :]
-            absmax = self._absmax(rows * (self._width // size) + of_row)
-            values.view(self._hidden, -1, size).mul_(absmax[:, :, None])
-            return values
-        places = rows * self._width + torch.arange(first, first + count)[None, :]
-        return values.mul_(self._absmax(places // size))
+        table = pairs(self._tensors.whole("weight.quant_map").double().tolist(), upper_first=True)
+        whole = all(number % self._block == 0 for number in (self._width, first, count))  # blocks, none in two rows
+        places = torch.arange(first, first + count, self._block if whole else 1)
+        blocks = (torch.arange(self._hidden)[:, None] * self._width + places) // self._block
+        return scaled(
+            lambda rows: paired(packed[rows], table)[:, first - left :][:, :count], None, self._absmax(blocks)
+        )
 
     def _absmax(self, blocks: torch.Tensor) -> torch.Tensor:
         """Of these blocks, in their shape, float64."""
@@ -115,10 +112,11 @@ class Int8:
                 raise tensors.damaged("its weights are in another order than row by row")
         return cls(tensors, settings, scale)
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
-        q = self._tensors.part("weight", first, count).double()
-        return q * (self._tensors.whole(self._scale).double() / _INT8_LARGEST)[:, None]
+        q = self._tensors.part("weight", first, count)
+        scales = (self._tensors.whole(self._scale).double() / _INT8_LARGEST)[:, None]
+        return scaled(lambda rows: q[rows].double(), None, scales)
 
 
 def _whole(tensors: SiteTensors, state: dict[str, Any], key: str) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from fastlock.checkpoints.quantised.site_tensors import (
+    Dequantised,
     Settings,
     SiteTensors,
-    by_group,
     groups_of_inputs,
+    in_runs,
     paired,
+    pairs,
+    scaled,
     unpack,
 )
 from fastlock.errors import UnsupportedError
@@ -17,6 +20,7 @@ from fastlock.errors import UnsupportedError
 _BITS = (2, 4, 8)
 # What is to be added to the zero points that each version of the format stores.
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+_OF_4_BITS = pairs(range(16))
 
 
 class Gptq:
@@ -66,35 +70,34 @@ class Gptq:
             )
         return cls(tensors, settings, bits)
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
         per_word = 32 // self._bits
         words = range(first // per_word, -(-(first + count) // per_word))
-        packed = self._tensors.rows("qweight", words.start, len(words))  # [words, hidden]
-        q = self._unpacked(packed.t())[:, first - words.start * per_word :][:, :count]  # [hidden, count]
-        group = self._group[first : first + count]
-        used, which = group.unique(return_inverse=True)
-        scales = self._of_groups("scales", used).double()
-        zeros = unpack(self._of_groups("qzeros", used), self._bits)
+        left = first - words.start * per_word
+        stored = self._tensors.rows("qweight", words.start, len(words)).t()
+        # One word a row counts as contiguous whatever its stride is, and cannot be seen as bytes then.
+        packed = stored.clone(memory_format=torch.contiguous_format)  # [hidden, words]
+        groups = in_runs(self._group[first : first + count])
+        scales = self._of_groups("scales", groups).double().t().contiguous()
+        zeros = unpack(self._of_groups("qzeros", groups), self._bits)
         if self._offset and bool((zeros == (1 << self._bits) - 1).any()):
             raise self._tensors.damaged(
                 f"a zero point is {1 << self._bits}, which does not fit into {self._bits} bits, and which engines read "
                 "in more than one way"
             )
-        q, of_columns = by_group(q, (zeros + self._offset).double().t(), which)
-        q, factors = by_group(q.sub_(of_columns), scales.t(), which)
-        return q.mul_(factors)
+        zeros = (zeros + self._offset).double().t().contiguous()
+        return scaled(lambda rows: self._unpacked(packed[rows])[:, left : left + count], zeros, scales)
 
     def _unpacked(self, words: torch.Tensor) -> torch.Tensor:
-        """The numbers in words, [hidden, words] int32, as float64."""
+        """The numbers in words, [rows, words] int32, as float64."""
         if self._bits == 4:
-            # One word a row counts as contiguous whatever its stride is, and cannot be seen as bytes then.
-            return paired(words.clone(memory_format=torch.contiguous_format).view(torch.uint8), range(16))
+            return paired(words.view(torch.uint8), _OF_4_BITS)
         return unpack(words, self._bits).double()
 
-    def _of_groups(self, suffix: str, used: torch.Tensor) -> torch.Tensor:
-        first, last = int(used[0]), int(used[-1])
-        return self._tensors.rows(suffix, first, last - first + 1)[used - first]
+    def _of_groups(self, suffix: str, groups: torch.Tensor) -> torch.Tensor:
+        first, last = int(groups.min()), int(groups.max())
+        return self._tensors.rows(suffix, first, last - first + 1)[groups - first]
 
 
 def _version(settings: Settings) -> str:

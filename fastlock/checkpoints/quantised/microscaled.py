@@ -6,10 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, in_groups, paired
+from fastlock.checkpoints.quantised.site_tensors import (
+    Dequantised,
+    Settings,
+    SiteTensors,
+    in_runs,
+    paired,
+    pairs,
+    scaled,
+)
 
 # By code: a sign, two bits of exponent, one of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E2M1 = pairs((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
 _E8M0_BIAS, _E8M0_NAN = 127, 255
 
 
@@ -65,22 +73,21 @@ class Microscaled:
                 return cls(tensors, settings, layout)
         return None
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
         size = self._layout.size
         bytes_ = range(first // 2, -(-(first + count) // 2))
-        values = paired(self._tensors.part(self._layout.packed, bytes_.start, len(bytes_)), _E2M1)
-        values = values[:, first - bytes_.start * 2 :][:, :count]
-        groups = range(first // size, -(-(first + count) // size))
-        whole, scales = in_groups(values, self._scales(groups), first - groups.start * size, size)
-        whole.mul_(scales)
+        packed, left = self._tensors.part(self._layout.packed, bytes_.start, len(bytes_)), first % 2
+        groups = in_runs(torch.arange(first, first + count) // size)
+        start, number = int(groups[0]), int(groups[-1] - groups[0]) + 1
+        scales = self._scales(start, number)[:, groups - start]
         if self._layout.overall:
             overall = self._tensors.whole(self._layout.overall).double().reshape(())
-            values = values.div_(overall) if self._layout.divides else values.mul_(overall)
-        return values
+            scales = scales / overall if self._layout.divides else scales * overall
+        return scaled(lambda rows: paired(packed[rows], _E2M1)[:, left : left + count], None, scales)
 
-    def _scales(self, groups: range) -> torch.Tensor:
-        scales = self._tensors.part("weight_scale", groups.start, len(groups))
+    def _scales(self, first: int, count: int) -> torch.Tensor:
+        scales = self._tensors.part("weight_scale", first, count)
         if scales.dtype != torch.uint8:
             return scales.double()
         exponents = torch.where(scales == _E8M0_NAN, float("nan"), scales.double() - _E8M0_BIAS)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 
 from fastlock.checkpoints.quantised.site_tensors import (
+    Dequantised,
     Settings,
     SiteTensors,
-    by_group,
     groups_of_inputs,
+    in_runs,
     paired,
+    pairs,
+    scaled,
     unpack,
 )
 
 _BITS = (2, 4, 8)
+_OF_4_BITS = pairs(range(-8, 8))
 
 
 class PackQuantized:
@@ -51,22 +55,22 @@ class PackQuantized:
         """
         return cls(tensors, settings) if tensors.dtype("weight_packed") == "I32" else None
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
         per_word = 32 // self._bits
         words = range(first // per_word, -(-(first + count) // per_word))
+        left = first - words.start * per_word
         packed = self._tensors.part("weight_packed", words.start, len(words))
-        middle, group = 1 << (self._bits - 1), self._group[first : first + count]
-        q = self._less_middle(packed, middle)[:, first - words.start * per_word :][:, :count]
+        groups, zeros = in_runs(self._group[first : first + count]), None
         if "weight_zero_point" in self._tensors:
-            zeros = unpack(self._tensors.whole("weight_zero_point").t(), self._bits).t()[: self._hidden]
-            q, of_columns = by_group(q, (zeros - middle).double(), group)
-            q.sub_(of_columns)
-        q, scales = by_group(q, self._tensors.whole("weight_scale").double(), group)
-        return q.mul_(scales)
+            kept = self._tensors.whole("weight_zero_point")[:, groups]
+            packed_zeros = kept.t().clone(memory_format=torch.contiguous_format)
+            zeros = self._less_middle(packed_zeros)[:, : self._hidden].t().contiguous()
+        scales = self._tensors.whole("weight_scale")[:, groups].double()
+        return scaled(lambda rows: self._less_middle(packed[rows])[:, left : left + count], zeros, scales)
 
-    def _less_middle(self, packed: torch.Tensor, middle: int) -> torch.Tensor:
-        """The numbers in words, [hidden, words] int32, less what they are kept higher by, as float64."""
+    def _less_middle(self, words: torch.Tensor) -> torch.Tensor:
+        """The numbers in words, [rows, words] int32, less what they are kept higher by, as float64."""
         if self._bits == 4:
-            return paired(packed.view(torch.uint8), range(-middle, middle))
-        return (unpack(packed, self._bits) - middle).double()
+            return paired(words.view(torch.uint8), _OF_4_BITS)
+        return (unpack(words, self._bits) - (1 << (self._bits - 1))).double()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastlock.checkpoints.quantised.site_tensors import Settings, SiteTensors, in_groups
+from fastlock.checkpoints.quantised.site_tensors import Dequantised, Settings, SiteTensors, in_runs, scaled
 from fastlock.errors import UnsupportedError
 
 _BLOCK = 128
 _SCALES = ("F16", "BF16", "F32")
+# What each byte stands for.
+_FLOATS8 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 
 
 class Scaled:
@@ -55,28 +57,24 @@ class Scaled:
         scale = next((name for name in ("weight_scale", "weight_scale_inv") if name in tensors), None)
         return None if scale is None else cls(tensors, settings, scale)
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
+    def columns(self, first: int, count: int) -> Dequantised:
         """As of `Quantised`."""
-        q = self._numbers(first, count) if count else torch.zeros(self._hidden, 0).double()
-        if "weight_zero_point" in self._tensors:
-            whole, zeros = in_groups(q, self._of_rows("weight_zero_point"), first, self._columns)
-            whole.sub_(zeros)
-        whole, scales = in_groups(q, self._of_rows(self._scale), first, self._columns)
-        whole.mul_(scales)
-        return q
+        stored = self._tensors.part("weight", first, count)
+        groups = in_runs(torch.arange(first, first + count) // self._columns)
+        zeros = self._of_rows("weight_zero_point", groups) if "weight_zero_point" in self._tensors else None
+        return scaled(lambda rows: _numbers(stored[rows]), zeros, self._of_rows(self._scale, groups))
 
-    def _numbers(self, first: int, count: int) -> torch.Tensor:
-        """The stored numbers of these columns, [hidden, count] float64; small floats are looked up."""
-        numbers = self._tensors.part("weight", first, count)
-        if numbers.dtype == torch.int8:
-            return numbers.double()
-        values = torch.arange(256).to(torch.uint8).view(numbers.dtype).double().numpy()
-        return torch.from_numpy(np.take(values, numbers.view(torch.uint8).numpy()))
-
-    def _of_rows(self, suffix: str) -> torch.Tensor:
-        """The numbers of a small tensor at every row, [hidden, blocks] float64."""
-        numbers = self._tensors.whole(suffix).double().reshape(self._shape)
+    def _of_rows(self, suffix: str, groups: torch.Tensor) -> torch.Tensor:
+        """The numbers of a small tensor for these groups, at every row: [hidden, groups] float64."""
+        numbers = self._tensors.whole(suffix).reshape(self._shape)[:, groups].double()
         return numbers[torch.arange(self._hidden) // self._rows]
+
+
+def _numbers(stored: torch.Tensor) -> torch.Tensor:
+    """Stored numbers as float64; small floats are looked up."""
+    if stored.dtype == torch.int8:
+        return stored.double()
+    return torch.from_numpy(np.take(_FLOATS8, stored.view(torch.uint8).numpy()))
 
 
 def _block_of(settings: Settings) -> tuple[int, int] | None:

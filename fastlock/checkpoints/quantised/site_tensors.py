@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastlock.checkpoints.tensor_index import StoredTensor
@@ -32,12 +33,15 @@ _DTYPES = {
 # A matrix of which some columns are wanted is mapped in blocks of this size.
 _BLOCK_BYTES = 32 * 1024 * 1024
 
+# Some columns of W as they are served, in the rows that are asked for: [rows, count] float64 on the CPU, new each time.
+Dequantised = Callable[[slice], torch.Tensor]
+
 
 class Quantised(Protocol):
     """One quantised output projection W, [hidden, width]. Each format is a file beside this one."""
 
-    def columns(self, first: int, count: int) -> torch.Tensor:
-        """Columns [first, first + count) of W as they are served, [hidden, count] float64 on the CPU."""
+    def columns(self, first: int, count: int) -> Dequantised:
+        """Read columns [first, first + count) of W, at least one."""
 
 
 @dataclass(frozen=True)
@@ -191,51 +195,63 @@ def groups_of_inputs(
     return torch.arange(width) // (width // groups)
 
 
-def paired(packed: torch.Tensor, values: Sequence[float], upper_first: bool = False) -> torch.Tensor:
+def pairs(values: Sequence[float], upper_first: bool = False) -> npt.NDArray[np.complex128]:
+    """What the two halves of each byte stand for, side by side as one number: a table for `paired`, [256].
+
+    Args:
+        values: of the 16 codes.
+        upper_first: whether the upper half of a byte comes first.
+    """
+    table = np.array(values, np.float64)
+    lower, upper = np.tile(table, 16), np.repeat(table, 16)
+    both = np.stack((upper, lower) if upper_first else (lower, upper), axis=1)
+    return both.view(np.complex128).reshape(256)
+
+
+def paired(packed: torch.Tensor, table: npt.NDArray[np.complex128]) -> torch.Tensor:
     """What the two halves of each byte stand for, side by side: both are looked up at once.
 
     Args:
         packed: [rows, n] uint8.
-        values: of the 16 codes.
-        upper_first: whether the upper half of a byte comes first.
+        table: of `pairs`.
 
     Returns:
         [rows, 2 n] float64.
     """
-    table = np.array(values, np.float64)
-    lower, upper = np.tile(table, 16), np.repeat(table, 16)
-    pairs = np.stack((upper, lower) if upper_first else (lower, upper), axis=1)
-    found = np.take(pairs.view(np.complex128).reshape(256), packed.numpy())
-    return torch.from_numpy(found.view(np.float64))
+    return torch.from_numpy(np.take(table, packed.numpy()).view(np.float64))
 
 
-def by_group(x: torch.Tensor, of_groups: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix and what the group of each of its columns shares, in shapes that go together; x stays where it is.
+def in_runs(group: torch.Tensor) -> torch.Tensor:
+    """The groups of some columns, one after the other: each once if all have the same number of columns side by side.
 
     Args:
-        x: [rows, count].
-        of_groups: [rows, groups].
-        group: that of each column, [count] int64.
+        group: that of each column, [count] int64; at least one.
+
+    Returns:
+        [runs] int64: each is the group of the next count / runs columns.
     """
-    if bool((group == group[:1]).all()):
-        return x, of_groups[:, group[:1]]
-    return x, of_groups.contiguous().index_select(1, group)
+    groups, sizes = group.unique_consecutive(return_counts=True)
+    return groups if bool((sizes == sizes[0]).all()) else group
 
 
-def in_groups(x: torch.Tensor, of_groups: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `by_group`, where the groups are of `size` columns each, one after the other.
+def scaled(numbers: Dequantised, zeros: torch.Tensor | None, scales: torch.Tensor) -> Dequantised:
+    """(q - z) * scale, of columns in runs of one length each.
 
     Args:
-        x: [rows, count], columns `first` and after of a wider matrix.
-        of_groups: [rows, groups] of all groups of that one.
-        first: the first column.
-        size: how many columns a group has.
+        numbers: q.
+        zeros: z of each run, [hidden, runs] float64; None: 0.
+        scales: likewise.
     """
-    count = x.shape[1]
-    if first % size == 0 and count % size == 0:
-        within = of_groups[:, first // size : (first + count) // size]
-        return x.view(len(x), -1, size), within[:, :, None]
-    return by_group(x, of_groups, torch.arange(first, first + count) // size)
+
+    def in_rows(rows: slice) -> torch.Tensor:
+        q = numbers(rows)
+        runs = q.view(len(q), scales.shape[1], -1)
+        if zeros is not None:
+            runs.sub_(zeros[rows, :, None])
+        runs.mul_(scales[rows, :, None])
+        return q
+
+    return in_rows
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -165,7 +165,7 @@ def test_a_mutation_is_refused_or_gives_columns(reader: str, tmp_path) -> None:
             if found is None:
                 seen["of no format"] += 1
                 continue
-            columns = found.columns(16, 32)
+            columns = found.columns(16, 32)(slice(None))
             assert (columns.shape, columns.dtype) == ((HIDDEN, 32), torch.float64)
             seen["read"] += 1
         except fastlock.FastlockError as error:
