@@ -12,6 +12,7 @@ from fastlock.storage.files import json_object
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 MAX_STATE_BYTES = 1024 * 1024
+_LARGEST_BLOCK = 2**31
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _INT8_LARGEST = 127
 
@@ -121,6 +122,6 @@ class Int8:
 
 def _whole(tensors: SiteTensors, state: dict[str, Any], key: str) -> int:
     value = state.get(key)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 0 < value <= _LARGEST_BLOCK:
         raise tensors.damaged(f"its quant_state gives {str(value)[:40]!a} as {key}")
     return value

@@ -225,6 +225,7 @@ DAMAGES = {
     "an offset that overflows": (quantised.bits_and_bytes, lambda t: state(t, nested_offset=10**400)),
     "an offset that is none": (quantised.bits_and_bytes, lambda t: state(t, nested_offset=float("nan"))),
     "a block size beyond all": (quantised.bits_and_bytes, lambda t: state(t, blocksize=2**63)),
+    "blocks of blocks beyond all": (quantised.bits_and_bytes, lambda t: state(t, nested_blocksize=2**63)),
 }
 
 

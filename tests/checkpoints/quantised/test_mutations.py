@@ -6,6 +6,7 @@ makes 10,000 of each, and prints how many were refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -128,7 +129,9 @@ def change_state(header: dict[str, Any], data: bytearray, rng: np.random.Generat
     """The quant_state of bitsandbytes says something else, or is no JSON object any more."""
     name = next(name for name in header if ".quant_state." in name)
     begin, end = header[name]["data_offsets"]
-    said = json.loads(data[begin:end]) if data[begin:end].startswith(b"{") and begin >= 0 else {}
+    said: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, TypeError):  # where it was changed before
+        said = dict(json.loads(data[begin:end]))
     said |= {str(rng.choice(STATE_KEYS)): VALUES[int(rng.integers(0, len(VALUES)))]}
     encoded = json.dumps(said if rng.integers(0, 9) else [said]).encode()
     header[name] = {"dtype": "U8", "shape": [len(encoded)], "data_offsets": [len(data), len(data) + len(encoded)]}
