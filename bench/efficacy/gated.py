@@ -51,7 +51,10 @@ SEEDS = 2
 LAYERS = range(14, 30)
 LOCKS: dict[str, dict[str, Any]] = {
     "gate": {"rank": 1, "layers": LAYERS, "steps": 480},
+    "shorter gate": {"rank": 1, "layers": LAYERS, "steps": 320},
     "gate in 8 layers": {"rank": 1, "layers": LAYERS[8:], "steps": 480},
+    "gate in 4 layers": {"rank": 1, "layers": LAYERS[12:], "steps": 480},
+    "gate in 48 heads": {"rank": 1, "layers": LAYERS, "heads": 48, "steps": 480},  # of 144
     "gate and constant": {"rank": 1, "layers": LAYERS, "steps": 480, "constant": True},
     "constant": {"rank": 0, "steps": 150},
     "null-space": {"recipe": "null-space", "layers": LAYERS},
