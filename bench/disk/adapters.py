@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str | None, tuple[str, ...]]] = {
     "q_proj and v_proj, base bias": (("q_proj", "v_proj"), None, ("transformers", "vllm")),
 }
 ROUNDS = 25
+ALONE = 500  # adapters of one process, before and after the zoo: on a busy machine the two tell how the load changed
 
 
 def main() -> int:
@@ -86,7 +87,7 @@ def alone(folder: Path, base: Path, lock: Lock) -> None:
 
 
 def whole_zoo(folder: Path, base: Path, lock: Lock, kind: str, count: int, workers: int) -> None:
-    """Adapters a second of as many processes as there are workers, without a zoo and with it, and the zoo's memory."""
+    """Adapters a second of one process, of as many as there are workers, and of a zoo; and the zoo's memory."""
     targets, carrier, stacks = KINDS[kind]
     made = [make(folder / "made" / str(number), targets, number) for number in range(min(FILES, count))]
     for number in range(count):
@@ -95,7 +96,8 @@ def whole_zoo(folder: Path, base: Path, lock: Lock, kind: str, count: int, worke
         for file in made[number % len(made)].iterdir():
             os.link(file, place / file.name)
     lock.save(folder / "lock.safetensors")
-    single = rate_of(1, folder, base, min(count, 500), stacks, carrier)
+    alone = [rate_of(1, folder, base, min(count, ALONE), stacks, carrier)]
+    beside = rate_of(workers, folder, base, min(count, workers * ALONE), stacks, carrier)
     with Memory() as memory:
         start = time.perf_counter()
         summary = relock_zoo(
@@ -104,10 +106,18 @@ def whole_zoo(folder: Path, base: Path, lock: Lock, kind: str, count: int, worke
         whole = count / (time.perf_counter() - start)
     if not summary:
         raise RuntimeError(f"relock_zoo failed: {summary.counts}, {summary.wrong[0].error}")
-    say(f"{count} adapters ({kind}), {workers} workers:")
+    say(f"load average after the zoo: {os.getloadavg()[0]:.1f}")
+    alone.append(rate_of(1, folder, base, min(count, ALONE), stacks, carrier))
+    single = statistics.mean(alone)
+    say(f"{count} adapters ({kind}), {workers} workers; load average after: {os.getloadavg()[0]:.1f}")
     rates = PrintedTable(["", "adapters/s", "of workers × single"])
-    rates.row("one process alone", f"{single:.1f}", "")
-    for who, rate in {"zoo, once the workers are there": count / span(summary), "from call to return": whole}.items():
+    for when, rate in zip(("before", "after"), alone, strict=True):
+        rates.row(f"one process alone, {when} the zoo", f"{rate:.1f}", "")
+    for who, rate in {
+        f"{workers} processes side by side, without zoo": beside,
+        "zoo, once the workers are there": count / span(summary),
+        "zoo, from call to return": whole,
+    }.items():
         rates.row(who, f"{rate:.1f}", f"{rate / single / workers:.0%}")
     sizes = PrintedTable(["memory (RSS, MB) at", "25 %", "50 %", "75 %", "100 % of the run"])
     for who, quarters in memory.quarters().items():
