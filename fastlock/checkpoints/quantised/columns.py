@@ -1,7 +1,8 @@
 """The locked columns of a quantised projection, dequantised some rows at a time.
 
-In float64 they are up to sixteen times as large as in the file. To write that to memory and read it again takes longer
-than to compute it: what stays in the cache is folded there.
+In float64 they are up to sixteen times as large as in the file. To write all of that to memory and read it again takes
+longer than to compute it: a head or so is folded as soon as it is there. In smaller parts, threads would wait longer
+for Python's lock than the cache saves.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from fastlock.checkpoints.quantised.site_tensors import Dequantised
 from fastlock.kernels.fold.reference import HeadColumns
 
-# How many numbers are dequantised at a time: half a megabyte.
-_NUMBERS = 2**16
+# How many numbers are dequantised at a time: 8 MB.
+_NUMBERS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
