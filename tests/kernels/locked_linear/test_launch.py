@@ -22,6 +22,7 @@ from tests.kernels.locked_linear.truth import (
     DTYPES,
     EVERY,
     GATHER,
+    READ_PADDING,
     SHIFT,
     SMALL,
     TALL,
@@ -51,7 +52,8 @@ def _float32_sums():
     ("rows", "num_heads", "head_dim", "hidden"), [(1, 2, 16, 1), (17, 3, 48, 63), (63, 2, 32, 17), (5, 4, 80, 40)]
 )
 def test_shapes(rows, num_heads, head_dim, hidden, dtype, way):
-    check(way, make(rows, num_heads, head_dim, hidden, dtype, pad=0 if way == GATHER else 16))
+    pad = 0 if way in (GATHER, *READ_PADDING) else 16
+    check(way, make(rows, num_heads, head_dim, hidden, dtype, pad=pad))
 
 
 @pytest.mark.parametrize("way", EVERY, ids=named)
