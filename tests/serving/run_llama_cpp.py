@@ -6,9 +6,23 @@ MODEL and LORA are GGUF files.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
+
+
+def without_amx():
+    """Model parameters without kernels that want the weights in another order."""
+    parameters = _parameters()
+    parameters.use_extra_bufts = False
+    return parameters
+
+
+# Those for AMX end in a segmentation fault on quantised weights as small as these, a lock or not.
+if "amx_int8" in Path("/proc/cpuinfo").read_text():
+    _parameters = llama_cpp.llama_cpp.llama_model_default_params
+    llama_cpp.llama_cpp.llama_model_default_params = without_amx
 
 model, out, ids = sys.argv[1], sys.argv[2], [int(word) for word in sys.argv[3].split(",")]
 lora = sys.argv[4] if len(sys.argv) > 4 else None
