@@ -19,7 +19,7 @@ def without_amx():
     return parameters
 
 
-# Those for AMX end in a segmentation fault on quantised weights as small as these, a lock or not.
+# Those for AMX end in a segmentation fault on quantised weights, SmolLM2's too, with a lock or without.
 if "amx_int8" in Path("/proc/cpuinfo").read_text():
     _parameters = llama_cpp.llama_cpp.llama_model_default_params
     llama_cpp.llama_cpp.llama_model_default_params = without_amx

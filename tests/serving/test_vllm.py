@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -129,8 +130,9 @@ QUANTISED = {
         quantised.compressed, layout="pack-quantized", symmetric=True, num_bits=4, strategy="group", group_size=32
     ),
 }
-# Such a lock moves the log-probabilities by 1.8 and 3.4 (root mean square) in exact arithmetic; bfloat16 by 0.1.
-STRONG, BFLOAT16 = 40.0, 0.2
+# Such a lock moves the log-probabilities by 1.8 and 3.4 (root mean square) in exact arithmetic. In bfloat16, in which
+# vLLM computes, it is off without a lock too; how far depends on the CPU: 0.1 to 0.2.
+STRONG = 40.0
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +143,26 @@ def prepared_quantised(tmp_path_factory) -> dict[str, Prepared]:
 
 @pytest.fixture(scope="module")
 def errors_quantised(prepared_quantised) -> dict[str, str]:
-    return run_all(list(prepared_quantised.values()), "bfloat16")
+    relocked = list(prepared_quantised.values())
+    return run_all([*relocked, *(replace(one, directory=original(one)) for one in relocked)], "bfloat16")
+
+
+def original(one: Prepared) -> Path:
+    return one.directory.with_name(one.directory.name.removesuffix("-relocked"))
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_the_lock_acts_on_quantised_weights(name: str, prepared_quantised, errors_quantised) -> None:
-    """As on the weights that they stand for, to bfloat16's noise."""
+    """As on the weights that they stand for, to the noise that vLLM has without a lock."""
     one = prepared_quantised[name]
-    assert errors_quantised[str(one.directory)] == ""
-    found, (plain, locked) = np.load(f"{one.directory}.npy"), expected(one)
-    assert apart(plain, locked) > 5 * BFLOAT16
-    assert apart(found, locked) < BFLOAT16
+    assert errors_quantised[str(one.directory)] == errors_quantised[str(original(one))] == ""
+    plain, locked = expected(one)
+    served_plain, served = (np.load(f"{directory}.npy") for directory in (original(one), one.directory))
+    noise, shift = apart(served_plain, plain), locked - plain
+    assert apart(plain, locked) > 5 * noise
+    assert apart(served, locked) < 1.5 * noise
+    # Which part of the lock acts, by least squares: 1 if all of it does.
+    assert abs(float(((served - served_plain) * shift).sum() / (shift * shift).sum()) - 1) < 0.05
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
