@@ -30,6 +30,7 @@ from fastlock.inference.batching import Progress
 from fastlock.inference.generation import input_device
 from fastlock.models.sites import Site, sites
 from fastlock.models.unfolded import displaced
+from fastlock.recipes.head_scores import largest
 from fastlock.recipes.lessons import Row, answer_row, check_loss, frozen, text_rows
 from fastlock.recipes.pairs import Pair
 
@@ -104,7 +105,7 @@ def _displacement(
     optimizer = torch.optim.Adam([d], lr=RATE)
     for step in rounds:
         if heads is not None and step == steps // 2:
-            kept = _largest(d.detach(), heads)
+            kept = largest(d.detach().norm(dim=-1), heads)[..., None]
             optimizer = torch.optim.Adam([d], lr=RATE)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / steps)
@@ -181,11 +182,3 @@ def _lessons(
                 "or leave it out."
             )
         yield _Lessons(model, sites(model), refusals, own, rows)
-
-
-def _largest(d: torch.Tensor, heads: int) -> torch.Tensor:
-    """Ones for the heads with the longest displacements, zeros for the others: [num_layers, num_heads, 1]."""
-    length = d.norm(dim=-1)
-    kept = torch.zeros_like(length).flatten()
-    kept[length.flatten().argsort(descending=True, stable=True)[:heads]] = 1
-    return kept.view(*length.shape, 1)

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastlock.models.sites import Site
 from fastlock.recipes.harm_probe import HarmProbe
+from fastlock.recipes.head_scores import largest
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ class GateWeights:
     @torch.no_grad()
     def keep(self, heads: int) -> None:
         """Go on with so many heads: those that change most of what the layers say."""
-        chosen = self.shares().flatten().argsort(descending=True, stable=True)[:heads]
-        self.kept.view(-1).fill_(False)[chosen] = True
+        self.kept.copy_(largest(self.shares(), heads))
 
     def shares(self) -> torch.Tensor:
         """How much of what is added goes with each head, as reader or as writer, [layers, num_heads].

@@ -117,6 +117,13 @@ def _layer_statistics(
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
+def largest(sizes: torch.Tensor, heads: int) -> torch.Tensor:
+    """The heads with the largest of these sizes, [num_layers, num_heads]: true for so many, false for the others."""
+    kept = torch.zeros(sizes.numel(), dtype=torch.bool, device="cpu")
+    kept[sizes.flatten().argsort(descending=True, stable=True)[:heads]] = True
+    return kept.view(sizes.shape)
+
+
 def head_statistics(
     x: torch.Tensor, safe: torch.Tensor, train: torch.Tensor, scoring: Scoring
 ) -> tuple[torch.Tensor, ...]:
